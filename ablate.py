@@ -1,0 +1,181 @@
+"""
+Mask experts, layer band by layer band, and see which languages it hurts, against as many other experts.
+
+    python ablate.py                                                          # the tiny model; after capture.py
+    python ablate.py --model Qwen/Qwen3-30B-A3B --routing routing/*.npz --data 'data/mgsm_{lang}.tsv' \\
+                     --bands early=0-4 middle=22-26 late=43-47 --metrics accuracy prompt_nll
+
+reads   routing dumps, and evaluation data (.tsv, .jsonl, .json or .txt), best not what the dumps were captured on
+writes  results/ablate.jsonl    one line per cell, with its settings and the scores of every example
+
+Every cell is band x target x evaluation language: the experts exclusive to the target language (arXiv 2601.14050) are
+never selected in the band. In the target's own language there are two controls: random experts among those that the
+language uses, and the experts that it uses as often as the masked ones without their being exclusive. One model load.
+Takes about two minutes on the tiny model. A run that was stopped goes on where it stopped.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+import analyze
+import common
+
+# ---------------------------------------------------------------------------------------------------------------------
+MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
+ROUTING = analyze.DUMPS              # the dumps that the experts are chosen from
+DATA = "tests/data/eval_{lang}.tsv"  # what is evaluated; {lang} stands for the language
+EXPERTS_PER_LANGUAGE = None          # None: 15/128 of the experts, the paper's; 32 of 128 for XQuAD
+THRESHOLD = 0.4                      # the paper's; 0.5 for XQuAD
+METRICS = ["prompt_nll"]             # prompt_nll answer_nll accuracy language
+CONTROL_SEEDS = 5                    # random draws; one alone would mislead
+BATCH_TOKENS = 8192                  # per forward pass, padding included
+MAX_LENGTH = 4096                    # tokens of a prompt
+MAX_NEW_TOKENS = 512                 # tokens of a response
+OUT = "results/ablate.jsonl"
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def exclusive_to(share, languages, target, threshold):
+    """bool (layers, experts): exclusive to a language, or to several together, as "bn+sw"."""
+    return analyze.exclusive_experts(share[[languages.index(name) for name in target.split("+")]].sum(0), threshold)
+
+
+def random_control(masked, used, seed):
+    """As many experts per layer as are masked, drawn from those in use. bool (layers, experts) each."""
+    rng = np.random.default_rng(seed)
+    control = np.zeros_like(masked)
+    for layer, n in enumerate(masked.sum(1)):
+        candidates = np.flatnonzero(used[layer])
+        control[layer, rng.choice(candidates, min(n, len(candidates)), replace=False)] = True
+    return control
+
+
+def usage_matched_control(masked, candidates, frequency):
+    """For each masked expert, the most used first, the candidate not yet taken whose frequency is closest.
+
+    masked, candidates bool (layers, experts), frequency (layers, experts) in the language that is evaluated
+    """
+    control = np.zeros_like(masked)
+    for layer in range(len(masked)):
+        free = candidates[layer] & ~masked[layer]
+        for expert in sorted(np.flatnonzero(masked[layer]), key=lambda e: -frequency[layer, e]):
+            if free.any():
+                distance = np.where(free, abs(frequency[layer] - frequency[layer, expert]), np.inf)
+                control[layer, distance.argmin()] = True
+                free[distance.argmin()] = False
+    return control
+
+
+def as_masks(chosen, layers):
+    """bool (layers, experts) -> {decoder layer: expert ids}, as edit_routing takes it."""
+    return {int(layer): np.flatnonzero(row).tolist() for layer, row in zip(layers, chosen) if row.any()}
+
+
+def better(metric):
+    """+1 where more of a metric is better, -1 where less is."""
+    return -1 if metric.endswith(("nll", "per_byte")) else 1
+
+
+def print_band(title, languages, targets, own, effects, metric):
+    """The table of one band and metric. effects: {(target, language): (baseline, {cell name: scores})}, see main."""
+    width = max(9, *(len(target) + 2 for target in targets))
+    print(f"\n{title}  {metric}: change when experts are masked, of\n{'':<9}{'unmasked':>9}"
+          + "".join(f"{target:>{width}}" for target in targets))
+    for language in languages:
+        line = f"{language:<9}{np.nanmean(effects[targets[0], language][0][metric]):>9.3f}" if (
+            targets[0], language) in effects else f"{language:<9}"
+        for target in targets:
+            base, cells = effects[target, language]
+            line += f"{np.nanmean(cells['masked'][metric] - base[metric]):>+{width}.3f}"
+        print(line)
+    print(f"own language   experts  change  random (least most)        usage-matched  beyond random, 95 % interval")
+    for target, language in own:
+        base, cells = effects[target, language]
+        masked = cells["masked"][metric] - base[metric]
+        random = np.array([scores[metric] - base[metric] for name, scores in cells.items() if name.startswith("random")])
+        matched = cells["matched"][metric] - base[metric]
+        beyond = masked - random.mean(0)
+        low, high = common.bootstrap_interval(beyond)
+        hurt = "hurt" if (high < 0 if better(metric) > 0 else low > 0) else ""
+        draws = np.nanmean(random, 1)
+        print(f"{language:<14}{cells['experts']:>8}{np.nanmean(masked):>+8.3f}{draws.mean():>+8.3f} ({draws.min():+.3f} {draws.max():+.3f})"
+              f"{np.nanmean(matched):>+17.3f}{np.nanmean(beyond):>+15.3f} [{low:+.3f} {high:+.3f}] {hurt}")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_task_arguments(
+        p, model=MODEL, routing=ROUTING, data=DATA, experts_per_language=EXPERTS_PER_LANGUAGE, threshold=THRESHOLD,
+        metrics=METRICS, control_seeds=CONTROL_SEEDS, out=OUT, batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH,
+        max_new_tokens=MAX_NEW_TOKENS)
+    p.add_argument("--targets", help="languages whose experts are masked, as bn,de or bn+sw (default: those of the dumps)")
+    p.add_argument("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, middle, last tenth)")
+    p.add_argument("--experts", choices=["exclusive", "shared", "random"], default="exclusive", help="which are masked: "
+                   "exclusive to the target; shared among all; as many random ones (default: %(default)s)")
+    args = p.parse_args()
+
+    dumps = analyze.load_languages(args.routing)
+    args.experts_per_language = args.experts_per_language or analyze.default_experts_per_language(dumps[0]["num_experts"])
+    names, layers = [dump["language"] for dump in dumps], dumps[0]["layers"]
+    bands = analyze.parse_bands(args.bands, layers)
+    frequency = analyze.activation_frequency([dump["counts"] for dump in dumps], [dump["num_tokens"] for dump in dumps])
+    share = analyze.language_shares(frequency, args.experts_per_language)
+    targets = ["shared"] if args.experts == "shared" else args.targets.split(",") if args.targets else names
+    for name in {name for target in targets for name in target.split("+")} - {"shared"}:
+        if name not in names:
+            raise common.InputError(f"no routing for '{name}' among the dumps; run: python capture.py --languages {name}")
+    exclusive = {target: exclusive_to(share, names, target, args.threshold) for target in targets if target != "shared"}
+    exclusive["shared"] = analyze.shared_experts(share, args.threshold)
+    experiment = common.Experiment(args, dumps)
+
+    plan = []  # (band, target, language, cell name, settings, masks)
+    for band, rows in bands.items():
+        for target in targets:
+            for language in experiment.tasks:
+                chosen = exclusive[target] & rows[:, None]
+                of = names.index(language) if language in names else None
+                source = frequency[of] if of is not None else frequency.mean(0)
+                if args.experts == "random":
+                    used = frequency[[names.index(name) for name in target.split("+")]].sum(0) > 0
+                    chosen = random_control(chosen, used, args.control_seeds)
+                cells = [("masked", args.experts, chosen)]
+                if is_own(target, language):
+                    cells += [(f"random{seed}", f"random-seed{seed}", random_control(chosen, source > 0, seed))
+                              for seed in range(args.control_seeds)]
+                    cells += [("matched", "usage-matched", usage_matched_control(chosen, ~exclusive[target], source))]
+                for key, kind, mask in cells:
+                    settings = {"experiment": "ablate", "band": layers[rows].tolist(), "target": target, "experts": kind,
+                                "of": args.experts}
+                    plan.append((band, target, language, key, f"{band}-{kind}-{target}", settings, as_masks(mask, layers)))
+    for *_, masks in plan:
+        common.check_edit(masks, {}, "proportional", experiment.shape)
+
+    print(f"{args.model}  {len(plan)} cells  {args.experts} experts  experts_per_language {args.experts_per_language}  "
+          f"threshold {args.threshold}  {', '.join(f'{band} {analyze.describe(layers[rows])}' for band, rows in bands.items())}")
+    effects = {}
+    for band, target, language, key, name, settings, masks in tqdm(plan, unit="cell", leave=False):
+        base, cells = effects.setdefault(band, {}).setdefault(
+            (target, language), (experiment.cell(language, "baseline", {}), {}))
+        # a mask without experts changes nothing: the baseline is its result
+        cells[key] = experiment.cell(language, name, settings, masks=masks) if masks else base
+        if key == "masked":
+            cells["experts"] = sum(map(len, masks.values()))
+    own = [(target, language) for target in targets for language in experiment.tasks if is_own(target, language)]
+    for metric in base:
+        for band, rows in bands.items():
+            print_band(f"{band} (layers {analyze.describe(layers[rows])})", experiment.tasks, targets, own, effects[band], metric)
+    print(f"\n{args.out}")
+
+
+def is_own(target, language):
+    return target == "shared" or language in target.split("+")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (common.InputError, analyze.InputError) as error:
+        sys.exit(f"error: {error}")

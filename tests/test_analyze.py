@@ -1,0 +1,215 @@
+"""The definitions of arXiv 2601.14050 on arrays worked by hand, and what analyze.py reads and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+import analyze
+from analyze import (InputError, activation_frequency, exclusive_experts, jensen_shannon_similarity, language_shares,
+                     load_languages, load_routing, parse_bands, shared_experts)
+
+
+def test_frequency_is_the_part_of_tokens_and_rows_sum_to_top_k():
+    assert activation_frequency([[3, 1, 4]], 4).tolist() == [[0.75, 0.25, 1.0]]  # top_k 2
+    two = activation_frequency([[[3, 1]], [[1, 9]]], [4, 10])
+    assert two.tolist() == [[[0.75, 0.25]], [[0.1, 0.9]]]
+
+
+def test_shares_keep_only_the_most_frequent_experts():
+    # expert:             0    1    2
+    frequency = np.array([[[0.6, 0.3, 0.1]], [[0.2, 0.3, 0.5]]])
+    share = language_shares(frequency, 2)  # the first keeps 0 and 1, the second 2 and 1
+    np.testing.assert_allclose(share, [[[1, 0.5, 0]], [[0, 0.5, 1]]])
+
+
+def test_of_equally_frequent_experts_the_lower_index_is_kept():
+    share = language_shares(np.array([[[0.25, 0.25, 0.25, 0.25]], [[0.1, 0.4, 0.1, 0.4]]]), 2)
+    np.testing.assert_allclose(share[0] > 0, [[True, True, False, False]])
+    np.testing.assert_allclose(share[1] > 0, [[False, True, False, True]])
+    np.testing.assert_allclose(share[:, 0, 1], [0.25 / 0.65, 0.4 / 0.65])
+
+
+def test_shares_of_kept_experts_sum_to_one_and_others_to_zero():
+    frequency = np.random.default_rng(0).dirichlet(np.ones(16), size=(5, 3))
+    total = language_shares(frequency, 4).sum(0)
+    assert np.all(np.isclose(total, 1) | (total == 0)) and 0 < (total == 0).mean() < 1
+
+
+def test_an_expert_that_is_never_used_is_nobodys():
+    share = language_shares(np.array([[[1.0, 0.0]], [[1.0, 0.0]]]), 2)
+    assert share[:, 0, 1].tolist() == [0, 0]
+    assert not shared_experts(share, 0.6)[0, 1] and not exclusive_experts(share, 0.4)[:, 0, 1].any()
+
+
+def test_exclusive_is_above_the_threshold_and_shared_below_it():
+    share = np.array([[[0.7, 0.5, 0.4, 0.0]], [[0.3, 0.5, 0.3, 0.0]], [[0.0, 0.0, 0.3, 0.0]]])
+    assert exclusive_experts(share, 0.5).astype(int).tolist() == [[[1, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 0, 0, 0]]]
+    assert shared_experts(share, 0.5).astype(int).tolist() == [[0, 0, 1, 0]]  # .5 itself is neither
+    together = exclusive_experts(share[[0, 1]].sum(0), 0.65)
+    assert together.astype(int).tolist() == [[1, 1, 1, 0]]
+
+
+def test_similarity_by_hand():
+    half = np.array([0.5, 0.5, 0.0])
+    assert jensen_shannon_similarity(half, half) == pytest.approx(1)
+    assert jensen_shannon_similarity(half, np.array([0, 0, 1.0])) == pytest.approx(0)
+    # middle (.25, .5, .25): entropy 1.5 bits; both have 1 bit; JSD = 1.5 - 1
+    assert jensen_shannon_similarity(half, np.array([0, 0.5, 0.5])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("n, early, middle, late", [
+    (48, range(0, 5), range(22, 27), range(43, 48)),  # the paper's for Qwen3-30B-A3B
+    (8, [0], [4], [7]),
+    (1, [0], [0], [0]),
+])
+def test_default_bands_are_the_first_middle_and_last_tenth(n, early, middle, late):
+    bands = parse_bands(None, np.arange(n))
+    assert {name: np.flatnonzero(rows).tolist() for name, rows in bands.items()} == {
+        "early": list(early), "middle": list(middle), "late": list(late)}
+
+
+def test_a_band_counts_decoder_layers_and_skips_dense_ones():
+    layers = np.array([1, 2, 5, 6])
+    assert parse_bands(["a=0-2", "3-5"], layers)["a"].tolist() == [True, True, False, False]
+    assert parse_bands(["a=0-2", "3-5"], layers)["3-5"].tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("band", ["a=3-4", "a=5-2", "a=5-7", "a=5", "a=x-y"])
+def test_a_band_without_layers_is_refused(band):
+    with pytest.raises(InputError, match=r"band 'a="):
+        parse_bands([band], np.array([1, 2, 5, 6]))
+
+
+@pytest.mark.parametrize("threshold", [0, 1, -1, float("nan")])
+def test_a_threshold_out_of_range_is_refused(threshold):
+    with pytest.raises(InputError, match="threshold"):
+        shared_experts(np.zeros((2, 1, 4)), threshold)
+
+
+@pytest.mark.parametrize("experts", [0, 5])
+def test_experts_per_language_out_of_range_is_refused(experts):
+    with pytest.raises(InputError, match="experts_per_language"):
+        language_shares(np.zeros((2, 1, 4)), experts)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+def write(path, selected, language="xx", num_experts=4, **more):
+    meta = json.dumps({"language": language, "num_experts": num_experts} | more.pop("meta", {}))
+    np.savez(path, selected_experts=np.array(selected, np.uint8), meta=meta, **more)
+    return str(path)
+
+
+IDS = [[[0, 1], [2, 3]], [[1, 0], [2, 1]], [[0, 3], [2, 0]]]  # 3 tokens, 2 layers, top_k 2
+
+
+def test_a_dump_with_only_ids_and_meta_is_counted(tmp_path):
+    dump = load_routing(write(tmp_path / "a.npz", IDS))
+    assert dump["counts"].tolist() == [[3, 2, 0, 1], [1, 1, 3, 1]]
+    assert (dump["num_tokens"], dump["top_k"], dump["num_experts"], dump["language"]) == (3, 2, 4, "xx")
+    assert dump["layers"].tolist() == [0, 1]
+
+
+def test_a_label_renames_a_dump(tmp_path):
+    assert load_routing("de=" + write(tmp_path / "a.npz", IDS))["language"] == "de"
+
+
+def test_prompt_and_response_add_up_to_all(tmp_path):
+    path = write(tmp_path / "a.npz", IDS, sequence_offsets=[0, 2, 3], prompt_lengths=[1, 1])
+    prompt, response = load_routing(path, "prompt"), load_routing(path, "response")
+    assert (prompt["num_tokens"], response["num_tokens"]) == (2, 1)
+    assert response["counts"].tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]  # only the second token
+    assert (prompt["counts"] + response["counts"]).tolist() == load_routing(path)["counts"].tolist()
+
+
+def test_recorder_json_is_read(tmp_path):
+    layer = {"1": {"activation_tokens": 2}, "0": {"activation_tokens": 4}, "10": {"activation_tokens": 0},
+             "2": {"activation_tokens": 1}, "total_tokens": 4}
+    path = tmp_path / "mgsm_sw.json"
+    path.write_text(json.dumps({"10": layer, "2": layer}))
+    dump = load_routing(str(path))
+    assert dump["counts"].tolist() == [[4, 2, 1, 0]] * 2
+    assert dump["layers"].tolist() == [2, 10] and dump["language"] == "mgsm_sw" and dump["top_k"] == 2
+
+
+def test_shards_add_up(tmp_path):
+    one = write(tmp_path / "1.npz", IDS[:1], meta={"shard": "1/2"})
+    two = write(tmp_path / "2.npz", IDS[1:], meta={"shard": "2/2"})
+    whole = load_languages([write(tmp_path / "w.npz", IDS)])[0]
+    added = load_languages([two, one])[0]
+    assert np.array_equal(added["counts"], whole["counts"]) and added["num_tokens"] == whole["num_tokens"]
+
+
+@pytest.mark.parametrize("shards", [["1/1", "1/1"], ["1/3", "2/3"], ["1/2", "1/2"], ["1/2"]])
+def test_a_language_twice_or_shards_that_are_no_whole_are_refused(tmp_path, shards):
+    paths = [write(tmp_path / f"{i}.npz", IDS, meta={"shard": shard}) for i, shard in enumerate(shards)]
+    with pytest.raises(InputError, match="not one whole"):
+        load_languages(paths)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(num_experts=5), "num_experts 5"),
+    (dict(meta={"revision": "other"}), "different models"),
+    (dict(layers=np.array([3, 4])), "other layers"),
+])
+def test_dumps_of_different_models_are_refused(tmp_path, change, message):
+    first, second = write(tmp_path / "a.npz", IDS, "aa"), write(tmp_path / "b.npz", IDS, "bb", **change)
+    with pytest.raises(InputError, match=message):
+        load_languages([first, second])
+
+
+def test_counts_that_do_not_add_up_are_refused(tmp_path):
+    path = write(tmp_path / "a.npz", IDS, counts=[[3, 2, 0, 2], [1, 1, 3, 1]], sequence_offsets=[0, 3], meta={"top_k": 2})
+    with pytest.raises(InputError, match="do not add up"):
+        load_routing(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04cut off"])
+def test_a_file_that_is_no_dump_is_refused(tmp_path, content):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(InputError, match="a.npz is not a routing dump"):
+        load_routing(str(tmp_path / "a.npz"))
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    np.savez(tmp_path / "a.npz", meta=np.array({"a": 1}, dtype=object), counts=np.ones((1, 2)))
+    with pytest.raises(InputError, match="is not a routing dump"):
+        load_routing(str(tmp_path / "a.npz"))
+
+
+def test_analysis_holds_what_is_printed(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for language in ("aa", "bb", "cc"):
+        ids = np.stack([rng.permutation(16)[:2] for _ in range(50 * 4)]).reshape(50, 4, 2)
+        write(tmp_path / f"{language}.npz", ids, language, 16)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["analyze.py", "aa.npz", "bb.npz", "cc.npz", "--bands", "low=0-1", "--threshold", "0.6"])
+    analyze.main()
+    printed = capsys.readouterr().out
+    with np.load("analysis.npz", allow_pickle=False) as result:
+        assert result["languages"].tolist() == ["aa", "bb", "cc"] and result["layers"].tolist() == [0, 1, 2, 3]
+        assert result["similarity"].shape == (4, 3, 3) and result["entropy"].shape == (3, 4)
+        assert result["frequency"].shape == result["share"].shape == result["exclusive"].shape == (3, 4, 16)
+        assert result["shared"].shape == (4, 16)
+        np.testing.assert_allclose(result["frequency"].sum(-1), 2)
+        meta = json.loads(str(result["meta"]))
+        totals = [*result["exclusive"].sum((1, 2))]
+        assert f"{result['shared'].sum():>8}" + " " * 12 + "".join(f"{n:>6}" for n in totals) in printed
+    assert meta["bands"] == {"low": [0, 1]} and meta["experts_per_language"] == 2
+    assert [i["language"] for i in meta["inputs"]] == ["aa", "bb", "cc"] and len(meta["inputs"][0]["sha256"][0]) == 64
+
+
+def test_one_language_alone_is_analyzed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["analyze.py", write("a.npz", IDS)])
+    analyze.main()
+    assert "nan" in capsys.readouterr().out  # no pair to compare
+
+
+def test_analyze_needs_nothing_but_numpy_and_tqdm():
+    import ast
+    tree = ast.parse(open(analyze.__file__, encoding="utf-8").read())
+    imported = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
+                for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    assert not imported & {"torch", "transformers", "common", "capture"} and {"numpy", "tqdm"} <= imported
