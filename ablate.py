@@ -33,7 +33,7 @@ METRICS = ["prompt_nll"]             # prompt_nll answer_nll accuracy language
 CONTROL_SEEDS = 5                    # random draws; one alone would mislead
 BATCH_TOKENS = 8192                  # per forward pass, padding included
 MAX_LENGTH = 4096                    # tokens of a prompt
-MAX_NEW_TOKENS = 512                 # tokens of a response
+MAX_NEW_TOKENS = None                # tokens of a response; None: as the checkpoint's generation config says, or 512
 OUT = "results/ablate.jsonl"
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def print_band(title, languages, targets, own, effects, metric):
             base, cells = effects[target, language]
             line += f"{np.nanmean(cells['masked'][metric] - base[metric]):>+{width}.3f}"
         print(line)
-    print(f"own language   experts  change  random (least most)        usage-matched  beyond random, 95 % interval")
+    print("own language   experts  change  random (least most)        usage-matched  beyond random, 95 % interval")
     for target, language in own:
         base, cells = effects[target, language]
         masked = cells["masked"][metric] - base[metric]
@@ -164,7 +164,7 @@ def main():
         if key == "masked":
             cells["experts"] = sum(map(len, masks.values()))
     own = [(target, language) for target in targets for language in experiment.tasks if is_own(target, language)]
-    for metric in base:
+    for metric in [metric for metric in (*args.metrics, "f1") if metric in base]:
         for band, rows in bands.items():
             print_band(f"{band} (layers {analyze.describe(layers[rows])})", experiment.tasks, targets, own, effects[band], metric)
     print(f"\n{args.out}")

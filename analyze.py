@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -50,7 +51,7 @@ def load_routing(path, part="all"):
         raise InputError(f"no such dump: {path}; run: python capture.py")
     try:
         dump = read_recorder_json(path) if path.endswith(".json") else read_dump(path, part)
-    except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not a routing dump ({type(error).__name__}: {error})") from error

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def is_done(path, meta, overwrite):
     try:
         with np.load(path, allow_pickle=False) as file:
             there = json.loads(str(file["meta"]))
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
         raise InputError(f"{path} is not a routing dump; move it away or add --overwrite") from error
     differ = [f"{key} {there.get(key)} there, {meta[key]} now" for key in SETTINGS if there.get(key) != meta[key]]
     if differ:

@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 class InputError(ValueError):
@@ -77,8 +78,9 @@ def load_model(name, dtype="auto", device=None):
         if device == "auto":
             raise InputError("--device auto spreads a model over several GPUs; run: pip install accelerate") from error
         placement = {}
+    experts = {"experts_implementation": "eager"} if dtype == "float64" else {}  # grouped_mm knows no float64
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **placement)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **placement, **experts)
     except OSError as error:
         raise InputError(f"cannot load the weights of model '{name}': {first_line(error)}") from error
     return (model if placement else model.to(device)).eval(), tokenizer
@@ -464,6 +466,7 @@ def length_batches(lengths, batch_tokens):
 
 # ------------------------------------------------------------------------------------------------------------ the scores
 
+MAX_NEW_TOKENS = 512  # of a response, where neither flag nor checkpoint says
 METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
 COMMA_DECIMAL = set("cs da de el es fi fr id it nb nl pl pt ru sv tr uk vi "
                     "ces dan deu ell spa fin fra ind ita nob nld pol por rus swe tur ukr vie".split())
@@ -485,14 +488,14 @@ def last_number(text, language=None):
     """The last number in the last \\boxed{} of a text, or else in the text, as an exact Decimal; None if there is none.
 
     Separators of thousands go: "2,125", "1,00,000", and "2.125" or "2 125" in languages that write a decimal comma. A
-    minus counts unless a digit, a letter or a parenthesis stands before it: "14-9" ends in 9.
+    minus counts unless a digit, a Latin letter or a parenthesis stands before it: "14-9" ends in 9.
     """
     text = plain_digits(text)
     boxed = re.findall(r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}", text)
     if boxed:
         text = boxed[-1].replace("{,}", ",")
     thousands, decimal = ("[.,' \x1f]", "[.,]") if base_language(language) in COMMA_DECIMAL else ("[,'\x1f]", "[.]")
-    numbers = re.findall(rf"((?<![\w)])- ?[$€£¥৳]?)?(\d{{1,3}}(?:{thousands}\d{{3}})+(?!\d)|\d{{1,2}}(?:,\d\d)+,\d{{3}}(?!\d)|\d+)"
+    numbers = re.findall(rf"((?<![0-9A-Za-z)])- ?[$€£¥৳]?)?(\d{{1,3}}(?:{thousands}\d{{3}})+(?!\d)|\d{{1,2}}(?:,\d\d)+,\d{{3}}(?!\d)|\d+)"
                          rf"(?:{decimal}(\d+))?", text)
     if not numbers:
         return None
@@ -564,7 +567,7 @@ def right_padded(sequences, device):
 
 
 @torch.inference_mode()
-def negative_log_likelihood(model, encoded, batch_tokens, progress=None):
+def negative_log_likelihood(model, encoded, batch_tokens):
     """Nats per token and bits per byte of each prompt's own text, and of its gold answer given the prompt.
 
     -> {"prompt_nll", "prompt_bits_per_byte", "answer_nll", "answer_bits_per_byte"}: float64 (examples,), nan where
@@ -587,8 +590,6 @@ def negative_log_likelihood(model, encoded, batch_tokens, progress=None):
                     own = nll[row, max(start, 1) - 1:stop - 1]
                     result[f"{part}_nll"][i] = own.mean()
                     result[f"{part}_bits_per_byte"][i] = own.sum() / math.log(2) / len(text.encode())
-        if progress is not None:
-            progress.update(len(batch))
     return result
 
 
@@ -609,14 +610,16 @@ def choose_letters(model, tokenizer, encoded, batch_tokens, letters="ABCD"):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=None, seed=0, progress=None):
-    """The model's response to each prompt, as text. Padding stands on the left; greedy unless sampling is given, as
+def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=None, seed=0):
+    """The model's response to each prompt, as text, and how many were cut off at max_new_tokens. Padding stands on the left; greedy unless sampling is given, as
     {"temperature": .7, "top_p": .8, "top_k": 20}. The same seed on the same prompts draws the same.
     """
     torch.manual_seed(seed)
     how = {"do_sample": True, **sampling} if sampling else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    responses = [""] * len(encoded)
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([tokenizer.eos_token_id] if ends is None else ends if isinstance(ends, list) else [ends])
+    responses, cut = [""] * len(encoded), 0
     lengths = [len(e["ids"]) for e in encoded]
     for batch in length_batches([n + max_new_tokens for n in lengths], batch_tokens):
         longest = max(lengths[i] for i in batch)
@@ -624,22 +627,21 @@ def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=N
         mask = torch.arange(longest) >= torch.tensor([longest - lengths[i] for i in batch])[:, None]
         out = model.generate(input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device),
                              max_new_tokens=max_new_tokens, pad_token_id=pad, **how)
+        cut += int((~torch.isin(out[:, longest:].cpu(), ends).any(1)).sum()) if out.shape[1] == longest + max_new_tokens else 0
         for i, text in zip(batch, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)):
             responses[i] = text
-        if progress is not None:
-            progress.update(len(batch))
-    return responses
+    return responses, cut
 
 
-def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, max_new_tokens=512, sampling=None, seed=0,
-             progress=None):
-    """Scores of each example, {metric: float64 (examples,)}, and the responses (None where none were generated).
+def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, max_new_tokens=512, sampling=None, seed=0):
+    """Scores of each example, {metric: float64 (examples,)}, the responses (None where none were generated), and how
+    many of them were cut off at max_new_tokens.
 
     accuracy is 1 or 0: the number, the letter, or the exact span; spans have f1 beside it. See METRICS.
     """
-    scores, responses = {}, None
+    scores, responses, cut = {}, None, 0
     if any(metric.endswith("_nll") for metric in metrics):
-        likelihood = negative_log_likelihood(model, encoded, batch_tokens, progress)
+        likelihood = negative_log_likelihood(model, encoded, batch_tokens)
         for part in ("prompt", "answer"):
             if f"{part}_nll" in metrics:
                 scores |= {name: values for name, values in likelihood.items() if name.startswith(part)}
@@ -648,7 +650,7 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, ma
         chosen = choose_letters(model, tokenizer, encoded, batch_tokens)
         scores["accuracy"] = np.array([float(c == e["answer"]) for c, e in zip(chosen, encoded)])
     elif "accuracy" in metrics or "language" in metrics:
-        responses = generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling, seed, progress)
+        responses, cut = generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling, seed)
         if "accuracy" in metrics and kinds == {"number"}:
             scores["accuracy"] = np.array([float(last_number(r, language) == last_number(e["answer"]))
                                            for r, e in zip(responses, encoded)])
@@ -658,7 +660,7 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, ma
                 [span_scores(r, g, language) for r, g in zip(responses, golds)]).T
         if "language" in metrics:
             scores["language"] = np.array(in_language(responses, language))
-    return scores, responses
+    return scores, responses, cut
 
 
 def check_metrics(metrics, encoded, path):
@@ -750,7 +752,7 @@ def add_task_arguments(p, **defaults):
     add("--out", help="results, a line of JSON per cell; cells that are there are not run again (default: %(default)s)")
     add("--batch-tokens", type=positive, help="tokens per forward pass (default: %(default)s)")
     add("--max-length", type=positive, help="refuse longer prompts (default: %(default)s tokens)")
-    add("--max-new-tokens", type=positive, help="of a response (default: %(default)s)")
+    add("--max-new-tokens", type=positive, help=f"of a response (default: the checkpoint's generation config, or {MAX_NEW_TOKENS})")
     add("--temperature", type=float, help="sample; the paper: 0.7 with --top-p 0.8 --top-k-sampling 20 (default: greedy)")
     add("--top-p", type=float, help="with --temperature")
     add("--top-k-sampling", type=positive, help="with --temperature")
@@ -771,6 +773,10 @@ class Experiment:
         self.args, self.model = args, None
         config, self.tokenizer, self.shape = load_config(args.model)
         self.rows = load_rows(args.out)
+        if args.max_new_tokens is None:
+            with contextlib.suppress(OSError):
+                args.max_new_tokens = GenerationConfig.from_pretrained(args.model).max_new_tokens
+            args.max_new_tokens = args.max_new_tokens or MAX_NEW_TOKENS
         sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k_sampling}
         self.sampling = {key: value for key, value in sampling.items() if value is not None}
         if self.sampling and not args.temperature:
@@ -808,8 +814,9 @@ class Experiment:
         if row is None:
             self.load()
             with edit_routing(self.model, **edit, count_moved=False) if edit else contextlib.nullcontext():
-                scores, responses = evaluate(self.model, self.tokenizer, encoded, self.args.metrics, language,
-                                             self.args.batch_tokens, self.args.max_new_tokens, self.sampling, self.args.seed)
+                scores, responses, cut = evaluate(
+                    self.model, self.tokenizer, encoded, self.args.metrics, language, self.args.batch_tokens,
+                    self.args.max_new_tokens, self.sampling, self.args.seed)
             row = {"cell": name, "settings": settings, "arguments": vars(self.args),
                    "mean": {metric: float(np.nanmean(s)) for metric, s in scores.items()}}
             if edit:
@@ -821,6 +828,10 @@ class Experiment:
             if responses is not None:
                 row["predictions"] = str(Path(self.args.out).with_suffix("") / name / f"{language}.jsonl")
                 save_predictions(row["predictions"], encoded, responses, scores.get("accuracy", [None] * len(encoded)))
+                row["cut_responses"] = cut
+                if cut and not edit:
+                    tqdm.write(f"{language}: {cut} of {len(encoded)} responses were cut at {self.args.max_new_tokens} tokens; "
+                               "see --max-new-tokens")
             row["scores"] = {metric: np.round(s, 6).tolist() for metric, s in scores.items()}
             Path(self.args.out).parent.mkdir(parents=True, exist_ok=True)
             append_row(self.args.out, row)

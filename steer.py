@@ -40,7 +40,7 @@ METRICS = ["accuracy"]               # prompt_nll answer_nll accuracy language
 CONTROL_SEEDS = 5                    # random draws; one alone would mislead
 BATCH_TOKENS = 16384                 # per forward pass, padding included
 MAX_LENGTH = 4096                    # tokens of a prompt
-MAX_NEW_TOKENS = 512                 # tokens of a response
+MAX_NEW_TOKENS = None                # tokens of a response; None: as the checkpoint's generation config says, or 512
 OUT = "results/steer.jsonl"
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ def main():
             base[language] = experiment.cell(language, "baseline", {})
             progress.update()
         steered = {strength: run("shared", strength, coefficients) for strength in args.lambdas}
-        metric = next(iter(base[languages[0]]))
+        metric = args.metrics[0]
         # with several lambdas, even examples choose and odd ones report
         chooses, reports = (slice(0, None, 2), slice(1, None, 2)) if len(args.lambdas) > 1 else (slice(None), slice(None))
         sign = -1 if metric.endswith(("nll", "per_byte")) else 1
@@ -195,7 +195,7 @@ def main():
     if len(args.lambdas) > 1:
         print("\nchosen on the even examples: lambda", best, " (mean change of", metric + ":",
               ", ".join(f"{strength} {sign * g:+.4f}" for strength, g in gain.items()) + "); reported on the odd ones")
-    for metric in base[languages[0]]:
+    for metric in [metric for metric in (*args.metrics, "f1") if metric in base[languages[0]]]:
         print(f"\n{metric}, lambda {best}\n{'':<9}{'unsteered':>9}{'steered':>9}{'change':>9} {'95 % interval':<17}"
               f"{'random':>8} ({'least':<6} {'most':<6}" + (f"){'fixed':>7}{'broken':>8}{'p':>7}" if metric == "accuracy" else ")"))
         rows = {"": steered[best]} | {f"band {band}": scores for band, scores in bands.items()}

@@ -415,6 +415,7 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     train(model, tokenizer, args.seed)
     model = model.to(torch.bfloat16)  # half the file; but on a CPU float32 is faster, so that is what loads by default
+    model.generation_config.max_new_tokens = 32
     model.save_pretrained(args.out)
     model.config.dtype = torch.float32
     model.config.save_pretrained(args.out)

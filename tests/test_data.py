@@ -15,22 +15,22 @@ def write(path, text):
 
 def test_tsv_jsonl_and_txt_are_read(tmp_path):
     assert read_examples(write(tmp_path / "a.tsv", "How many?\t2,125\nTab\tin it\t-3\r\n")) == [
-        {"prompt": "How many?", "answer": "2,125"}, {"prompt": "Tab\tin it", "answer": "-3"}]
+        {"prompt": "How many?", "answer": "2,125", "kind": "number"}, {"prompt": "Tab\tin it", "answer": "-3", "kind": "number"}]
     assert read_examples(write(tmp_path / "a.txt", "one\ntwo\n\n")) == [{"prompt": "one"}, {"prompt": "two"}]
     rows = '{"prompt": "p", "response": "r", "answer": 5}\n{"question": "q"}\n{"text": "t\\u2028x"}\n'
     assert read_examples(write(tmp_path / "a.jsonl", rows)) == [
-        {"prompt": "p", "response": "r", "answer": "5"}, {"prompt": "q"}, {"prompt": "t\u2028x"}]
+        {"prompt": "p", "response": "r", "answer": "5", "kind": "number"}, {"prompt": "q"}, {"prompt": "t\u2028x"}]
 
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.tsv", "one\t1\ntwo 2\n", r"a\.tsv:2: no tab"),
     ("a.tsv", "\t1\n", r"a\.tsv:1: an empty prompt"),
-    ("a.txt", "one\n\ntwo\n", r"a\.txt:2: an empty line"),
+    ("a.txt", "one\n\ntwo\n", r"a\.txt:2: an empty prompt"),
     ("a.txt", "", r"a\.txt: no prompts"),
     ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8 at byte 0"),
     ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
     ("a.jsonl", '{"words": "a"}\n', r'a\.jsonl:1: no "prompt"'),
-    ("a.csv", "a,b\n", r"a\.csv: cannot read \.csv"),
+    ("a.csv", "a,b\n", r"a\.csv: cannot read '\.csv'"),
 ])
 def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message):

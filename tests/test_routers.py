@@ -12,7 +12,7 @@ SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_laye
 LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4,
               moe_intermediate_size=24, first_k_dense_replace=1, n_shared_experts=1, n_routed_experts=8)
 FAMILIES = {
-    "qwen3_moe": Qwen3MoeConfig(**SIZE, num_experts=8, moe_intermediate_size=24, mlp_only_layers=[1]),
+    "qwen3_moe": Qwen3MoeConfig(**SIZE, num_experts=8, moe_intermediate_size=24, mlp_only_layers=[1], norm_topk_prob=True),
     "qwen2_moe": Qwen2MoeConfig(**SIZE, num_experts=8, moe_intermediate_size=24, shared_expert_intermediate_size=24),
     "olmoe": OlmoeConfig(**SIZE, num_experts=8),
     "mixtral": MixtralConfig(**SIZE, num_local_experts=8),

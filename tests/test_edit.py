@@ -1,0 +1,239 @@
+"""An edit of the routing does what its formula says, proves that it took hold, and leaves no trace."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import InputError, RULES, edit_routing, find_routers, record_routing
+from test_routers import FAMILIES, build, family, what_experts_get  # noqa: F401  family is a fixture
+
+IDS = torch.arange(1, 21).view(2, 10)
+
+
+def routing(model, ids=IDS):
+    """{layer: (logits, weights, selected)} of one forward pass."""
+    calls = {}
+    with torch.inference_mode(), record_routing(model, lambda layer, *output: calls.__setitem__(layer, output)):
+        model(ids)
+    return calls
+
+
+def outputs(model):
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def used_most(model, layer, n=1):
+    return routing(model)[layer][2].flatten().bincount(minlength=8).argsort(descending=True)[:n].tolist()
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return build(FAMILIES["qwen3_moe"])  # MoE layers 0 and 2, 8 experts, top_k 2
+
+
+# ------------------------------------------------------------------------------------------------------- in every family
+
+def test_a_masked_expert_is_never_selected_and_the_rest_is_scored_as_ever(family):  # noqa: F811
+    _, model = family
+    masks = {layer: used_most(model, layer, 2) for layer in find_routers(model)}
+    received = what_experts_get(model)
+    with edit_routing(model, masks=masks):
+        edited = routing(model)
+    assert len(received) == len(edited)
+    for (layer, (_, weights, selected)), (index, given) in zip(edited.items(), received):
+        assert not torch.isin(selected, torch.tensor(masks[layer])).any()
+        assert torch.equal(index, selected) and torch.equal(given, weights) and torch.isfinite(weights).all()
+        assert all(len(set(row)) == 2 for row in selected.tolist())
+
+
+def test_a_strong_boost_gets_an_expert_selected_by_every_token(family):  # noqa: F811
+    name, model = family
+    if name == "deepseek_v3":
+        pytest.skip("its groups compete by their two best experts: one expert, however strong, need not win the group")
+    layer = list(find_routers(model))[-1]
+    boost = np.zeros(8)
+    boost[5] = 1
+    with edit_routing(model, boosts={layer: boost}, rule="hard") as moved:
+        edited = routing(model)
+    assert (edited[layer][2] == 5).any(-1).all() and 0 < moved[layer] <= 1
+
+
+def test_a_zero_boost_changes_no_bit(family):  # noqa: F811
+    _, model = family
+    plain = outputs(model)
+    for rule in RULES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with edit_routing(model, boosts={layer: np.zeros(8) for layer in find_routers(model)}, rule=rule) as moved:
+                assert torch.equal(outputs(model), plain)
+        assert set(moved.values()) == {0}
+
+
+def test_leaving_the_block_restores_the_model_also_after_an_exception(family):  # noqa: F811
+    _, model = family
+    plain, last = outputs(model), list(find_routers(model))[-1]
+    with edit_routing(model, masks={last: used_most(model, last)}):
+        assert not torch.equal(outputs(model), plain)
+    assert torch.equal(outputs(model), plain)
+    with pytest.raises(ZeroDivisionError):
+        with edit_routing(model, masks={last: [0]}):
+            1 / 0
+    assert torch.equal(outputs(model), plain)
+    assert not any("forward" in router.__dict__ for router in find_routers(model).values())
+
+
+def test_a_bias_behind_the_scores_cannot_bring_a_masked_expert_back():
+    model = build(FAMILIES["deepseek_v3"])
+    router = find_routers(model)[2]
+    router.e_score_correction_bias[3] = 50.0
+    assert (routing(model)[2][2] == 3).any(-1).all()
+    with edit_routing(model, masks={2: [3]}):
+        assert not (routing(model)[2][2] == 3).any()
+
+
+# ------------------------------------------------------------------------------------- exact, against the router's weight
+
+def by_hand(router, hidden, change):
+    """Qwen3-MoE's routing from its weight and a change of the logits, in float64."""
+    logits = change(F.linear(hidden.double(), router.weight.double()))
+    top, selected = logits.softmax(-1).topk(2, -1)
+    return top / top.sum(-1, keepdim=True), selected
+
+
+@pytest.mark.parametrize("rule, formula", [
+    ("proportional", lambda z, b: z + b * abs(z)),
+    ("soft", lambda z, b: z + b * np.std(z, axis=-1, ddof=1, keepdims=True)),
+    ("hard", lambda z, b: np.where(b > 0, z.max(-1, keepdims=True) + 1, np.where(b < 0, z.min(-1, keepdims=True) - 1, z))),
+])
+def test_edited_selections_follow_the_rule(qwen, rule, formula):
+    boost = np.array([0, 0.4, 0, -0.7, 0.9, 0, 0, 0.1])
+    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    router = find_routers(qwen)[2]
+    with torch.inference_mode(), edit_routing(qwen, boosts={0: boost, 2: boost}, rule=rule):
+        find_routers(qwen)[0](hidden)  # both edited routers are called
+        _, weights, selected = router(hidden)
+    expected_weights, expected = by_hand(router, hidden, lambda z: torch.tensor(formula(z.detach().numpy(), boost)))
+    if rule == "hard":  # three experts are tied at the top: any two of them
+        assert torch.isin(selected, torch.tensor([1, 4, 7])).all()
+    else:
+        assert torch.equal(selected, expected)
+        torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_masked_routing_is_the_softmax_over_the_others(qwen):
+    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+    router = find_routers(qwen)[0]
+    with torch.inference_mode(), edit_routing(qwen, masks={0: [1, 6]}, boosts={0: np.full(8, 0.3)}):
+        _, weights, selected = router(hidden)
+
+    def change(z):
+        z = z + 0.3 * z.abs()
+        z[:, [1, 6]] = -1e9
+        return z
+
+    expected_weights, expected = by_hand(router, hidden, change)
+    assert torch.equal(selected, expected)
+    torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_other_layers_routers_are_untouched(qwen):
+    plain = routing(qwen)
+    with edit_routing(qwen, masks={2: used_most(qwen, 2)}):
+        edited = routing(qwen)
+    assert torch.equal(edited[0][0], plain[0][0]) and torch.equal(edited[0][2], plain[0][2])
+    assert not torch.equal(edited[2][2], plain[2][2])
+
+
+def test_edits_nest(qwen):
+    a, b = used_most(qwen, 0, 2)
+    with edit_routing(qwen, masks={0: [a]}):
+        with edit_routing(qwen, masks={0: [b]}):
+            assert not torch.isin(routing(qwen)[0][2], torch.tensor([a, b])).any()
+        inside = routing(qwen)[0][2]
+        assert (inside == b).any() and not (inside == a).any()
+    assert (routing(qwen)[0][2] == a).any()
+
+
+def test_it_works_in_bfloat16_and_changes_no_bit_at_zero():
+    model = build(FAMILIES["qwen3_moe"]).to(torch.bfloat16)
+    plain = outputs(model)
+    with pytest.warns(UserWarning, match="moved no selection"):
+        with edit_routing(model, boosts={0: np.zeros(8)}):
+            assert torch.equal(outputs(model), plain)
+    boost = np.eye(8)[3]
+    with edit_routing(model, boosts={0: boost}, rule="hard"), torch.inference_mode():
+        assert (routing(model)[0][2] == 3).any(-1).all()
+
+
+def test_it_works_in_generate():
+    model = build(FAMILIES["qwen3_moe"])
+    mask, seen = used_most(model, 0, 3), []
+    arguments = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    plain = model.generate(IDS, **arguments)
+    with edit_routing(model, masks={0: mask, 2: mask}), record_routing(model, lambda *call: seen.append(call[3])):
+        edited = model.generate(IDS, **arguments)
+    assert len(seen) == 2 * 6 and not torch.isin(torch.cat(seen), torch.tensor(mask)).any()
+    assert edited.shape == plain.shape and torch.equal(model.generate(IDS, **arguments), plain)
+
+
+# ------------------------------------------------------------------------------------------------------ it proves itself
+
+def test_moved_counts_the_selections_that_a_boost_changed(qwen):
+    hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
+    router = find_routers(qwen)[0]
+    boost = np.array([0, 0, 0.8, 0, 0, 0, 0, 0])
+    before = router(hidden)[2]
+    with torch.inference_mode(), edit_routing(qwen, boosts={0: boost}) as moved:
+        after = router(hidden)[2]
+    new = sum(len(set(a) - set(b)) for a, b in zip(after.tolist(), before.tolist()))
+    assert new > 0 and moved == {0: new / 100}
+
+
+def test_boosts_that_move_nothing_say_so(qwen):
+    with pytest.warns(UserWarning, match="moved no selection"):
+        with edit_routing(qwen, boosts={0: np.full(8, 1e-12)}):
+            routing(qwen)
+
+
+def test_an_edit_that_no_router_ran_under_is_an_error(qwen):
+    with pytest.raises(RuntimeError, match="never called"):
+        with edit_routing(qwen, masks={0: [1]}):
+            pass
+
+
+def test_a_masked_expert_that_is_selected_is_an_error(qwen, monkeypatch):
+    import common
+    monkeypatch.setattr(common, "CHOICES", set())
+    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda self, *_: self)  # a mask that never reaches the logits
+    with pytest.raises(RuntimeError, match="layer 0: masked experts were selected"):
+        with edit_routing(qwen, masks={0: used_most(qwen, 0, 4)}):
+            find_routers(qwen)[0](torch.randn(50, 32))
+
+
+def test_a_router_that_scores_in_another_way_is_an_error(qwen):
+    router = find_routers(qwen)[0]
+    router.forward = lambda hidden: (z := hidden @ router.weight.T, *z.topk(2))
+    try:
+        with pytest.raises(RuntimeError, match="cannot be edited"):
+            with edit_routing(qwen, masks={0: [1]}):
+                routing(qwen)
+    finally:
+        del router.forward
+
+
+@pytest.mark.parametrize("edit, message", [
+    (dict(masks={1: [0]}), "layer 1 has no router; MoE layers are"),
+    (dict(masks={0: [8]}), "experts 0 to 7"),
+    (dict(masks={0: range(7)}), "leaves fewer than top_k 2"),
+    (dict(boosts={0: np.zeros(7)}), "8 finite numbers"),
+    (dict(boosts={0: np.full(8, np.nan)}), "8 finite numbers"),
+    (dict(boosts={0: np.zeros(8)}, rule="hardest"), "rule 'hardest'"),
+])
+def test_an_edit_that_does_not_fit_is_refused_before_anything_runs(qwen, edit, message):
+    with pytest.raises(InputError, match=message):
+        with edit_routing(qwen, **edit):
+            pytest.fail("the block was entered")
