@@ -744,7 +744,8 @@ def add_task_arguments(p, **defaults):
     add("--routing", nargs="+", metavar="DUMP", help="dumps that the experts are chosen from, path or label=path")
     add("--data", help="what is evaluated; {lang} stands for the language (default: %(default)s)")
     add("--languages", help="evaluate these, as bn,de (default: every file that --data matches)")
-    add("--experts-per-language", type=int, help="most frequent experts that count (default: 15/128 of the experts)")
+    add("--experts-per-language", type=int, help="most frequent experts that count as a language's "
+        "(default: a part of the experts, see the constants)")
     add("--threshold", type=float, help="share above which an expert is exclusive (default: %(default)s)")
     add("--metrics", nargs="+", choices=METRICS, help="(default: %(default)s)")
     add("--control-seeds", type=positive, metavar="N", help="random controls (default: %(default)s draws)")

@@ -34,7 +34,7 @@ DATA = "tests/data/eval_{lang}.tsv"  # what is evaluated; {lang} stands for the 
 SOURCES = "en,zh"                    # the first gives the coefficients; shares are among the sources alone
 LAMBDAS = [0.1, 0.5]                 # the paper, at its size: 0.022 for en,zh and 0.034 for zh,en
 RULE = "proportional"                # soft, hard
-EXPERTS_PER_LANGUAGE = None          # None: 15/128 of the experts; the paper steers with 20 of 128
+EXPERTS_PER_LANGUAGE = None          # None: 5/16 of the experts, 10 of the tiny model's 32; the paper: 20 of 128
 THRESHOLD = 0.7                      # the paper's for steering
 METRICS = ["accuracy"]               # prompt_nll answer_nll accuracy language
 CONTROL_SEEDS = 5                    # random draws; one alone would mislead
@@ -59,11 +59,15 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=None, 
     chosen, layers = [by_language[source] for source in sources], dumps[0]["layers"]
     frequency = analyze.activation_frequency([d["counts"] for d in chosen], [d["num_tokens"] for d in chosen])
     share = analyze.language_shares(
-        frequency, experts_per_language or analyze.default_experts_per_language(frequency.shape[-1]))
+        frequency, experts_per_language or default_experts_per_language(frequency.shape[-1]))
     shared = analyze.shared_experts(share, threshold) & band_rows(band, layers)[:, None]
     if not shared.any():
         raise common.InputError(f"{','.join(sources)} share no expert in this band; raise --threshold or --experts-per-language")
     return {int(layer): np.where(row, share[0, i], 0.0) for i, (layer, row) in enumerate(zip(layers, shared)) if row.any()}
+
+
+def default_experts_per_language(num_experts):
+    return max(1, num_experts * 5 // 16)
 
 
 def band_rows(band, layers):
@@ -144,7 +148,7 @@ def main():
     if not np.isfinite(args.lambdas).all():
         raise common.InputError(f"lambda must be a finite number, not {args.lambdas}")
     sources, dumps = args.sources.split(","), analyze.load_languages(args.routing)
-    args.experts_per_language = args.experts_per_language or analyze.default_experts_per_language(dumps[0]["num_experts"])
+    args.experts_per_language = args.experts_per_language or default_experts_per_language(dumps[0]["num_experts"])
     choice = dict(experts_per_language=args.experts_per_language, threshold=args.threshold)
     coefficients = steering_coefficients(dumps, sources, args.band, **choice)
     others = {band: steering_coefficients(dumps, sources, band, **choice) for band in args.control_bands}

@@ -402,7 +402,7 @@ def accuracy(model, tokenizer, name):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=1, help="of weights and problems (default: the shipped model's, %(default)s)")
     p.add_argument("--out", type=Path, default=HERE / "tiny_moe")
     p.add_argument("--data-only", action="store_true", help="write the problems, train nothing")
     args = p.parse_args()
