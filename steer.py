@@ -32,17 +32,18 @@ MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-
 ROUTING = analyze.DUMPS              # the dumps that the experts are chosen from
 DATA = "tests/data/eval_{lang}.tsv"  # what is evaluated; {lang} stands for the language
 SOURCES = "en,zh"                    # the first gives the coefficients; shares are among the sources alone
-LAMBDAS = [0.1, 0.5]                 # the paper, at its size: 0.022 for en,zh and 0.034 for zh,en
+LAMBDAS = [0.1, 0.3, 1.0]            # the paper, at its size: 0.022 for en,zh and 0.034 for zh,en
 RULE = "proportional"                # soft, hard
 EXPERTS_PER_LANGUAGE = None          # None: 5/16 of the experts, 10 of the tiny model's 32; the paper: 20 of 128
 THRESHOLD = 0.7                      # the paper's for steering
-METRICS = ["accuracy"]               # prompt_nll answer_nll accuracy language
+METRICS = ["accuracy", "prompt_nll"] # of these; by the first the lambda is chosen: prompt_nll answer_nll accuracy language
 CONTROL_SEEDS = 5                    # random draws; one alone would mislead
 BATCH_TOKENS = 16384                 # per forward pass, padding included
 MAX_LENGTH = 4096                    # tokens of a prompt
 MAX_NEW_TOKENS = None                # tokens of a response; None: as the checkpoint's generation config says, or 512
 OUT = "results/steer.jsonl"
 # ---------------------------------------------------------------------------------------------------------------------
+RIGHT_OR_WRONG = ("accuracy", "language")  # metrics that McNemar's test is for
 
 
 def steering_coefficients(dumps, sources, band=None, experts_per_language=None, threshold=THRESHOLD):
@@ -124,10 +125,20 @@ def effect_line(name, base, scores, controls, metric):
     random = np.array([np.nanmean(control - base) for control in controls])
     low, high = common.bootstrap_interval(change)
     line = (f"{name:<9}{np.nanmean(base):>9.3f}{np.nanmean(scores):>9.3f}{np.nanmean(change):>+9.3f} "
-            f"{f'[{low:+.3f} {high:+.3f}]':<17}{random.mean():>+8.3f} ({random.min():+.3f} {random.max():+.3f})")
-    if metric in ("accuracy", "language"):
-        fixed, broken, p = common.mcnemar_p(base.ravel(), scores.ravel())
-        line += f"{fixed:>8}{broken:>8}{p:>7.3f}"
+            f"{f'[{low:+.3f} {high:+.3f}]':<17}{random.mean():>+7.3f} ({random.min():+.3f} {random.max():+.3f})")
+    if metric in RIGHT_OR_WRONG:
+        line += "{:>8}{:>8}{:>7.3f}".format(*common.mcnemar_p(base, scores))
+    return line
+
+
+def pooled_line(base, scores, controls, metric):
+    """All languages together, each argument (languages, problems): the interval resamples problems, not answers.
+
+    McNemar's p takes the answers to one problem as independent of each other, which parallel ones are not quite.
+    """
+    line = effect_line("together", base.mean(0), scores.mean(0), [control.mean(0) for control in controls], "")
+    if metric in RIGHT_OR_WRONG:
+        line += "{:>8}{:>8}{:>7.3f}".format(*common.mcnemar_p(base.ravel(), scores.ravel()))
     return line
 
 
@@ -153,10 +164,8 @@ def main():
     coefficients = steering_coefficients(dumps, sources, args.band, **choice)
     others = {band: steering_coefficients(dumps, sources, band, **choice) for band in args.control_bands}
     experiment = common.Experiment(args, [dump for dump in dumps if dump["language"] in sources])
-    if not args.languages and len(experiment.tasks) > 1:  # the sources give; unless named, the others are helped
-        for source in sources:
-            experiment.tasks.pop(source, None)
-    languages = list(experiment.tasks)
+    # the sources give; unless named, only other languages are evaluated
+    languages = [l for l in experiment.tasks if args.languages or l not in sources] or list(experiment.tasks)
 
     number = {layer: int((c > 0).sum()) for layer, c in coefficients.items()}
     print(f"{args.model}  {sum(number.values())} experts shared by {args.sources}  rule {args.rule}  "
@@ -200,8 +209,8 @@ def main():
         print("\nchosen on the even examples: lambda", best, " (mean change of", metric + ":",
               ", ".join(f"{strength} {sign * g:+.4f}" for strength, g in gain.items()) + "); reported on the odd ones")
     for metric in [metric for metric in (*args.metrics, "f1") if metric in base[languages[0]]]:
-        print(f"\n{metric}, lambda {best}\n{'':<9}{'unsteered':>9}{'steered':>9}{'change':>9} {'95 % interval':<17}"
-              f"{'random':>8} ({'least':<6} {'most':<6}" + (f"){'fixed':>7}{'broken':>8}{'p':>7}" if metric == "accuracy" else ")"))
+        print(f"\n{metric}, lambda {best}\n{'':<9}{'unsteered':>9}{'steered':>9}{'change':>9} {'95 % interval':<18}"
+              f"{'random (least  most)':<23}" + (f"{'fixed':>8}{'broken':>8}{'p':>7}" if metric in RIGHT_OR_WRONG else ""))
         rows = {"": steered[best]} | {f"band {band}": scores for band, scores in bands.items()}
         for label, scores in rows.items():
             if label:
@@ -210,20 +219,9 @@ def main():
                 print(effect_line(language, base[language][metric][reports], scores[language][metric][reports],
                                   [c[language][metric][reports] for c in controls], metric))
             if len({len(base[language][metric]) for language in languages}) == 1 < len(languages):
-                # parallel problems: the mean over languages of each, so that the interval resamples problems
-                pooled = [np.array([s[language][metric][reports] for language in languages]) for s in (base, scores, *controls)]
-                print(pooled_line(pooled, metric))
+                together = [np.array([s[language][metric][reports] for language in languages]) for s in (base, scores, *controls)]
+                print(pooled_line(*together[:2], together[2:], metric))
     print(f"\n{args.out}")
-
-
-def pooled_line(pooled, metric):
-    """All languages together. pooled: base, steered, *controls, each (languages, problems)."""
-    means = [p.mean(0) for p in pooled]
-    line = effect_line("together", means[0], means[1], means[2:], "")
-    if metric in ("accuracy", "language"):
-        fixed, broken, p = common.mcnemar_p(pooled[0].ravel(), pooled[1].ravel())
-        line += f"{fixed:>8}{broken:>8}{p:>7.3f}"
-    return line
 
 
 if __name__ == "__main__":
