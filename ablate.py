@@ -9,13 +9,16 @@ reads   routing dumps, and evaluation data (.tsv, .jsonl, .json or .txt), best n
 writes  results/ablate.jsonl    one line per cell, with its settings and the scores of every example
 
 Every cell is band x target x evaluation language: the experts exclusive to the target language (arXiv 2601.14050) are
-never selected in the band. In the target's own language there are two controls: random experts among those that the
-language uses, and the experts that it uses as often as the masked ones without their being exclusive. One model load.
+never selected in the band. In the target's own language there are two controls, as many experts each: random ones among
+those that the language uses at all, and those that it uses as often as the masked ones without their being exclusive.
+A language counts as hurt if masking does worse than every random draw, and worse than the controls by an interval that
+leaves out 0; it covers the examples and the random draws. One model load.
 Takes about two minutes on the tiny model. A run that was stopped goes on where it stopped.
 """
 
 import argparse
 import sys
+import zlib
 
 import numpy as np
 from tqdm import tqdm
@@ -44,11 +47,14 @@ def exclusive_to(share, languages, target, threshold):
 
 
 def random_control(masked, used, seed):
-    """As many experts per layer as are masked, drawn from those in use. bool (layers, experts) each."""
+    """As many other experts per layer as are masked, drawn from those in use. bool (layers, experts) each.
+
+    seed is a list of integers: a draw for each language, target and band, so that no two controls share one.
+    """
     rng = np.random.default_rng(seed)
     control = np.zeros_like(masked)
     for layer, n in enumerate(masked.sum(1)):
-        candidates = np.flatnonzero(used[layer])
+        candidates = np.flatnonzero(used[layer] & ~masked[layer])
         control[layer, rng.choice(candidates, min(n, len(candidates)), replace=False)] = True
     return control
 
@@ -91,18 +97,23 @@ def print_band(title, languages, targets, own, effects, metric):
             base, cells = effects[target, language]
             line += f"{np.nanmean(cells['masked'][metric] - base[metric]):>+{width}.3f}"
         print(line)
-    print("own language   experts  change  random (least most)        usage-matched  beyond random, 95 % interval")
+    if not own:
+        print("no target's own language is evaluated, so there are no controls")
+        return
+    print("own      experts  change  random (least  most)    beyond random [95 %]     beyond matched [95 %]")
     for target, language in own:
         base, cells = effects[target, language]
-        masked = cells["masked"][metric] - base[metric]
-        random = np.array([scores[metric] - base[metric] for name, scores in cells.items() if name.startswith("random")])
-        matched = cells["matched"][metric] - base[metric]
-        beyond = masked - random.mean(0)
-        low, high = common.bootstrap_interval(beyond)
-        hurt = "hurt" if (high < 0 if better(metric) > 0 else low > 0) else ""
-        draws = np.nanmean(random, 1)
-        print(f"{language:<14}{cells['experts']:>8}{np.nanmean(masked):>+8.3f}{draws.mean():>+8.3f} ({draws.min():+.3f} {draws.max():+.3f})"
-              f"{np.nanmean(matched):>+17.3f}{np.nanmean(beyond):>+15.3f} [{low:+.3f} {high:+.3f}] {hurt}")
+        masked = cells["masked"][metric]
+        random = np.array([scores[metric] for name, scores in cells.items() if name.startswith("random")])
+        changes = np.nanmean(random - base[metric], 1)
+        line = (f"{language:<9}{cells['experts']:>7}{np.nanmean(masked - base[metric]):>+8.3f}"
+                f"{changes.mean():>+8.3f} ({changes.min():+.3f} {changes.max():+.3f})")
+        hurt = better(metric) * np.nanmean(masked) < (better(metric) * np.nanmean(random, 1)).min()
+        for control in (random, cells["matched"][metric][None]):
+            low, high = common.bootstrap_interval(masked - control)
+            hurt &= high < 0 if better(metric) > 0 else low > 0
+            line += f"{np.nanmean(masked - control):>+8.3f} {f'[{low:+.3f} {high:+.3f}]':<16}"
+        print(line + ("  hurt" if hurt else ""))
 
 
 def main():
@@ -118,7 +129,8 @@ def main():
     args = p.parse_args()
 
     dumps = analyze.load_languages(args.routing)
-    args.experts_per_language = args.experts_per_language or analyze.default_experts_per_language(dumps[0]["num_experts"])
+    if args.experts_per_language is None:
+        args.experts_per_language = analyze.default_experts_per_language(dumps[0]["num_experts"])
     names, layers = [dump["language"] for dump in dumps], dumps[0]["layers"]
     bands = analyze.parse_bands(args.bands, layers)
     frequency = analyze.activation_frequency([dump["counts"] for dump in dumps], [dump["num_tokens"] for dump in dumps])
@@ -138,12 +150,13 @@ def main():
                 chosen = exclusive[target] & rows[:, None]
                 of = names.index(language) if language in names else None
                 source = frequency[of] if of is not None else frequency.mean(0)
+                where = zlib.crc32(f"{band} {target} {language}".encode())
                 if args.experts == "random":
                     used = frequency[[names.index(name) for name in target.split("+")]].sum(0) > 0
-                    chosen = random_control(chosen, used, args.control_seeds)
+                    chosen = random_control(chosen, used, [zlib.crc32(f"{band} {target}".encode())])
                 cells = [("masked", args.experts, chosen)]
                 if is_own(target, language):
-                    cells += [(f"random{seed}", f"random-seed{seed}", random_control(chosen, source > 0, seed))
+                    cells += [(f"random{seed}", f"random-seed{seed}", random_control(chosen, source > 0, [where, seed]))
                               for seed in range(args.control_seeds)]
                     cells += [("matched", "usage-matched", usage_matched_control(chosen, ~exclusive[target], source))]
                 for key, kind, mask in cells:
@@ -158,7 +171,7 @@ def main():
     effects = {}
     for band, target, language, key, name, settings, masks in tqdm(plan, unit="cell", leave=False):
         base, cells = effects.setdefault(band, {}).setdefault(
-            (target, language), (experiment.cell(language, "baseline", {}), {}))
+            (target, language), (experiment.cell(language, "baseline"), {}))
         # a mask without experts changes nothing: the baseline is its result
         cells[key] = experiment.cell(language, name, settings, masks=masks) if masks else base
         if key == "masked":
@@ -177,5 +190,7 @@ def is_own(target, language):
 if __name__ == "__main__":
     try:
         main()
-    except (common.InputError, analyze.InputError) as error:
+    except (common.InputError, analyze.InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

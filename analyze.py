@@ -48,13 +48,15 @@ def load_routing(path, part="all"):
     """
     label, path = split_label(path)
     if not os.path.isfile(path):
-        raise InputError(f"no such dump: {path}; run: python capture.py")
+        raise InputError(f"{path} is a folder; name the dumps, as in {path}/*.npz" if os.path.isdir(path) else
+                         f"no such dump: {path}; run: python capture.py")
     try:
         dump = read_recorder_json(path) if path.endswith(".json") else read_dump(path, part)
     except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, BadZipFile) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not a routing dump ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json of the paper's recorder"
+                         ) from error
     if dump["num_tokens"] == 0:
         raise InputError(f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
     return dump | {"language": label or dump["language"], "path": path,
@@ -84,6 +86,8 @@ def read_dump(path, part):
                 position = np.arange(len(selected)) - np.repeat(offsets[:-1], np.diff(offsets))
                 in_prompt = position < np.repeat(file["prompt_lengths"], np.diff(offsets))
                 selected = selected[in_prompt if part == "prompt" else ~in_prompt]
+            if selected.size and int(selected.max()) >= meta["num_experts"]:
+                raise InputError(f"{path}: expert ID {selected.max()}, but num_experts in its meta is {meta['num_experts']}")
             counts, num_tokens = count_experts(selected, meta["num_experts"]), len(selected)
             top_k = selected.shape[2]
         else:
@@ -133,7 +137,7 @@ def load_languages(paths, part="all"):
                 raise InputError(f"{dump['path']} has {key} {dump[key]}, {first['path']} has {first[key]}: other models")
         if not np.array_equal(dump["layers"], first["layers"]):
             raise InputError(f"{dump['path']} and {first['path']} have other layers: other models")
-        if dump["meta"].get("revision") != first["meta"].get("revision"):
+        if len({d["meta"]["revision"] for d in (dump, first) if "revision" in d["meta"]}) > 1:
             raise InputError(f"{dump['path']} and {first['path']} come from different models "
                              f"({dump['meta'].get('model')}, {first['meta'].get('model')})")
     return [add_shards(language, group) for language, group in shards.items()]
@@ -231,10 +235,10 @@ def parse_bands(texts, layers):
         return {name: (np.arange(n) >= start) & (np.arange(n) < start + size) for name, start in starts.items()}
     bands = {}
     for text in texts:
-        match = re.fullmatch(r"(?:(.+)=)?(\d+)-(\d+)", text)
+        match = re.fullmatch(r"(?:(.+)=)?(\d+)(?:-(\d+))?", text)
         if not match:
-            raise InputError(f"band '{text}' is not NAME=FIRST-LAST, such as middle=22-26")
-        first, last = int(match[2]), int(match[3])
+            raise InputError(f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, such as middle=22-26")
+        first, last = int(match[2]), int(match[3] or match[2])
         rows = (layers >= first) & (layers <= last)
         if first > last or last > max(layers) or not rows.any():
             raise InputError(f"band '{text}' does not hold MoE layers of this model, which has {describe(layers)}")
@@ -334,13 +338,20 @@ def main():
     dumps = load_languages(args.dumps, args.part)
     languages, layers = [dump["language"] for dump in dumps], dumps[0]["layers"]
     bands = parse_bands(args.bands, layers)
-    experts_per_language = args.experts_per_language or default_experts_per_language(dumps[0]["num_experts"])
+    experts_per_language = args.experts_per_language
+    if experts_per_language is None:
+        experts_per_language = default_experts_per_language(dumps[0]["num_experts"])
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise InputError(f"no such folder: {os.path.dirname(args.out)}; make it, or give another --out")
     frequency = activation_frequency([dump["counts"] for dump in dumps], [dump["num_tokens"] for dump in dumps])
     result = analyze(frequency, experts_per_language, args.threshold)
 
     print(f"{len(dumps)} languages  {len(layers)} MoE layers  {dumps[0]['num_experts']} experts  top_k {dumps[0]['top_k']}  "
           f"experts_per_language {experts_per_language}  threshold {args.threshold}")
     print("tokens  " + "  ".join(f"{dump['language']} {dump['num_tokens']:,}" for dump in dumps))
+    if args.threshold * len(languages) <= 1:
+        print(f"note: shares add up to 1, so with {len(languages)} languages none is shared at a threshold of {args.threshold}; "
+              "raise --threshold")
     print_tables(result, languages, layers, bands)
     meta = vars(args) | {"experts_per_language": experts_per_language,
                          "bands": {band: layers[rows].tolist() for band, rows in bands.items()},
@@ -353,5 +364,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

@@ -58,36 +58,36 @@ def capture(model, sequences, prompt_lengths, batch_tokens=BATCH_TOKENS, stats_o
     id_type = (torch.uint8, np.uint8) if num_experts <= 256 else (torch.int16, np.uint16)
     selected = None if stats_only else np.empty((offsets[-1], len(layers), top_k), id_type[1])
     padded = 0
-    decoder = model.get_decoder()
-    for batch in length_batches(lengths, batch_tokens):
-        ids = right_padded([sequences[i] for i in batch], device)
-        real = torch.arange(ids.shape[1]) < torch.tensor([lengths[i] for i in batch])[:, None]
-        # positions of the real tokens among all: with their number known here, no step below waits for the device
-        keep = real.flatten().nonzero().squeeze(1).to(device)
-        real = real.to(device, torch.float32)
-        sums = torch.empty(len(batch), len(layers), num_experts, dtype=torch.float64, device=device)
-        batch_ids = None if stats_only else torch.empty(len(keep), len(layers), top_k, dtype=id_type[0], device=device)
 
-        def on_router(layer, router_logits, routing_weights, selected_experts):
-            row = row_of[layer]
-            chosen = selected_experts.reshape(-1, top_k)[keep]
-            weights = routing_weights.reshape(-1, top_k)[keep].flatten().double()
-            counts[row].scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
-            weight_sums[row].scatter_add_(0, chosen.flatten(), weights)
-            probabilities = router_logits.reshape(*real.shape, num_experts).float().softmax(-1)
-            sums[:, row] = (probabilities * real[:, :, None]).sum(1, dtype=torch.float64)
-            if batch_ids is not None:
-                batch_ids[:, row] = chosen.to(id_type[0])
+    def on_router(layer, router_logits, routing_weights, selected_experts):
+        """Adds one layer of the batch at hand, whose real tokens are the positions in keep."""
+        row = row_of[layer]
+        chosen = selected_experts.reshape(-1, top_k)[keep]
+        weights = routing_weights.reshape(-1, top_k)[keep].flatten().double()
+        counts[row].scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
+        weight_sums[row].scatter_add_(0, chosen.flatten(), weights)
+        probabilities = router_logits.reshape(*real.shape, num_experts).float().softmax(-1)
+        sums[:, row] = (probabilities * real[:, :, None]).sum(1, dtype=torch.float64)
+        if batch_ids is not None:
+            batch_ids[:, row] = chosen.to(id_type[0])
 
-        with record_routing(model, on_router):
-            decoder(input_ids=ids, use_cache=False)
-        mean_probs[batch] = (sums / real.sum(1, dtype=torch.float64)[:, None, None]).cpu().numpy()
-        if not stats_only:
-            rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
-            selected[rows] = batch_ids.cpu().numpy().view(id_type[1])
-        padded += ids.numel() - len(keep)
-        if progress is not None:
-            progress.update(len(keep))
+    with record_routing(model, on_router):
+        for batch in length_batches(lengths, batch_tokens):
+            ids = right_padded([sequences[i] for i in batch], device)
+            real = torch.arange(ids.shape[1]) < torch.tensor([lengths[i] for i in batch])[:, None]
+            # positions of the real tokens among all: with their number known here, no step waits for the device
+            keep = real.flatten().nonzero().squeeze(1).to(device)
+            real = real.to(device, torch.float32)
+            sums = torch.empty(len(batch), len(layers), num_experts, dtype=torch.float64, device=device)
+            batch_ids = None if stats_only else torch.empty(len(keep), len(layers), top_k, dtype=id_type[0], device=device)
+            model.get_decoder()(input_ids=ids, use_cache=False)
+            mean_probs[batch] = (sums / real.sum(1, dtype=torch.float64)[:, None, None]).cpu().numpy()
+            if not stats_only:
+                rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
+                selected[rows] = batch_ids.cpu().numpy().view(id_type[1])
+            padded += ids.numel() - len(keep)
+            if progress is not None:
+                progress.update(len(keep))
     finite = np.isfinite(mean_probs).all(axis=(0, 2))
     if not finite.all():
         raise InputError(f"router logits are NaN or infinite in layers {[l for l, ok in zip(layers, finite) if not ok]}; "
@@ -219,5 +219,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

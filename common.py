@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -50,7 +51,8 @@ def load_config(name):
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load a config for model '{name}': {first_line(error)}") from error
+        raise InputError(f"no model '{name}': neither a folder with a config.json, nor to be had from the hub "
+                         f"({first_line(error)})") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
@@ -70,7 +72,11 @@ def load_model(name, dtype="auto", device=None):
     device "cuda", "cpu", ..., or "auto" to spread the layers over all GPUs; None is CUDA where there is one
     """
     config, tokenizer, _ = load_config(name)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or float64")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device; leave out --device, or give cpu")
     try:
         import accelerate  # noqa: F401  puts weights on the device as they are read
         placement = {"device_map": device}
@@ -113,46 +119,71 @@ def find_routers(model):
     """{decoder layer: router module}, in layer order, of a model's text decoder; dense layers have none.
 
     A router is a module of a class that the model's classes name as the source of their router_logits
-    (PreTrainedModel._can_record_outputs). InputError if there is none, or if it is one we cannot read.
+    (PreTrainedModel._can_record_outputs). InputError if there is none, or one whose answers we cannot read.
     """
-    decoder = model.get_decoder()
-    declared = {}
-    for owner in model.modules():
-        recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for recorder in recorders if isinstance(recorders, list) else [recorders]:
-            declared[getattr(recorder, "target_class", recorder)] = getattr(recorder, "index", 0)
-    routers = {}
-    for name, module in decoder.named_modules():
-        if type(module) in declared:
-            layer = re.search(r"(?:^|\.)(\d+)\.", name)
-            if layer is None or int(layer[1]) in routers or declared[type(module)] != 0:
-                raise InputError(f"{type(model).__name__} is not supported: its router {type(module).__name__} "
-                                 "does not return (router_logits, routing_weights, selected_experts) once per layer")
-            routers[int(layer[1])] = module
-    if not routers:
-        raise InputError(f"{type(model).__name__} has no routers that transformers declares: "
-                         "a dense model, or a family that is not supported")
-    return dict(sorted(routers.items()))
+    return {layer: router for layer, (router, *_) in probe_routers(model).items()}
 
 
 def routing_shape(model):
-    """{decoder layer: (num_experts, top_k)}, as each router itself returns them for two tokens of zeros.
+    """{decoder layer: (num_experts, top_k)}, as the routers themselves have it; also on the meta device, weightless."""
+    return {layer: (router_logits.shape[-1], selected_experts.shape[-1])
+            for layer, (_, router_logits, selected_experts) in probe_routers(model).items()}
 
-    Also works on the meta device, so that a model is checked before its weights are read.
-    """
-    shape = {}
-    for layer, router in find_routers(model).items():
-        weight = next(router.parameters())
-        hidden = torch.zeros(2, model.config.get_text_config().hidden_size, dtype=weight.dtype, device=weight.device)
-        try:
-            with torch.no_grad():
-                router_logits, routing_weights, selected_experts = router(hidden)
-            assert routing_weights.shape == selected_experts.shape and not selected_experts.is_floating_point()
-            shape[layer] = router_logits.shape[-1], selected_experts.shape[-1]
-        except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
-            raise InputError(f"{type(model).__name__} is not supported: its router {type(router).__name__} does not map "
-                             "hidden states to (router_logits, routing_weights, selected_experts)") from error
-    return shape
+
+def probe_routers(model):
+    """{decoder layer: (router, router_logits, selected_experts)}, what each router returns for two tokens of zeros."""
+    decoder, family = model.get_decoder(), type(model).__name__
+    declared = set()
+    for owner in model.modules():
+        recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", [])
+        for recorder in recorders if isinstance(recorders, list) else [recorders]:
+            declared.add(getattr(recorder, "target_class", recorder))
+    found = {}
+    for name, router in decoder.named_modules():
+        if type(router) not in declared:
+            continue
+        layer = re.search(r"(?:^|\.)(\d+)\.", name)
+        if layer is None or int(layer[1]) in found:
+            raise InputError(f"{family} is not supported: {type(router).__name__} routes more than the experts of a layer")
+        block = decoder.get_submodule(name.rpartition(".")[0])
+        zeros = next(router.parameters()).new_zeros(2, model.config.get_text_config().hidden_size)
+        for hidden in (zeros[None], zeros):  # a family takes either or both
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+                probe = probe_router(router, block, hidden)
+                break
+        else:
+            raise InputError(f"{family} is not supported: its {type(router).__name__} does not map hidden states to "
+                             "(router_logits, routing_weights, selected_experts) of its experts")
+        found[int(layer[1])] = router, *probe
+    if not found:
+        raise InputError(f"{family} has no routers that transformers declares: a dense model, or a family that is not supported")
+    return dict(sorted(found.items()))
+
+
+@torch.no_grad()
+def probe_router(router, block, hidden):
+    """(router_logits, selected_experts) for hidden states; an exception if they are not what we take them for."""
+    # some blocks hand their router a bias of their own: it has the name of the router's parameter
+    given = {name: getattr(block, name) for name in inspect.signature(type(router).forward).parameters if hasattr(block, name)}
+    # the class's forward: the router as it is, under no edit and no hook
+    router_logits, routing_weights, selected_experts = read_router(router, type(router).forward(router, hidden, **given))
+    if routing_weights.shape != selected_experts.shape or selected_experts.is_floating_point():
+        raise ValueError("no selections")
+    # Zaya has one class more than experts, to skip them all, and reports it as expert 0
+    num_experts = getattr(getattr(block, "experts", None), "num_experts", router_logits.shape[-1])
+    if num_experts != router_logits.shape[-1]:
+        raise ValueError("a class that is no expert")
+    return router_logits, selected_experts
+
+
+def read_router(router, output):
+    """What a router returned, as (router_logits, routing_weights, selected_experts); more items are not ours."""
+    if len(output) == 2:  # Llama 4: scores of all experts, 0 where an expert is not selected, and logits
+        scores, router_logits = output
+        if scores.shape != router_logits.shape:
+            raise ValueError("neither logits, weights and selections nor scores and logits")
+        return router_logits, *scores.topk(router.top_k, -1)
+    return output[:3]
 
 
 @contextlib.contextmanager
@@ -164,9 +195,13 @@ def record_routing(model, on_router):
     """
     handles = []
     try:
-        for layer, router in find_routers(model).items():
-            def hook(module, args, output, layer=layer):
-                on_router(layer, *output)
+        for layer, (router, zeros, _) in probe_routers(model).items():
+            # Gemma 4 gives probabilities for logits; their log is as good as logits
+            log = bool((zeros > 0).all() and torch.allclose(zeros.float().sum(-1), torch.ones_like(zeros[..., 0]).float()))
+
+            def hook(module, args, output, layer=layer, log=log):
+                router_logits, routing_weights, selected_experts = read_router(module, output)
+                on_router(layer, router_logits.log() if log else router_logits, routing_weights, selected_experts)
             handles.append(router.register_forward_hook(hook))
         yield
     finally:
@@ -205,9 +240,11 @@ class EditedScoring(TorchFunctionMode):
     logits: a bias that is added to sigmoid scores could bring a masked expert back.
     """
 
-    def __init__(self, num_experts, masked, boost, rule):
+    def __init__(self, router, num_experts, masked, boost, rule):
         super().__init__()
         self.num_experts, self.masked, self.boost, self.rule = num_experts, masked, boost, rule
+        # Inkling scores its always-on experts along with the others, behind them
+        self.width = getattr(router, "n_total_experts", num_experts)
         self.edits = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -219,14 +256,18 @@ class EditedScoring(TorchFunctionMode):
             elif scores.dim() > 2 and scores.shape[-2] * scores.shape[-1] == self.num_experts:
                 args = (scores.masked_fill(self.masked.view(scores.shape[-2:]), -math.inf), *args[1:])
         out = func(*args, **kwargs)
-        if func is F.linear and out.shape[-1] == self.num_experts:
+        if func is F.linear and out.shape[-1] == self.width:
             self.edits += 1
-            if self.boost is not None:  # in float32 at least, and back, so that a zero boost changes no bit
-                wide = out.to(torch.promote_types(out.dtype, torch.float32))
-                out = boost_logits(wide, self.boost.to(wide.dtype), self.rule).to(out.dtype)
-            if self.masked is not None:
-                out = out.masked_fill(self.masked, max(-1e9, torch.finfo(out.dtype).min))
+            out = torch.cat([self.edited(out[..., :self.num_experts]), out[..., self.num_experts:]], -1)
         return out
+
+    def edited(self, router_logits):
+        if self.boost is not None:  # in float32 at least, and back, so that a zero boost changes no bit
+            wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
+            router_logits = boost_logits(wide, self.boost.to(wide.dtype), self.rule).to(router_logits.dtype)
+        if self.masked is not None:
+            router_logits = router_logits.masked_fill(self.masked, max(-1e9, torch.finfo(router_logits.dtype).min))
+        return router_logits
 
 
 @contextlib.contextmanager
@@ -283,17 +324,17 @@ def edited_forward(router, num_experts, mask, boost, rule, count_moved):
              "moved": torch.zeros((), dtype=torch.int64, device=device)}
 
     def forward(*args, **kwargs):
-        with EditedScoring(num_experts, mask, boost, rule) as scoring:
+        with EditedScoring(router, num_experts, mask, boost, rule) as scoring:
             output = original(*args, **kwargs)
         if scoring.edits != 1:
             raise RuntimeError(f"{type(router).__name__} computes its logits in a way that cannot be edited "
                                f"({scoring.edits} linear maps to {num_experts} experts)")
-        selected = output[2]
+        selected = read_router(router, output)[2]
         proof["selections"] += selected.numel()
         if mask is not None:
             proof["masked"].add_(mask[selected].sum())
         if boost is not None and count_moved:
-            plain = original(*args, **kwargs)[2]
+            plain = read_router(router, original(*args, **kwargs))[2]
             proof["moved"].add_((selected[..., :, None] != plain[..., None, :]).all(-1).sum())
         return output
 
@@ -677,11 +718,17 @@ def check_metrics(metrics, encoded, path):
 # -------------------------------------------------------------------------------------------------- effects and results
 
 def bootstrap_interval(differences, draws=2000, seed=0):
-    """95 % percentile interval of the mean of paired differences, by resampling the examples."""
-    differences = np.asarray(differences, np.float64)
-    differences = differences[~np.isnan(differences)]
-    picks = np.random.default_rng(seed).integers(len(differences), size=(draws, len(differences)))
-    return [float(bound) for bound in np.quantile(differences[picks].mean(1), [0.025, 0.975])]
+    """95 % percentile interval of the mean of paired differences, by resampling the examples.
+
+    differences (examples,), or (controls, examples) where there are several controls: those are resampled, too.
+    """
+    differences = np.atleast_2d(np.asarray(differences, np.float64))
+    differences = differences[:, ~np.isnan(differences).any(0)]
+    rng = np.random.default_rng(seed)
+    controls = rng.multinomial(len(differences), np.full(len(differences), 1 / len(differences)), draws) / len(differences)
+    examples = rng.multinomial(differences.shape[1], np.full(differences.shape[1], 1 / differences.shape[1]), draws) / differences.shape[1]
+    means = np.einsum("dc,ce,de->d", controls, differences, examples, optimize=True)
+    return [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
 
 
 def mcnemar_p(before, after):
@@ -803,14 +850,17 @@ class Experiment:
         if self.model is None:
             self.model, _ = load_model(self.args.model, self.args.dtype, self.args.device)
 
-    def cell(self, language, name, settings, **edit):
+    def cell(self, language, name, how=None, **edit):
         """Scores {metric: (examples,)} of a language under edit_routing(**edit); without an edit, the baseline.
 
-        settings say which experts were edited and how; name, as in "early-exclusive-bn", is the folder of predictions.
+        how says how the experts were chosen, and a hash of the edit goes with them; name, as in
+        "early-exclusive-bn", is the folder of predictions.
         """
         encoded, sha = self.tasks[language]
-        settings = {"language": language, "data_sha256": sha, **self.settings,
-                    **(settings | self.choice if settings else {})}
+        settings = {"language": language, "data_sha256": sha, **self.settings}
+        if edit:
+            exact = json.dumps(edit, sort_keys=True, default=np.ndarray.tolist).encode()
+            settings |= {**how, **self.choice, "edit": hashlib.sha256(exact).hexdigest()[:16]}
         row = self.rows.get(json.dumps(settings, sort_keys=True))
         if row is None:
             self.load()
@@ -823,7 +873,7 @@ class Experiment:
             if edit:
                 row["experts"] = {layer: len(ids) for layer, ids in edit.get("masks", {}).items()} or {
                     layer: int(np.count_nonzero(boost)) for layer, boost in edit["boosts"].items()}
-                base = self.cell(language, "baseline", {})
+                base = self.cell(language, "baseline")
                 row["change"] = {metric: float(np.nanmean(s - base[metric])) for metric, s in scores.items()}
                 row["interval"] = {metric: bootstrap_interval(s - base[metric]) for metric, s in scores.items()}
             if responses is not None:
@@ -849,8 +899,9 @@ def check_dumps(dumps, shape, revision):
     """InputError if dumps (as analyze.load_languages returns them) were not captured on this model."""
     for dump in dumps:
         if list(dump["layers"]) != list(shape) or {(dump["num_experts"], dump["top_k"])} != set(shape.values()):
-            raise InputError(f"{dump['path']} has {len(dump['layers'])} layers of {dump['num_experts']} experts, top_k "
-                             f"{dump['top_k']}; the model has {len(shape)} of {sorted(set(shape.values()))}: another model")
-        if dump["meta"].get("revision", revision) != revision:
-            raise InputError(f"{dump['path']} was captured on another model ({dump['meta'].get('model')}, "
+            raise InputError(f"{', '.join(dump['path'])} has {len(dump['layers'])} layers of {dump['num_experts']} experts, top_k "
+                             f"{dump['top_k']}; the model has {len(shape)} of " +
+                             " and ".join(f"{e} experts, top_k {k}" for e, k in sorted(set(shape.values()))) + ": another model")
+        if dump["meta"].get("revision", revision) != revision:  # IDs from elsewhere name no revision
+            raise InputError(f"{', '.join(dump['path'])} was captured on another model ({dump['meta'].get('model')}, "
                              f"{dump['meta']['revision']}); capture it again on this one ({revision})")

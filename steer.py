@@ -60,7 +60,7 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=None, 
     chosen, layers = [by_language[source] for source in sources], dumps[0]["layers"]
     frequency = analyze.activation_frequency([d["counts"] for d in chosen], [d["num_tokens"] for d in chosen])
     share = analyze.language_shares(
-        frequency, experts_per_language or default_experts_per_language(frequency.shape[-1]))
+        frequency, default_experts_per_language(frequency.shape[-1]) if experts_per_language is None else experts_per_language)
     shared = analyze.shared_experts(share, threshold) & band_rows(band, layers)[:, None]
     if not shared.any():
         raise common.InputError(f"{','.join(sources)} share no expert in this band; raise --threshold or --experts-per-language")
@@ -122,10 +122,14 @@ def moved_selections(model, encoded, coefficients, strength, rule=RULE, batch_to
 def effect_line(name, base, scores, controls, metric):
     """One line: unsteered and steered score, change with its interval, the random experts' change, what was fixed."""
     change = scores - base
-    random = np.array([np.nanmean(control - base) for control in controls])
     low, high = common.bootstrap_interval(change)
     line = (f"{name:<9}{np.nanmean(base):>9.3f}{np.nanmean(scores):>9.3f}{np.nanmean(change):>+9.3f} "
-            f"{f'[{low:+.3f} {high:+.3f}]':<17}{random.mean():>+7.3f} ({random.min():+.3f} {random.max():+.3f})")
+            f"{f'[{low:+.3f} {high:+.3f}]':<17}")
+    if controls:
+        random = np.array([np.nanmean(control - base) for control in controls])
+        line += f"{random.mean():>+7.3f} ({random.min():+.3f} {random.max():+.3f})"
+    else:
+        line += " " * 23
     if metric in RIGHT_OR_WRONG:
         line += "{:>8}{:>8}{:>7.3f}".format(*common.mcnemar_p(base, scores))
     return line
@@ -159,13 +163,18 @@ def main():
     if not np.isfinite(args.lambdas).all():
         raise common.InputError(f"lambda must be a finite number, not {args.lambdas}")
     sources, dumps = args.sources.split(","), analyze.load_languages(args.routing)
-    args.experts_per_language = args.experts_per_language or default_experts_per_language(dumps[0]["num_experts"])
+    if len(set(sources)) < 2:
+        raise common.InputError(f"--sources takes two or more languages, as {SOURCES}, for experts to be shared")
+    if args.experts_per_language is None:
+        args.experts_per_language = default_experts_per_language(dumps[0]["num_experts"])
     choice = dict(experts_per_language=args.experts_per_language, threshold=args.threshold)
     coefficients = steering_coefficients(dumps, sources, args.band, **choice)
     others = {band: steering_coefficients(dumps, sources, band, **choice) for band in args.control_bands}
     experiment = common.Experiment(args, [dump for dump in dumps if dump["language"] in sources])
     # the sources give; unless named, only other languages are evaluated
     languages = [l for l in experiment.tasks if args.languages or l not in sources] or list(experiment.tasks)
+    if len(args.lambdas) > 1 and min(len(experiment.tasks[l][0]) for l in languages) < 4:
+        raise common.InputError("choosing among several lambdas takes 4 examples or more; raise --limit or give one --lambda")
 
     number = {layer: int((c > 0).sum()) for layer, c in coefficients.items()}
     print(f"{args.model}  {sum(number.values())} experts shared by {args.sources}  rule {args.rule}  "
@@ -192,7 +201,7 @@ def main():
     with tqdm(total=cells, unit="cell", leave=False) as progress:
         base = {}
         for language in languages:
-            base[language] = experiment.cell(language, "baseline", {})
+            base[language] = experiment.cell(language, "baseline")
             progress.update()
         steered = {strength: run("shared", strength, coefficients) for strength in args.lambdas}
         metric = args.metrics[0]
@@ -211,15 +220,15 @@ def main():
     for metric in [metric for metric in (*args.metrics, "f1") if metric in base[languages[0]]]:
         print(f"\n{metric}, lambda {best}\n{'':<9}{'unsteered':>9}{'steered':>9}{'change':>9} {'95 % interval':<18}"
               f"{'random (least  most)':<23}" + (f"{'fixed':>8}{'broken':>8}{'p':>7}" if metric in RIGHT_OR_WRONG else ""))
-        rows = {"": steered[best]} | {f"band {band}": scores for band, scores in bands.items()}
-        for label, scores in rows.items():
-            if label:
-                print(label)
+        for band, scores in {None: steered[best], **bands}.items():
+            against = () if band else controls
+            if band:
+                print(f"control band {band}, {sum(int((c > 0).sum()) for c in others[band].values())} experts")
             for language in languages:
                 print(effect_line(language, base[language][metric][reports], scores[language][metric][reports],
-                                  [c[language][metric][reports] for c in controls], metric))
+                                  [c[language][metric][reports] for c in against], metric))
             if len({len(base[language][metric]) for language in languages}) == 1 < len(languages):
-                together = [np.array([s[language][metric][reports] for language in languages]) for s in (base, scores, *controls)]
+                together = [np.array([s[language][metric][reports] for language in languages]) for s in (base, scores, *against)]
                 print(pooled_line(*together[:2], together[2:], metric))
     print(f"\n{args.out}")
 
@@ -227,5 +236,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (common.InputError, analyze.InputError) as error:
+    except (common.InputError, analyze.InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

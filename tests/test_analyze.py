@@ -75,7 +75,7 @@ def test_a_band_counts_decoder_layers_and_skips_dense_ones():
     assert parse_bands(["a=0-2", "3-5"], layers)["3-5"].tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("band", ["a=3-4", "a=5-2", "a=5-7", "a=5", "a=x-y"])
+@pytest.mark.parametrize("band", ["a=3-4", "a=5-2", "a=5-7", "a=3", "a=x-y"])
 def test_a_band_without_layers_is_refused(band):
     with pytest.raises(InputError, match=r"band 'a="):
         parse_bands([band], np.array([1, 2, 5, 6]))
@@ -150,11 +150,11 @@ def test_a_language_twice_or_shards_that_are_no_whole_are_refused(tmp_path, shar
 
 @pytest.mark.parametrize("change, message", [
     (dict(num_experts=5), "num_experts 5"),
-    (dict(meta={"revision": "other"}), "different models"),
+    (dict(meta={"revision": "r2"}), "different models"),
     (dict(layers=np.array([3, 4])), "other layers"),
 ])
 def test_dumps_of_different_models_are_refused(tmp_path, change, message):
-    first, second = write(tmp_path / "a.npz", IDS, "aa"), write(tmp_path / "b.npz", IDS, "bb", **change)
+    first, second = write(tmp_path / "a.npz", IDS, "aa", meta={"revision": "r1"}), write(tmp_path / "b.npz", IDS, "bb", **change)
     with pytest.raises(InputError, match=message):
         load_languages([first, second])
 
@@ -165,16 +165,23 @@ def test_counts_that_do_not_add_up_are_refused(tmp_path):
         load_routing(path)
 
 
+def test_ids_from_elsewhere_compare_with_captured_ones_and_must_fit(tmp_path):
+    captured = write(tmp_path / "a.npz", IDS, "aa", meta={"revision": "r1"})
+    assert len(load_languages([captured, write(tmp_path / "b.npz", IDS, "bb")])) == 2
+    with pytest.raises(InputError, match="expert ID 3, but num_experts in its meta is 3"):
+        load_routing(write(tmp_path / "c.npz", IDS, num_experts=3))
+
+
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04cut off"])
 def test_a_file_that_is_no_dump_is_refused(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(InputError, match="a.npz is not a routing dump"):
+    with pytest.raises(InputError, match="a.npz is not a whole routing dump"):
         load_routing(str(tmp_path / "a.npz"))
 
 
 def test_pickles_are_never_loaded(tmp_path):
     np.savez(tmp_path / "a.npz", meta=np.array({"a": 1}, dtype=object), counts=np.ones((1, 2)))
-    with pytest.raises(InputError, match="is not a routing dump"):
+    with pytest.raises(InputError, match="is not a whole routing dump"):
         load_routing(str(tmp_path / "a.npz"))
 
 

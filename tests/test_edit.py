@@ -201,7 +201,7 @@ def test_boosts_that_move_nothing_say_so(qwen):
 
 def test_an_edit_that_no_router_ran_under_is_an_error(qwen):
     with pytest.raises(RuntimeError, match="never called"):
-        with edit_routing(qwen, masks={0: [1]}):
+        with edit_routing(qwen, masks={0: [1]}), record_routing(qwen, print):
             pass
 
 
@@ -220,7 +220,7 @@ def test_a_router_that_scores_in_another_way_is_an_error(qwen):
     try:
         with pytest.raises(RuntimeError, match="cannot be edited"):
             with edit_routing(qwen, masks={0: [1]}):
-                routing(qwen)
+                qwen(IDS)
     finally:
         del router.forward
 

@@ -41,12 +41,12 @@ def rows_of(path):
 def test_a_random_control_has_as_many_experts_per_layer_of_those_in_use():
     masked = np.zeros((2, 8), bool)
     masked[0, [1, 2, 3]] = True
-    used = np.array([[1, 1, 1, 1, 1, 0, 0, 0], [1] * 8], bool)
-    draws = [ablate.random_control(masked, used, seed) for seed in range(20)]
+    used = np.array([[1, 1, 1, 1, 1, 1, 1, 0], [1] * 8], bool)
+    draws = [ablate.random_control(masked, used, [7, seed]) for seed in range(20)]
     for control in draws:
-        assert control.sum(1).tolist() == [3, 0] and not (control & ~used).any()
-    assert len({control.tobytes() for control in draws}) > 5
-    assert (ablate.random_control(masked, used, 3) == draws[3]).all()
+        assert control.sum(1).tolist() == [3, 0] and not (control & ~used).any() and not (control & masked).any()
+    assert len({control.tobytes() for control in draws}) > 3
+    assert (ablate.random_control(masked, used, [7, 3]) == draws[3]).all()
 
 
 def test_a_usage_matched_control_takes_the_closest_frequencies():
@@ -146,6 +146,19 @@ def test_the_table_shows_the_change_and_the_control(ablation):
     assert f"{change:>+8.3f}{random:>+8.3f} (" in printed
 
 
+def test_another_draw_is_another_cell(dumps, monkeypatch, capsys, tmp_path):
+    arguments = ["--routing", *dumps, "--languages", "sw", "--targets", "sw", "--experts", "random", "--bands", "all=0-7",
+                 "--limit", 2, "--out", tmp_path / "r.jsonl"]
+    run(ablate, monkeypatch, capsys, *arguments, "--control-seeds", 1)
+    first = rows_of(tmp_path / "r.jsonl")
+    run(ablate, monkeypatch, capsys, *arguments, "--control-seeds", 2)
+    more = rows_of(tmp_path / "r.jsonl")
+    assert more[:len(first)] == first and len(more) == len(first) + 1  # one control more, and nothing else anew
+    monkeypatch.setattr(ablate, "random_control", lambda masked, used, seed: np.roll(masked, 1, 1))
+    run(ablate, monkeypatch, capsys, *arguments, "--control-seeds", 2)
+    assert len(rows_of(tmp_path / "r.jsonl")) > len(more)  # other experts are other cells
+
+
 def test_predictions_are_captured_again_with_their_responses(ablation, monkeypatch, capsys, tmp_path):
     out = ablation[0]
     row = next(r for r in rows_of(out) if r["cell"] == "baseline" and r["settings"]["language"] == "en")
@@ -182,6 +195,7 @@ def test_evaluating_on_the_captured_prompts_is_warned_of(dumps, monkeypatch, cap
     (["--bands", "a=0-9"], "band 'a=0-9' does not hold MoE layers"),
     (["--threshold", "2"], "threshold 2.0 is not between"),
     (["--experts-per-language", "33"], "experts_per_language 33"),
+    (["--experts-per-language", "0"], "experts_per_language 0"),
     (["--languages", "xx"], "no such file: tests/data/eval_xx.tsv"),
     (["--experts", "shared", "--experts-per-language", "32", "--threshold", "0.99", "--languages", "en"], "leaves fewer than top_k"),
     (["--top-p", "0.9"], "need a --temperature"),
@@ -295,10 +309,12 @@ def test_steer_reports_on_other_examples_than_it_chose_on(dumps, monkeypatch, ca
     (["--lambda", "1e-9"], "moves no selection"),
     (["--lambda", "nan"], "lambda must be a finite number"),
     (["--sources", "en,fr"], "no routing for 'fr'"),
+    (["--sources", "en"], "takes two or more languages"),
+    (["--limit", "3"], "takes 4 examples or more"),
     (["--band", "40-50"], "does not hold MoE layers"),
 ])
 def test_steering_that_cannot_work_is_an_error(dumps, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["steer.py", "--routing", *dumps, "--limit", "3", "--languages", "sw",
+    monkeypatch.setattr(sys, "argv", ["steer.py", "--routing", *dumps, "--limit", "5", "--languages", "sw",
                                       "--out", str(tmp_path / "r"), *arguments])
     with pytest.raises((common.InputError, analyze.InputError), match=message):
         steer.main()

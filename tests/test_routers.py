@@ -102,5 +102,5 @@ def test_a_dense_checkpoint_is_refused_before_its_weights_are_read(tmp_path):
 
 
 def test_a_missing_model_is_one_line():
-    with pytest.raises(InputError, match="cannot load a config for model 'no/such/model'"):
+    with pytest.raises(InputError, match="no model 'no/such/model'"):
         load_model("no/such/model")

@@ -191,11 +191,13 @@ def test_langdetect_finds_the_language_or_says_what_to_install():
 # ------------------------------------------------------------------------------------------------------------ statistics
 
 def test_bootstrap_interval_of_a_constant_is_the_constant_and_of_noise_holds_its_mean():
-    assert bootstrap_interval([0.25] * 40) == [0.25, 0.25]
+    assert bootstrap_interval([0.25] * 40) == pytest.approx([0.25, 0.25])
     noise = np.random.default_rng(0).normal(0.3, 1, 400)
     low, high = bootstrap_interval(noise)
     assert low < noise.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * noise.std() / 20, rel=0.1)  # the normal approximation
+    several = bootstrap_interval([noise, noise + 1])  # two controls, a nat apart: their choice is the larger doubt
+    assert several[1] - several[0] > 0.9
 
 
 def test_mcnemar_by_hand():
