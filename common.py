@@ -725,9 +725,9 @@ def bootstrap_interval(differences, draws=2000, seed=0):
     differences = np.atleast_2d(np.asarray(differences, np.float64))
     differences = differences[:, ~np.isnan(differences).any(0)]
     rng = np.random.default_rng(seed)
-    controls = rng.multinomial(len(differences), np.full(len(differences), 1 / len(differences)), draws) / len(differences)
-    examples = rng.multinomial(differences.shape[1], np.full(differences.shape[1], 1 / differences.shape[1]), draws) / differences.shape[1]
-    means = np.einsum("dc,ce,de->d", controls, differences, examples, optimize=True)
+    picks = rng.integers(differences.shape[1], size=(draws, differences.shape[1]))
+    means = np.stack([control[picks].mean(1) for control in differences], 1)  # (draws, controls)
+    means = np.take_along_axis(means, rng.integers(len(differences), size=means.shape), 1).mean(1)
     return [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
 
 

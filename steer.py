@@ -11,7 +11,7 @@ writes  results/steer.jsonl     one line per cell, with its settings and the sco
 In the band, router_logits += lambda * c * |router_logits| for the experts that the source languages share, with c the
 first source's share in the expert (arXiv 2601.14050). Of several lambdas the best is chosen on every other example and
 reported on the rest. Controls boost as many random experts per layer with the same coefficients. One model load.
-Takes about three minutes on the tiny model. A run that was stopped goes on where it stopped. In a notebook:
+Takes about a minute and a half on the tiny model. A run that was stopped goes on where it stopped. In a notebook:
 
     coefficients = steering_coefficients(analyze.load_languages(["routing/en.npz", "routing/zh.npz"]), ["en", "zh"])
     with steer(model, coefficients, 0.5): model.generate(**batch)

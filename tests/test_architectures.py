@@ -14,8 +14,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import capture
-from common import InputError, edit_routing, find_routers, record_routing, routing_shape
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import capture  # noqa: E402
+from common import InputError, edit_routing, find_routers, record_routing, routing_shape  # noqa: E402
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -200,3 +203,10 @@ def test_an_unsupported_family_is_refused_before_any_forward_pass(model_type):
 def test_at_least_fifty_model_types_are_exact():
     if transformers.__version__ == "5.23.0":
         assert len(SUPPORTED) >= 50
+
+
+if __name__ == "__main__":
+    exact = [t for t in SUPPORTED if routing_shape(build(t))]
+    print(f"Exact in transformers {transformers.__version__}, {len(exact)} model types: {', '.join(exact)}.\n")
+    for name, reason in UNSUPPORTED.items():
+        print(f"- `{name}` is refused: {reason}.")
