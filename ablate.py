@@ -164,7 +164,7 @@ def main():
                                 "of": args.experts}
                     plan.append((band, target, language, key, f"{band}-{kind}-{target}", settings, as_masks(mask, layers)))
     for *_, masks in plan:
-        common.check_edit(masks, {}, "proportional", experiment.shape)
+        common.check_edit(masks, {}, "proportional", experiment.routers, experiment.shape)
 
     print(f"{args.model}  {len(plan)} cells  {args.experts} experts  experts_per_language {args.experts_per_language}  "
           f"threshold {args.threshold}  {', '.join(f'{band} {analyze.describe(layers[rows])}' for band, rows in bands.items())}")

@@ -26,7 +26,7 @@ import transformers
 from tqdm import tqdm
 
 from common import (InputError, checkpoint_id, dtype_name, encode_prompt, find_data, length_batches, load_config,
-                    load_model, positive, read_examples, record_routing, right_padded, routing_shape)
+                    load_model, positive, read_examples, record_routing, right_padded, routing_shape, run_batches)
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -52,42 +52,49 @@ def capture(model, sequences, prompt_lengths, batch_tokens=BATCH_TOKENS, stats_o
     device = model.device
     lengths = [len(s) for s in sequences]
     offsets = np.cumsum([0] + lengths)
-    counts = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=device)
-    weight_sums = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=device)
-    mean_probs = np.empty((len(sequences), len(layers), num_experts), np.float32)
+    shape = len(layers), num_experts
+    counts = torch.zeros(shape, dtype=torch.int64, device=device)
+    weight_sums = torch.zeros(shape, dtype=torch.float64, device=device)
+    mean_probs = np.empty((len(sequences), *shape), np.float32)
     id_type = (torch.uint8, np.uint8) if num_experts <= 256 else (torch.int16, np.uint16)
     selected = None if stats_only else np.empty((offsets[-1], len(layers), top_k), id_type[1])
-    padded = 0
+    padded, now = 0, {}
 
     def on_router(layer, router_logits, routing_weights, selected_experts):
-        """Adds one layer of the batch at hand, whose real tokens are the positions in keep."""
+        """One layer of the batch at hand, of which now has the positions of the real tokens, and the tallies."""
         row = row_of[layer]
-        chosen = selected_experts.reshape(-1, top_k)[keep]
-        weights = routing_weights.reshape(-1, top_k)[keep].flatten().double()
-        counts[row].scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
-        weight_sums[row].scatter_add_(0, chosen.flatten(), weights)
-        probabilities = router_logits.reshape(*real.shape, num_experts).float().softmax(-1)
-        sums[:, row] = (probabilities * real[:, :, None]).sum(1, dtype=torch.float64)
-        if batch_ids is not None:
-            batch_ids[:, row] = chosen.to(id_type[0])
+        chosen = selected_experts.reshape(-1, top_k)[now["keep"]]
+        weights = routing_weights.reshape(-1, top_k)[now["keep"]].flatten().double()
+        now["counts"][row].scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
+        now["weight_sums"][row].scatter_add_(0, chosen.flatten(), weights)
+        probabilities = router_logits.reshape(*now["real"].shape, num_experts).float().softmax(-1)
+        now["probs"][:, row] = (probabilities * now["real"][:, :, None]).sum(1, dtype=torch.float64)
+        if not stats_only:
+            now["ids"][:, row] = chosen.to(id_type[0])
+
+    def run(batch):
+        nonlocal padded
+        ids = right_padded([sequences[i] for i in batch], device)
+        real = torch.arange(ids.shape[1]) < torch.tensor([lengths[i] for i in batch])[:, None]
+        # with the number of real tokens known on this side, no step in a layer waits for the device
+        keep = real.flatten().nonzero().squeeze(1)
+        now.update(keep=keep.to(device), real=real.to(device, torch.float32), counts=torch.zeros_like(counts),
+                   weight_sums=torch.zeros_like(weight_sums), ids=None if stats_only else torch.empty(
+                       len(keep), len(layers), top_k, dtype=id_type[0], device=device),
+                   probs=torch.empty(len(batch), *shape, dtype=torch.float64, device=device))
+        model.get_decoder()(input_ids=ids, use_cache=False)
+        counts.add_(now["counts"])  # only now: a batch that does not fit into memory is run again in halves
+        weight_sums.add_(now["weight_sums"])
+        mean_probs[batch] = (now["probs"] / now["real"].sum(1, dtype=torch.float64)[:, None, None]).cpu().numpy()
+        if not stats_only:
+            rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
+            selected[rows] = now["ids"].cpu().numpy().view(id_type[1])
+        padded += ids.numel() - len(keep)
+        if progress is not None:
+            progress.update(len(keep))
 
     with record_routing(model, on_router):
-        for batch in length_batches(lengths, batch_tokens):
-            ids = right_padded([sequences[i] for i in batch], device)
-            real = torch.arange(ids.shape[1]) < torch.tensor([lengths[i] for i in batch])[:, None]
-            # positions of the real tokens among all: with their number known here, no step waits for the device
-            keep = real.flatten().nonzero().squeeze(1).to(device)
-            real = real.to(device, torch.float32)
-            sums = torch.empty(len(batch), len(layers), num_experts, dtype=torch.float64, device=device)
-            batch_ids = None if stats_only else torch.empty(len(keep), len(layers), top_k, dtype=id_type[0], device=device)
-            model.get_decoder()(input_ids=ids, use_cache=False)
-            mean_probs[batch] = (sums / real.sum(1, dtype=torch.float64)[:, None, None]).cpu().numpy()
-            if not stats_only:
-                rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
-                selected[rows] = batch_ids.cpu().numpy().view(id_type[1])
-            padded += ids.numel() - len(keep)
-            if progress is not None:
-                progress.update(len(keep))
+        run_batches(run, length_batches(lengths, batch_tokens))
     finite = np.isfinite(mean_probs).all(axis=(0, 2))
     if not finite.all():
         raise InputError(f"router logits are NaN or infinite in layers {[l for l, ok in zip(layers, finite) if not ok]}; "
@@ -170,8 +177,8 @@ def main():
     args = p.parse_args()
 
     files = find_data(args.data, args.languages)
-    config, tokenizer, shape = load_config(args.model)
-    _, num_experts, top_k = one_shape(shape)
+    config, tokenizer, skeleton = load_config(args.model)
+    layers, num_experts, top_k = one_shape(routing_shape(skeleton))
     index, parts = args.shard
     todo = {}
     for language, path in files.items():
@@ -196,7 +203,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     model, _ = load_model(args.model, args.dtype, args.device)
     longest = min(args.max_length, getattr(config.get_text_config(), "max_position_embeddings", args.max_length))
-    print(f"{args.model}  {len(shape)} MoE layers  {num_experts} experts  top_k {top_k}  {model.dtype}  {model.device}")
+    print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  {model.dtype}  {model.device}")
     for language, (examples, meta, dump_path) in todo.items():
         prompts = [encode_prompt(tokenizer, e["prompt"], args.chat_template) for e in examples]
         sequences = [ids + tokenizer(e["response"], add_special_tokens=False)["input_ids"] if "response" in e else ids

@@ -42,19 +42,19 @@ class InputError(ValueError):
 # ------------------------------------------------------------------------------------------------------------ the model
 
 def load_config(name):
-    """A checkpoint's config and tokenizer, and {decoder layer: (num_experts, top_k)} of its routers; no weights yet.
+    """A checkpoint's config and tokenizer, and its model on the meta device, without weights.
 
     name is a folder or a hub id. InputError if it is neither, if the model is dense, or if its routers are unknown.
     """
     if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 6):
         raise InputError(f"transformers {transformers.__version__} has other routers; run: pip install 'transformers>=5.6'")
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"no model '{name}': neither a folder with a config.json, nor to be had from the hub "
                          f"({first_line(error)})") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load a tokenizer for model '{name}': {first_line(error)}") from error
     try:
@@ -62,7 +62,8 @@ def load_config(name):
             skeleton = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise InputError(f"model '{name}' is not a causal language model: {first_line(error)}") from error
-    return config, tokenizer, routing_shape(skeleton)
+    find_routers(skeleton)
+    return config, tokenizer, skeleton
 
 
 def load_model(name, dtype="auto", device=None):
@@ -286,7 +287,7 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     masks = {layer: ids for layer, ids in (masks or {}).items() if len(ids)}
     boosts = boosts or {}
     routers, shape = find_routers(model), routing_shape(model)
-    check_edit(masks, boosts, rule, shape)
+    check_edit(masks, boosts, rule, routers, shape)
     moved, proofs, before = {}, {}, {}
     try:
         for layer in sorted(masks.keys() | boosts.keys()):
@@ -341,8 +342,8 @@ def edited_forward(router, num_experts, mask, boost, rule, count_moved):
     return forward, proof
 
 
-def check_edit(masks, boosts, rule, shape):
-    """InputError if an edit does not fit the model, whose routing_shape is given."""
+def check_edit(masks, boosts, rule, routers, shape):
+    """InputError if an edit does not fit a model, whose find_routers and routing_shape are given."""
     for layer in masks.keys() | boosts.keys():
         if layer not in shape:
             raise InputError(f"layer {layer} has no router; MoE layers are {list(shape)}")
@@ -352,6 +353,12 @@ def check_edit(masks, boosts, rule, shape):
             raise InputError(f"layer {layer} has the experts 0 to {num_experts - 1}; the mask names {sorted(ids)}")
         if num_experts - len(ids) < top_k:
             raise InputError(f"layer {layer}: masking {len(ids)} of {num_experts} experts leaves fewer than top_k {top_k}")
+        groups = getattr(routers[layer], "num_group", None) or 1
+        if groups > 1 and ids:  # the router may settle on the groups that are left with the fewest experts
+            left = sorted(num_experts // groups - sum(e * groups // num_experts == g for e in ids) for g in range(groups))
+            if sum(left[:routers[layer].topk_group]) < top_k:
+                raise InputError(f"layer {layer}: the router chooses within {routers[layer].topk_group} of {groups} groups, "
+                                 f"and the mask leaves some such choice fewer than top_k {top_k} experts")
         if layer in boosts:
             boost = np.asarray(boosts[layer])
             if boost.shape != (num_experts,) or not np.isfinite(boost).all():
@@ -505,6 +512,24 @@ def length_batches(lengths, batch_tokens):
     return batches
 
 
+def run_batches(run, batches):
+    """run(batch) for each batch; one that does not fit into memory is halved, which is said once."""
+    todo, said = list(batches), False
+    while todo:
+        batch = todo.pop(0)
+        try:
+            run(batch)
+            continue
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise InputError("out of memory on a single sequence; lower --max-length, or give --device auto") from error
+        torch.cuda.empty_cache()
+        if not said:
+            tqdm.write(f"out of memory on {len(batch)} sequences at once: halving such batches; --batch-tokens sets their size")
+            said = True
+        todo[:0] = batch[:len(batch) // 2], batch[len(batch) // 2:]
+
+
 # ------------------------------------------------------------------------------------------------------------ the scores
 
 MAX_NEW_TOKENS = 512  # of a response, where neither flag nor checkpoint says
@@ -617,7 +642,8 @@ def negative_log_likelihood(model, encoded, batch_tokens):
     sequences = [e["ids"] + e.get("answer_ids", []) for e in encoded]
     result = {f"{part}_{unit}": np.full(len(encoded), np.nan) for part in ("prompt", "answer")
               for unit in ("nll", "bits_per_byte")}
-    for batch in length_batches([len(s) for s in sequences], batch_tokens):
+
+    def run(batch):
         ids = right_padded([sequences[i] for i in batch], model.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none")
@@ -631,6 +657,8 @@ def negative_log_likelihood(model, encoded, batch_tokens):
                     own = nll[row, max(start, 1) - 1:stop - 1]
                     result[f"{part}_nll"][i] = own.mean()
                     result[f"{part}_bits_per_byte"][i] = own.sum() / math.log(2) / len(text.encode())
+
+    run_batches(run, length_batches([len(s) for s in sequences], batch_tokens))
     return result
 
 
@@ -641,12 +669,15 @@ def choose_letters(model, tokenizer, encoded, batch_tokens, letters="ABCD"):
     if len(set(first)) < len(letters):
         raise InputError(f"this tokenizer does not tell the letters {letters} apart by their first token")
     chosen = [""] * len(encoded)
-    for batch in length_batches([len(e["ids"]) for e in encoded], batch_tokens):
+
+    def run(batch):
         logits = model(input_ids=right_padded([encoded[i]["ids"] for i in batch], model.device), use_cache=False).logits
         ends = torch.tensor([len(encoded[i]["ids"]) - 1 for i in batch], device=logits.device)
         best = logits[torch.arange(len(batch), device=logits.device), ends][:, first].argmax(-1).tolist()
         for i, letter in zip(batch, best):
             chosen[i] = letters[letter]
+
+    run_batches(run, length_batches([len(e["ids"]) for e in encoded], batch_tokens))
     return chosen
 
 
@@ -662,7 +693,9 @@ def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=N
     ends = torch.tensor([tokenizer.eos_token_id] if ends is None else ends if isinstance(ends, list) else [ends])
     responses, cut = [""] * len(encoded), 0
     lengths = [len(e["ids"]) for e in encoded]
-    for batch in length_batches([n + max_new_tokens for n in lengths], batch_tokens):
+
+    def run(batch):
+        nonlocal cut
         longest = max(lengths[i] for i in batch)
         ids = torch.tensor([[pad] * (longest - lengths[i]) + encoded[i]["ids"] for i in batch])
         mask = torch.arange(longest) >= torch.tensor([longest - lengths[i] for i in batch])[:, None]
@@ -671,6 +704,8 @@ def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=N
         cut += int((~torch.isin(out[:, longest:].cpu(), ends).any(1)).sum()) if out.shape[1] == longest + max_new_tokens else 0
         for i, text in zip(batch, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)):
             responses[i] = text
+
+    run_batches(run, length_batches([n + max_new_tokens for n in lengths], batch_tokens))
     return responses, cut
 
 
@@ -819,7 +854,8 @@ class Experiment:
 
     def __init__(self, args, dumps):
         self.args, self.model = args, None
-        config, self.tokenizer, self.shape = load_config(args.model)
+        config, self.tokenizer, skeleton = load_config(args.model)
+        self.routers, self.shape = find_routers(skeleton), routing_shape(skeleton)
         self.rows = load_rows(args.out)
         if args.max_new_tokens is None:
             with contextlib.suppress(OSError):

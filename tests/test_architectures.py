@@ -106,9 +106,8 @@ def outputs(model):
         return model(IDS, use_cache=False).logits
 
 
-@families
-def test_what_is_captured_is_what_the_experts_get(model_type):
-    model = build(model_type)
+def check_captured(model):
+    """The recorded selections and weights are those that reach the experts modules, in every layer that has any."""
     received, handles = {}, []
     for layer, block in blocks(model).items():
         handles.append(block.experts.register_forward_pre_hook(
@@ -128,6 +127,21 @@ def test_what_is_captured_is_what_the_experts_get(model_type):
         else:  # Llama 4 hands every token to every expert, times its score
             scaled = received[layer][0].view(num_experts, 24, -1)
             assert torch.equal((scaled != 0).any(-1).T, torch.zeros(24, num_experts).scatter(1, selected, 1).bool())
+
+
+@families
+def test_what_is_captured_is_what_the_experts_get(model_type):
+    check_captured(build(model_type))
+
+
+@families
+def test_there_is_a_router_for_every_layer_with_experts_and_for_no_other(model_type):
+    model = build(model_type)
+    names = [name for name, _ in model.get_decoder().named_modules() if name.endswith(".experts")]
+    layers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
+    if model_type == "deepseek_v4":  # its first layers have experts that a hash of the token chooses
+        layers = [l for l, kind in enumerate(model.config.mlp_layer_types) if kind != "hash_moe"]
+    assert list(find_routers(model)) == layers and layers
 
 
 @families
@@ -187,6 +201,25 @@ def test_leaving_the_block_restores_the_model(model_type):
             routing(model)
             1 / 0
     assert torch.equal(outputs(model), before)
+
+
+@families
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_a_checkpoint_loaded_in_bfloat16_is_captured_and_edited_alike(model_type, experts, tmp_path):
+    if experts == "grouped_mm" and not build(model_type)._can_set_experts_implementation():
+        pytest.skip("this family has but one implementation of its experts")
+    build(model_type).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, experts_implementation=experts).eval()
+    assert list(find_routers(model)) == list(find_routers(build(model_type)))
+    check_captured(model)
+    plain, before = routing(model), outputs(model)
+    masks = {layer: selected.flatten().mode().values.reshape(1).tolist() for layer, (*_, selected) in plain.items()}
+    with edit_routing(model, masks=masks):
+        for layer, (*_, selected) in routing(model).items():
+            assert not (selected == masks[layer][0]).any()
+    boosts = {layer: torch.zeros(n) for layer, (n, _) in routing_shape(model).items()}
+    with edit_routing(model, boosts=boosts, count_moved=False):
+        assert torch.equal(outputs(model), before)
 
 
 @pytest.mark.parametrize("model_type", [t for t in UNSUPPORTED if t in TYPES])

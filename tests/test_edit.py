@@ -225,6 +225,15 @@ def test_a_router_that_scores_in_another_way_is_an_error(qwen):
         del router.forward
 
 
+def test_a_mask_must_leave_top_k_experts_in_any_choice_of_groups():
+    model = build(FAMILIES["deepseek_v3"])  # 4 groups of 2 experts, of which a token gets 2, top_k 2
+    with edit_routing(model, masks={1: [0, 2]}):  # one expert left in each of two groups
+        model(IDS)
+    with pytest.raises(InputError, match="within 2 of 4 groups, and the mask leaves some such choice fewer than top_k 2"):
+        with edit_routing(model, masks={1: [0, 1, 2]}):
+            pytest.fail("the block was entered")
+
+
 @pytest.mark.parametrize("edit, message", [
     (dict(masks={1: [0]}), "layer 1 has no router; MoE layers are"),
     (dict(masks={0: [8]}), "experts 0 to 7"),
