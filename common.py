@@ -55,6 +55,8 @@ def load_config(name):
                          f"({first_line(error)})") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not tokenizer("a 1")["input_ids"]:  # without its files, some families get an empty one
+            raise OSError("its files are missing")
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"cannot load a tokenizer for model '{name}': {first_line(error)}") from error
     try:
@@ -73,8 +75,7 @@ def load_model(name, dtype="auto", device=None):
     device "cuda", "cpu", ..., or "auto" to spread the layers over all GPUs; None is CUDA where there is one
     """
     config, tokenizer, _ = load_config(name)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or float64")
+    dtype_name(dtype, config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("there is no CUDA device; leave out --device, or give cpu")
@@ -179,6 +180,8 @@ def probe_router(router, block, hidden):
 
 def read_router(router, output):
     """What a router returned, as (router_logits, routing_weights, selected_experts); more items are not ours."""
+    if not isinstance(output, tuple):
+        raise ValueError("one tensor")
     if len(output) == 2:  # Llama 4: scores of all experts, 0 where an expert is not selected, and logits
         scores, router_logits = output
         if scores.shape != router_logits.shape:
@@ -927,7 +930,9 @@ class Experiment:
 
 
 def dtype_name(dtype, config):
-    """What "auto" stands for: the dtype that a checkpoint's config names."""
+    """What "auto" stands for: the dtype that a checkpoint's config names. InputError if it is no dtype."""
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or float64")
     return str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype
 
 

@@ -20,12 +20,16 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import capture  # noqa: E402
 from common import InputError, edit_routing, find_routers, record_routing, routing_shape  # noqa: E402
 
+PIN = "5.23.0"  # of requirements.txt; in older versions some families are refused, which skips their tests
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     head_dim=8, moe_intermediate_size=24, shared_expert_intermediate_size=24, max_position_embeddings=128, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, num_experts=8, num_local_experts=8, n_routed_experts=8, moe_num_experts=8,
     num_experts_per_tok=2, moe_topk=2, moe_k=2, top_k_experts=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
-    qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_group=4, topk_group=2, sliding_window=16)
+    qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_group=4, topk_group=2, sliding_window=16,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_head_dim=8,
+    linear_num_heads=4, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8, moe_shared_expert_intermediate_size=24,
+    swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8)
 # what a family wants besides, where a small size contradicts one of its defaults
 MORE = {
     "dbrx": dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, attn_config=dict(kv_n_heads=2, rope_theta=1e4),
@@ -33,9 +37,9 @@ MORE = {
     "doge": dict(is_moe=True, num_experts=16),
     "dots3_note": dict(vision_config=dict(adapter_out_dim=32), audio_config=dict(adapter_out_dim=32)),
     "dots1": dict(n_shared_experts=1),
+    "dots3_note_text": dict(num_hidden_layers=2),
     "gemma4_text": dict(enable_moe_block=True, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8),
     "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, layer_types=["mamba", "attention"] * 2),
-    "kimi_linear": dict(linear_head_dim=8, linear_num_heads=4),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1),
     "longcat_flash": dict(num_layers=2, zero_expert_num=2, expert_ffn_hidden_size=24, ffn_hidden_size=48),
     "qwen4_exp_text": dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=16,
@@ -72,6 +76,12 @@ def tiny_config(model_type):
 def build(model_type):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
+    try:
+        find_routers(model)
+    except InputError as error:
+        if transformers.__version__ == PIN:
+            raise
+        pytest.skip(f"refused in transformers {transformers.__version__}: {error}")
     with torch.no_grad():  # many families start with equal routers, which pick the same experts for every token
         for router in find_routers(model).values():
             for parameter in router.parameters():
@@ -233,9 +243,9 @@ def test_an_unsupported_family_is_refused_before_any_forward_pass(model_type):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.skipif(transformers.__version__ != PIN, reason="earlier versions know fewer families")
 def test_at_least_fifty_model_types_are_exact():
-    if transformers.__version__ == "5.23.0":
-        assert len(SUPPORTED) >= 50
+    assert len(SUPPORTED) >= 50
 
 
 if __name__ == "__main__":
