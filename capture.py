@@ -26,7 +26,7 @@ import transformers
 from tqdm import tqdm
 
 from common import (InputError, checkpoint_id, dtype_name, encode_prompt, find_data, length_batches, load_config,
-                    load_model, positive, read_examples, record_routing, right_padded, routing_shape, run_batches)
+                    load_model, max_positions, positive, read_examples, record_routing, right_padded, routing_shape, run_batches)
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -202,7 +202,7 @@ def main():
         return
     args.out.mkdir(parents=True, exist_ok=True)
     model, _ = load_model(args.model, args.dtype, args.device)
-    longest = min(args.max_length, getattr(config.get_text_config(), "max_position_embeddings", args.max_length))
+    longest = min(args.max_length, max_positions(config))
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  {model.dtype}  {model.device}")
     for language, (examples, meta, dump_path) in todo.items():
         prompts = [encode_prompt(tokenizer, e["prompt"], args.chat_template) for e in examples]

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import string
+import sys
 import unicodedata
 import warnings
 from decimal import Decimal
@@ -62,8 +63,8 @@ def load_config(name):
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise InputError(f"model '{name}' is not a causal language model: {first_line(error)}") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"model '{name}' cannot be built as a causal language model: {first_line(error)}") from error
     find_routers(skeleton)
     return config, tokenizer, skeleton
 
@@ -619,7 +620,8 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
     for number, example in enumerate(examples, 1):
         ids = encode_prompt(tokenizer, example["prompt"], chat_template)
         if len(ids) > max_length:
-            raise InputError(f"prompt {number} has {len(ids)} tokens, more than {max_length}; take it out or raise --max-length")
+            raise InputError(f"prompt {number} has {len(ids)} tokens, more than {max_length}; take it out, or raise --max-length "
+                             "as far as the model's positions go")
         encoded.append(example | {"ids": ids, "own": (before, len(ids) - after)})
         if "answer" in example:
             gold = example["answer"] if isinstance(example["answer"], str) else example["answer"][0]
@@ -658,6 +660,8 @@ def negative_log_likelihood(model, encoded, batch_tokens):
                                               ("answer", (len(e["ids"]), len(sequences[i])), gold)):
                 if stop > max(start, 1):
                     own = nll[row, max(start, 1) - 1:stop - 1]
+                    if not np.isfinite(own).all():
+                        raise InputError("the model's logits are NaN or infinite; try --dtype float32")
                     result[f"{part}_nll"][i] = own.mean()
                     result[f"{part}_bits_per_byte"][i] = own.sum() / math.log(2) / len(text.encode())
 
@@ -878,7 +882,8 @@ class Experiment:
         self.tasks = {}
         captured = {sha for dump in dumps for sha in dump["data_sha256"]}
         for language, path in find_data(args.data, args.languages).items():
-            encoded = encode_examples(self.tokenizer, read_examples(path)[:args.limit], args.chat_template, args.max_length)
+            encoded = encode_examples(self.tokenizer, read_examples(path)[:args.limit], args.chat_template,
+                                      min(args.max_length, max_positions(config)))
             check_metrics(args.metrics, encoded, path)
             sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             if sha in captured:
@@ -934,6 +939,11 @@ def dtype_name(dtype, config):
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InputError(f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or float64")
     return str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+
+
+def max_positions(config):
+    """How many tokens the model was made for; no limit where its config names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def check_dumps(dumps, shape, revision):

@@ -109,6 +109,18 @@ def test_nll_is_what_one_sequence_at_a_time_gives(tiny):
         assert result["answer_bits_per_byte"][i] == pytest.approx(sum(answer) / math.log(2) / len(e["answer"]))
 
 
+def test_logits_that_are_no_numbers_stop_the_run(tiny):
+    model, tokenizer = tiny
+    weight = model.model.norm.weight
+    before = weight.detach().clone()
+    try:
+        weight.data.fill_(float("nan"))
+        with pytest.raises(InputError, match="NaN or infinite"):
+            common.negative_log_likelihood(model, encode_examples(tokenizer, [{"prompt": "Anna has 14 apples."}]), 100)
+    finally:
+        weight.data.copy_(before)
+
+
 def test_nll_without_a_chat_template_skips_what_nothing_precedes(tiny):
     model, tokenizer = tiny
     encoded = encode_examples(tokenizer, [{"prompt": "Anna has 14 apples."}], chat_template="never")
