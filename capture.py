@@ -63,6 +63,9 @@ def capture(model, sequences, prompt_lengths, batch_tokens=BATCH_TOKENS, stats_o
     def on_router(layer, router_logits, routing_weights, selected_experts):
         """One layer of the batch at hand, of which now has the positions of the real tokens, and the tallies."""
         row = row_of[layer]
+        # onto the device of the tallies, where a model is spread over several
+        router_logits, routing_weights, selected_experts = (
+            t.to(device) for t in (router_logits, routing_weights, selected_experts))
         chosen = selected_experts.reshape(-1, top_k)[now["keep"]]
         weights = routing_weights.reshape(-1, top_k)[now["keep"]].flatten().double()
         now["counts"][row].scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())

@@ -1,0 +1,3 @@
+import torch
+
+torch.set_num_threads(1)  # the models here are too small for more, and threads that spin slow down whatever runs beside
