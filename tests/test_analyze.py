@@ -28,6 +28,8 @@ def test_of_equally_frequent_experts_the_lower_index_is_kept():
     np.testing.assert_allclose(share[0] > 0, [[True, True, False, False]])
     np.testing.assert_allclose(share[1] > 0, [[False, True, False, True]])
     np.testing.assert_allclose(share[:, 0, 1], [0.25 / 0.65, 0.4 / 0.65])
+    many = np.tile([0.1, 0.2], 64).reshape(1, 1, 128)  # of 64 tied experts the first 15, at 1, 3, 5, ...
+    assert np.flatnonzero(language_shares(many, 15)).tolist() == list(range(1, 30, 2))
 
 
 def test_shares_of_kept_experts_sum_to_one_and_others_to_zero():
