@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from zipfile import BadZipFile
@@ -25,14 +26,16 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from common import (InputError, checkpoint_id, dtype_name, encode_prompt, find_data, length_batches, load_config,
-                    load_model, max_positions, positive, read_examples, record_routing, right_padded, routing_shape, run_batches)
+from common import (InputError, add_model_arguments, checkpoint_id, dtype_name, encode_prompt, find_data, length_batches,
+                    load_config, load_model, max_positions, positive, read_examples, record_routing, right_padded,
+                    routing_shape, run_batches)
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
 DATA = "tests/data/routing_{lang}.tsv"  # {lang} stands for the language
 OUT = "routing"                         # folder of the dumps
 BATCH_TOKENS = 8192                     # per forward pass, padding included; lower it if memory runs out
+POOL_TOKENS = 2**18                     # languages are batched together up to so many tokens; a killed run loses no more
 MAX_LENGTH = 4096                       # tokens; a longer sequence is cut, and that is reported
 # ---------------------------------------------------------------------------------------------------------------------
 FORMAT = 1  # of the dump
@@ -41,78 +44,114 @@ SETTINGS = ("format", "revision", "dtype", "data_sha256", "limit", "max_length",
 
 
 @torch.inference_mode()
-def capture(model, sequences, prompt_lengths, batch_tokens=BATCH_TOKENS, stats_only=False, progress=None):
-    """The routing of token sequences (lists of ids) through a model, as the arrays of a dump, and the padded tokens.
+def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progress=None, empty=np.empty):
+    """The routing of the token sequences of several languages through a model: ({language: arrays of its dump}, padded tokens).
 
-    Padding stands on the right and needs no attention mask: attention is causal, so what comes later cannot reach a
-    real token; the rows of padding are then left out. What is summed is summed on the device, in int64 and float64.
+    corpora {language: (sequences, prompt_lengths)}, sequences being lists of ids. All are batched together by length, for
+    little padding. It stands on the right and needs no attention mask: attention is causal, so what comes later cannot
+    reach a real token; the rows of padding are then left out. What is summed is summed on the device, in int64 and
+    float64; what leaves the device does so once per batch, and is put away while the next batch runs.
+    empty(shape, dtype) makes the arrays that grow with the sequences.
     """
     layers, num_experts, top_k = one_shape(routing_shape(model))
     row_of = {layer: row for row, layer in enumerate(layers)}
-    device = model.device
-    lengths = [len(s) for s in sequences]
-    offsets = np.cumsum([0] + lengths)
-    shape = len(layers), num_experts
-    counts = torch.zeros(shape, dtype=torch.int64, device=device)
-    weight_sums = torch.zeros(shape, dtype=torch.float64, device=device)
-    mean_probs = np.empty((len(sequences), *shape), np.float32)
+    device, shape = model.device, (len(layers), num_experts)
     id_type = (torch.uint8, np.uint8) if num_experts <= 256 else (torch.int16, np.uint16)
-    selected = None if stats_only else np.empty((offsets[-1], len(layers), top_k), id_type[1])
-    padded, now = 0, {}
+    dumps, sequences = {}, []  # of each sequence (number of its language, mean_probs, selected_experts, ids), the arrays views
+    for number, (language, (texts, prompt_lengths)) in enumerate(corpora.items()):
+        offsets = np.cumsum([0] + [len(ids) for ids in texts])
+        dump = dumps[language] = {
+            "mean_probs": empty((len(texts), *shape), np.float32), "sequence_offsets": offsets.astype(np.int64),
+            "prompt_lengths": np.array(prompt_lengths, np.int64), "layers": np.array(layers, np.int32)}
+        if not stats_only:
+            dump |= {"selected_experts": empty((offsets[-1], len(layers), top_k), id_type[1]),
+                     "token_ids": np.concatenate(texts).astype(np.int32)}
+        sequences += [(number, dump["mean_probs"][i], None if stats_only else dump["selected_experts"][offsets[i]:offsets[i + 1]], ids)
+                      for i, ids in enumerate(texts)]
+    counts = torch.zeros(len(dumps) * len(layers) * num_experts, dtype=torch.int64, device=device)
+    weight_sums = torch.zeros_like(counts, dtype=torch.float64)
+    cell = torch.arange(len(layers), device=device)[:, None, None] * num_experts  # of counts: a layer's first
+    one, padded, now, on_its_way = torch.ones_like(counts[:1]), 0, {}, []
 
     def on_router(layer, router_logits, routing_weights, selected_experts):
-        """One layer of the batch at hand, of which now has the positions of the real tokens, and the tallies."""
+        """One layer of the batch at hand. It only launches work: no step in here waits for the device."""
         row = row_of[layer]
+        now["selected"][row] = selected_experts.reshape(-1, top_k)
+        now["weights"][row] = routing_weights.reshape(-1, top_k)
+        probs = router_logits.reshape(len(now["real"]), -1, num_experts).softmax(-1, dtype=torch.float32)
         # onto the device of the tallies, where a model is spread over several
-        router_logits, routing_weights, selected_experts = (
-            t.to(device) for t in (router_logits, routing_weights, selected_experts))
-        chosen = selected_experts.reshape(-1, top_k)[now["keep"]]
-        weights = routing_weights.reshape(-1, top_k)[now["keep"]].flatten().double()
-        now["counts"][row].scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
-        now["weight_sums"][row].scatter_add_(0, chosen.flatten(), weights)
-        probabilities = router_logits.reshape(*now["real"].shape, num_experts).float().softmax(-1)
-        now["probs"][:, row] = (probabilities * now["real"][:, :, None]).sum(1, dtype=torch.float64)
-        if not stats_only:
-            now["ids"][:, row] = chosen.to(id_type[0])
+        now["mean_probs"][row] = (now["real"] @ probs.to(device)).squeeze(1)
+        now["seen"].add(row)
+
+    def send(tensor):
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
     def run(batch):
         nonlocal padded
-        ids = right_padded([sequences[i] for i in batch], device)
-        real = torch.arange(ids.shape[1]) < torch.tensor([lengths[i] for i in batch])[:, None]
-        # with the number of real tokens known on this side, no step in a layer waits for the device
+        lengths = torch.tensor([len(sequences[i][3]) for i in batch])
+        ids = right_padded([sequences[i][3] for i in batch])
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
+        # with the number of real tokens known on this side, no index waits for the device
         keep = real.flatten().nonzero().squeeze(1)
-        now.update(keep=keep.to(device), real=real.to(device, torch.float32), counts=torch.zeros_like(counts),
-                   weight_sums=torch.zeros_like(weight_sums), ids=None if stats_only else torch.empty(
-                       len(keep), len(layers), top_k, dtype=id_type[0], device=device),
-                   probs=torch.empty(len(batch), *shape, dtype=torch.float64, device=device))
+        language = torch.tensor([sequences[i][0] for i in batch]).repeat_interleave(lengths)
+        num_padded, (ids, keep, language) = ids.numel() - len(keep), map(send, (ids, keep, language))
+        now.update(seen=set(), real=send((real / lengths[:, None])[:, None]),  # times which a sequence's probs are their mean
+                   mean_probs=torch.empty(len(layers), len(batch), num_experts, device=device),
+                   selected=torch.empty(len(layers), ids.numel(), top_k, dtype=id_type[0], device=device),
+                   weights=torch.empty(len(layers), ids.numel(), top_k, device=device,
+                                       dtype=torch.promote_types(model.dtype, torch.float32)))
         model.get_decoder()(input_ids=ids, use_cache=False)
-        counts.add_(now["counts"])  # only now: a batch that does not fit into memory is run again in halves
-        weight_sums.add_(now["weight_sums"])
-        mean_probs[batch] = (now["probs"] / now["real"].sum(1, dtype=torch.float64)[:, None, None]).cpu().numpy()
-        if not stats_only:
-            rows = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in batch])
-            selected[rows] = now["ids"].cpu().numpy().view(id_type[1])
-        padded += ids.numel() - len(keep)
+        if len(now["seen"]) != len(layers):
+            raise RuntimeError(f"only {len(now['seen'])} of {len(layers)} routers were called")
+        chosen, weights = now["selected"][:, keep], now["weights"][:, keep].double().flatten()
+        cells = (chosen.long() + cell + language[:, None] * len(layers) * num_experts).flatten()
+        leaving = [now["mean_probs"].transpose(0, 1).contiguous()] + ([] if stats_only else [chosen.transpose(0, 1).contiguous()])
+        # only now: a batch that does not fit into memory is run again in halves
+        counts.scatter_add_(0, cells, one.expand(len(cells)))
+        weight_sums.scatter_add_(0, cells, weights)
+        arriving = [tensor.to("cpu", non_blocking=True) for tensor in leaving]  # into pinned memory
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        store()
+        on_its_way.append((batch, ready, *arriving))
+        padded += num_padded
         if progress is not None:
             progress.update(len(keep))
 
+    def store():
+        """Put away what the batch before this one has sent."""
+        while on_its_way:
+            batch, ready, means, *selected = on_its_way.pop()
+            if ready is not None:
+                ready.synchronize()
+            start = 0
+            for i, mean in zip(batch, means.numpy()):
+                _, mean_probs, ids, tokens = sequences[i]
+                mean_probs[:] = mean
+                if selected:
+                    ids[:] = selected[0][start:start + len(tokens)].numpy().view(id_type[1])
+                    start += len(tokens)
+
     with record_routing(model, on_router):
-        run_batches(run, length_batches(lengths, batch_tokens))
-    finite = np.isfinite(mean_probs).all(axis=(0, 2))
-    if not finite.all():
-        raise InputError(f"router logits are NaN or infinite in layers {[l for l, ok in zip(layers, finite) if not ok]}; "
-                         "try --dtype float32")
-    dump = {
-        "counts": counts.cpu().numpy(),
-        "weight_sums": weight_sums.cpu().numpy(),
-        "mean_probs": mean_probs,
-        "sequence_offsets": offsets.astype(np.int64),
-        "prompt_lengths": np.array(prompt_lengths, np.int64),
-        "layers": np.array(layers, np.int32),
-    }
-    if not stats_only:
-        dump |= {"selected_experts": selected, "token_ids": np.concatenate(sequences).astype(np.int32)}
-    return dump, padded
+        run_batches(run, length_batches([len(ids) for *_, ids in sequences], batch_tokens))
+    store()
+    for number, dump in enumerate(dumps.values()):
+        finite = np.isfinite(dump["mean_probs"]).all(axis=(0, 2))
+        if not finite.all():
+            raise InputError(f"router logits are NaN or infinite in layers {[l for l, ok in zip(layers, finite) if not ok]}; "
+                             "try --dtype float32")
+        dump["counts"] = counts.view(-1, *shape)[number].cpu().numpy()
+        dump["weight_sums"] = weight_sums.view(-1, *shape)[number].cpu().numpy()
+    return dumps, padded
+
+
+def pools(lengths, pool_tokens):
+    """Cut {language: tokens} into lists of languages that are captured together: up to pool_tokens, or one language."""
+    together = []
+    for language, tokens in lengths.items():
+        if not together or sum(lengths[other] for other in together[-1]) + tokens > pool_tokens:
+            together.append([])
+        together[-1].append(language)
+    return together
 
 
 def one_shape(shape):
@@ -169,11 +208,11 @@ def main():
     p.add_argument("--languages", help="bn,de (default: every file that --data matches)")
     p.add_argument("--out", type=Path, default=Path(OUT), help="folder of the dumps (default: %(default)s)")
     p.add_argument("--batch-tokens", type=positive, default=BATCH_TOKENS, help="tokens per forward pass (default: %(default)s)")
+    p.add_argument("--pool-tokens", type=positive, default=POOL_TOKENS, help="languages are batched together up to so many tokens, "
+                   "and written together (default: %(default)s)")
     p.add_argument("--max-length", type=positive, default=MAX_LENGTH, help="cut longer sequences (default: %(default)s)")
     p.add_argument("--limit", type=positive, help="only the first N prompts of each language")
-    p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, ...")
-    p.add_argument("--device", help="cuda, cpu, auto (all GPUs; needs accelerate); default: CUDA where there is one")
-    p.add_argument("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
+    add_model_arguments(p)
     p.add_argument("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
     p.add_argument("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="only part I of N of each language")
     p.add_argument("--overwrite", action="store_true", help="replace dumps that were made with other settings")
@@ -204,26 +243,34 @@ def main():
     if not todo:
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    model, _ = load_model(args.model, args.dtype, args.device)
+    model, _ = load_model(args.model, args.dtype, args.device, args.experts_implementation, args.attn_implementation)
     longest = min(args.max_length, max_positions(config))
+
+    def on_disk(shape, dtype):  # in a file without a name, so that memory does not grow with the corpus
+        return np.memmap(tempfile.TemporaryFile(dir=args.out), dtype, "w+", shape=shape)
+
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  {model.dtype}  {model.device}")
-    for language, (examples, meta, dump_path) in todo.items():
+    corpora = {}
+    for language, (examples, meta, _) in todo.items():
         prompts = [encode_prompt(tokenizer, e["prompt"], args.chat_template) for e in examples]
         sequences = [ids + tokenizer(e["response"], add_special_tokens=False)["input_ids"] if "response" in e else ids
                      for ids, e in zip(prompts, examples)]
         meta["truncated"] = sum(len(s) > longest for s in sequences)
-        sequences = [s[:longest] for s in sequences]
-        num_tokens = sum(len(s) for s in sequences)
-        started = time.perf_counter()
-        with tqdm(total=num_tokens, desc=language, unit="tok", unit_scale=True, leave=False) as progress:
-            dump, padded = capture(model, sequences, [min(len(p), longest) for p in prompts],
-                                   args.batch_tokens, args.stats_only, progress)
+        corpora[language] = [np.array(s[:longest], np.int32) for s in sequences], [min(len(p), longest) for p in prompts]
+    num_tokens = {language: sum(map(len, sequences)) for language, (sequences, _) in corpora.items()}
+    for pool in pools(num_tokens, args.pool_tokens):
+        total, started = sum(num_tokens[language] for language in pool), time.perf_counter()
+        with tqdm(total=total, desc=" ".join(pool), unit="tok", unit_scale=True, leave=False) as progress:
+            dumps, padded = capture(model, {language: corpora[language] for language in pool}, args.batch_tokens,
+                                    args.stats_only, progress, on_disk)
         seconds = time.perf_counter() - started
-        save_dump(dump_path, dump, meta)
-        print(f"{language:<8} {len(sequences):>6} sequences {num_tokens:>10,} tokens {padded / (padded + num_tokens):>6.1%} padding "
-              f"{num_tokens / seconds:>9,.0f} tokens/s  {dump_path}")
-        if meta["truncated"]:
-            print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see --max-length")
+        for language in pool:
+            _, meta, dump_path = todo[language]
+            save_dump(dump_path, dumps[language], meta)
+            print(f"{language:<8} {len(corpora[language][0]):>6} sequences {num_tokens[language]:>10,} tokens  {dump_path}")
+            if meta["truncated"]:
+                print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see --max-length")
+        print(f"{'':<8} {total:,} tokens, {padded / (padded + total):.1%} padding, {total / seconds:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

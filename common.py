@@ -69,11 +69,12 @@ def load_config(name):
     return config, tokenizer, skeleton
 
 
-def load_model(name, dtype="auto", device=None):
+def load_model(name, dtype="auto", device=None, experts_implementation=None, attn_implementation=None):
     """(model, tokenizer), ready for inference. Refuses a dense or unknown model before reading its weights.
 
     dtype  "auto" (the checkpoint's own), "float32", "bfloat16", ...
     device "cuda", "cpu", ..., or "auto" to spread the layers over all GPUs; None is CUDA where there is one
+    experts_implementation, attn_implementation: those of transformers; None is its own choice
     """
     config, tokenizer, _ = load_config(name)
     dtype_name(dtype, config)
@@ -87,11 +88,18 @@ def load_model(name, dtype="auto", device=None):
         if device == "auto":
             raise InputError("--device auto spreads a model over several GPUs; run: pip install accelerate") from error
         placement = {}
-    experts = {"experts_implementation": "eager"} if dtype == "float64" else {}  # grouped_mm knows no float64
+    if dtype == "float64":  # grouped_mm knows no float64
+        experts_implementation = experts_implementation or "eager"
+    given = {"experts_implementation": experts_implementation, "attn_implementation": attn_implementation}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **placement, **experts)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **placement,
+                                                     **{key: value for key, value in given.items() if value})
     except OSError as error:
         raise InputError(f"cannot load the weights of model '{name}': {first_line(error)}") from error
+    except (ValueError, ImportError) as error:
+        if any(given.values()):
+            raise InputError(f"model '{name}' does not run with {given}: {first_line(error)}") from error
+        raise
     return (model if placement else model.to(device)).eval(), tokenizer
 
 
@@ -227,7 +235,7 @@ def boost_logits(router_logits, boost, rule="proportional"):
     hard          just above max(z) where b > 0, just below min(z) where b < 0, whatever its size     the same
     """
     if rule == "proportional":
-        return router_logits + boost * router_logits.abs()
+        return torch.addcmul(router_logits, boost, router_logits.abs())
     if rule == "soft":
         return router_logits + boost * router_logits.std(-1, keepdim=True)
     if rule == "hard":
@@ -254,22 +262,27 @@ class EditedScoring(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is F.linear:
+            out = func(*args, **kwargs)
+            if out.shape[-1] != self.width:
+                return out
+            self.edits += 1
+            if self.width == self.num_experts:
+                return self.edited(out)
+            return torch.cat([self.edited(out[..., :self.num_experts]), out[..., self.num_experts:]], -1)
         if self.masked is not None and func in CHOICES:
             scores = args[0]  # (..., num_experts), or (..., groups, experts of a group) where a router limits groups
             if scores.shape[-1] == self.num_experts:
                 args = (scores.masked_fill(self.masked, -math.inf), *args[1:])
             elif scores.dim() > 2 and scores.shape[-2] * scores.shape[-1] == self.num_experts:
                 args = (scores.masked_fill(self.masked.view(scores.shape[-2:]), -math.inf), *args[1:])
-        out = func(*args, **kwargs)
-        if func is F.linear and out.shape[-1] == self.width:
-            self.edits += 1
-            out = torch.cat([self.edited(out[..., :self.num_experts]), out[..., self.num_experts:]], -1)
-        return out
+        return func(*args, **kwargs)
 
     def edited(self, router_logits):
         if self.boost is not None:  # in float32 at least, and back, so that a zero boost changes no bit
             wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
-            router_logits = boost_logits(wide, self.boost.to(wide.dtype), self.rule).to(router_logits.dtype)
+            self.boost = self.boost.to(wide.dtype)
+            router_logits = boost_logits(wide, self.boost, self.rule).to(router_logits.dtype)
         if self.masked is not None:
             router_logits = router_logits.masked_fill(self.masked, max(-1e9, torch.finfo(router_logits.dtype).min))
         return router_logits
@@ -309,8 +322,9 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     for layer, proof in proofs.items():
         if not proof["selections"]:
             raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit did not take hold")
-        if int(proof["masked"]):
-            raise RuntimeError(f"layer {layer}: masked experts were selected {int(proof['masked'])} times")
+        if proof["mask"] is not None and (proof["mask"] & proof["selected"]).any():
+            raise RuntimeError(f"layer {layer}: the experts {(proof['mask'] & proof['selected']).nonzero().flatten().tolist()} "
+                               "were masked and yet selected")
     if boosts and count_moved:
         moved |= {layer: int(proofs[layer]["moved"]) / proofs[layer]["selections"] for layer in boosts}
         if not any(moved.values()):
@@ -325,11 +339,13 @@ def edited_forward(router, num_experts, mask, boost, rule, count_moved):
             0, torch.as_tensor(list(mask), device=device), True)
     if boost is not None:
         boost = torch.as_tensor(np.asarray(boost, np.float64), device=device)
-    proof = {"selections": 0, "masked": torch.zeros((), dtype=torch.int64, device=device),
+    scoring = EditedScoring(router, num_experts, mask, boost, rule)
+    proof = {"selections": 0, "mask": mask, "selected": torch.zeros(num_experts, dtype=torch.bool, device=device),
              "moved": torch.zeros((), dtype=torch.int64, device=device)}
 
     def forward(*args, **kwargs):
-        with EditedScoring(router, num_experts, mask, boost, rule) as scoring:
+        scoring.edits = 0
+        with scoring:
             output = original(*args, **kwargs)
         if scoring.edits != 1:
             raise RuntimeError(f"{type(router).__name__} computes its logits in a way that cannot be edited "
@@ -337,7 +353,7 @@ def edited_forward(router, num_experts, mask, boost, rule, count_moved):
         selected = read_router(router, output)[2]
         proof["selections"] += selected.numel()
         if mask is not None:
-            proof["masked"].add_(mask[selected].sum())
+            proof["selected"].index_fill_(0, selected.flatten(), True)
         if boost is not None and count_moved:
             plain = read_router(router, original(*args, **kwargs))[2]
             proof["moved"].add_((selected[..., :, None] != plain[..., None, :]).all(-1).sum())
@@ -502,17 +518,26 @@ def encode_prompt(tokenizer, prompt, chat_template="auto"):
     return tokenizer(prompt)["input_ids"]
 
 
-def length_batches(lengths, batch_tokens):
+def length_batches(lengths, batch_tokens, overhead=200):
     """Cut sequences into batches, similar lengths together: lists of indices, longest first.
 
-    A batch takes at most batch_tokens with its padding, or one sequence if that alone is longer. The longest come
+    A batch takes at most batch_tokens with its padding, or one sequence if that alone is longer. Of all such cuts it is
+    the cheapest, where a batch costs its tokens, padding included, and an overhead of so many more. The longest come
     first, so that a batch that does not fit into memory fails at the start.
     """
-    batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
+    order = np.argsort(lengths, kind="stable")
+    size = np.asarray(lengths, np.int64)[order]
+    cost, start = np.zeros(len(size) + 1), np.zeros(len(size) + 1, int)
+    for stop in range(1, len(size) + 1):  # the cheapest cut of the shortest ones, of which the last batch is start:stop
+        longest = size[stop - 1]
+        first = max(0, stop - max(1, batch_tokens // longest))
+        costs = cost[first:stop] + np.arange(stop - first, 0, -1) * longest + overhead
+        start[stop] = first + costs.argmin()
+        cost[stop] = costs.min()
+    batches, stop = [], len(size)
+    while stop:
+        batches.append(order[start[stop]:stop][::-1].tolist())
+        stop = start[stop]
     return batches
 
 
@@ -629,12 +654,12 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
     return encoded
 
 
-def right_padded(sequences, device):
-    """(sequences, longest) token ids. With causal attention what stands behind a token cannot reach it: no mask."""
+def right_padded(sequences):
+    """(sequences, longest) int64. With causal attention what stands behind a token cannot reach it: no mask."""
     ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
     for row, sequence in enumerate(sequences):
-        ids[row, :len(sequence)] = torch.tensor(sequence)
-    return ids.to(device)
+        ids[row, :len(sequence)] = torch.as_tensor(sequence)
+    return ids
 
 
 @torch.inference_mode()
@@ -649,7 +674,7 @@ def negative_log_likelihood(model, encoded, batch_tokens):
               for unit in ("nll", "bits_per_byte")}
 
     def run(batch):
-        ids = right_padded([sequences[i] for i in batch], model.device)
+        ids = right_padded([sequences[i] for i in batch]).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none")
         nll = nll.view(len(batch), -1).double().cpu().numpy()
@@ -678,7 +703,7 @@ def choose_letters(model, tokenizer, encoded, batch_tokens, letters="ABCD"):
     chosen = [""] * len(encoded)
 
     def run(batch):
-        logits = model(input_ids=right_padded([encoded[i]["ids"] for i in batch], model.device), use_cache=False).logits
+        logits = model(input_ids=right_padded([encoded[i]["ids"] for i in batch]).to(model.device), use_cache=False).logits
         ends = torch.tensor([len(encoded[i]["ids"]) - 1 for i in batch], device=logits.device)
         best = logits[torch.arange(len(batch), device=logits.device), ends][:, first].argmax(-1).tolist()
         for i, letter in zip(batch, best):
@@ -690,8 +715,8 @@ def choose_letters(model, tokenizer, encoded, batch_tokens, letters="ABCD"):
 
 @torch.inference_mode()
 def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=None, seed=0):
-    """The model's response to each prompt, as text, and how many were cut off at max_new_tokens. Padding stands on the left; greedy unless sampling is given, as
-    {"temperature": .7, "top_p": .8, "top_k": 20}. The same seed on the same prompts draws the same.
+    """The model's response to each prompt, as text, and how many were cut off at max_new_tokens. Padding stands on the left;
+    greedy unless sampling is given, as {"temperature": .7, "top_p": .8, "top_k": 20}. The same seed draws the same.
     """
     torch.manual_seed(seed)
     how = {"do_sample": True, **sampling} if sampling else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -712,7 +737,8 @@ def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=N
         for i, text in zip(batch, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)):
             responses[i] = text
 
-    run_batches(run, length_batches([n + max_new_tokens for n in lengths], batch_tokens))
+    # as few batches as there can be: each takes max_new_tokens steps
+    run_batches(run, length_batches([n + max_new_tokens for n in lengths], batch_tokens, overhead=10**9))
     return responses, cut
 
 
@@ -824,6 +850,15 @@ def positive(text):
     return int(text)
 
 
+def add_model_arguments(p):
+    """The flags of all scripts that run a model."""
+    p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, ...")
+    p.add_argument("--device", help="cuda, cpu, auto (all GPUs; needs accelerate); default: CUDA where there is one")
+    p.add_argument("--experts-implementation", metavar="NAME", help="eager, batched_mm, grouped_mm, ... (default: the model's own)")
+    p.add_argument("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ... (default: the model's own)")
+    p.add_argument("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
+
+
 def add_task_arguments(p, **defaults):
     """The flags that ablate.py and steer.py have in common; a script's constants are their defaults."""
     def add(flag, **options):
@@ -847,9 +882,7 @@ def add_task_arguments(p, **defaults):
     add("--top-p", type=float, help="with --temperature")
     add("--top-k-sampling", type=positive, help="with --temperature")
     add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
-    add("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, ...")
-    add("--device", help="cuda, cpu, auto (all GPUs; needs accelerate); default: CUDA where there is one")
-    add("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
+    add_model_arguments(p)
 
 
 class Experiment:
@@ -892,7 +925,8 @@ class Experiment:
 
     def load(self):
         if self.model is None:
-            self.model, _ = load_model(self.args.model, self.args.dtype, self.args.device)
+            self.model, _ = load_model(self.args.model, self.args.dtype, self.args.device,
+                                       self.args.experts_implementation, self.args.attn_implementation)
 
     def cell(self, language, name, how=None, **edit):
         """Scores {metric: (examples,)} of a language under edit_routing(**edit); without an edit, the baseline.

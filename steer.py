@@ -103,7 +103,7 @@ def moved_selections(model, encoded, coefficients, strength, rule=RULE, batch_to
     decoder, moved, total = model.get_decoder(), dict.fromkeys(coefficients, 0), 0
     sequences = [e["ids"] for e in encoded]
     for batch in common.length_batches([len(s) for s in sequences], batch_tokens):
-        ids = common.right_padded([sequences[i] for i in batch], model.device)
+        ids = common.right_padded([sequences[i] for i in batch]).to(model.device)
         real = torch.cat([torch.arange(ids.shape[1]) < len(sequences[i]) for i in batch]).nonzero().squeeze(1)
         plain, steered = {}, {}
         with common.record_routing(model, lambda layer, *output: plain.__setitem__(layer, output[2])):

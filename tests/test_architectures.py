@@ -158,9 +158,15 @@ def test_there_is_a_router_for_every_layer_with_experts_and_for_no_other(model_t
 def test_right_padded_batches_capture_what_single_sequences_do(model_type):
     model = build(model_type)
     sequences = [IDS[0, :n].tolist() for n in (12, 7, 3)]
-    together, padded = capture.capture(model, sequences, [1, 1, 1], batch_tokens=100)
-    alone, _ = capture.capture(model, sequences, [1, 1, 1], batch_tokens=1)
+    corpora = {"aa": (sequences[::2], [1, 1]), "bb": (sequences[1:2], [1])}  # of two languages, in one batch
+    together, padded = capture.capture(model, corpora, batch_tokens=100)
+    alone, _ = capture.capture(model, corpora, batch_tokens=1)
     assert padded == 14
+    for language in corpora:
+        check_same(together[language], alone[language])
+
+
+def check_same(together, alone):
     assert (together["selected_experts"] == alone["selected_experts"]).all() and (together["counts"] == alone["counts"]).all()
     assert abs(together["mean_probs"] - alone["mean_probs"]).max() < 1e-4
 

@@ -163,7 +163,8 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_whole_files(tmp_path):
 def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said_once(capsys):
     model, tokenizer = load_model("tests/tiny_moe", dtype="float64", device="cpu")
     sequences = [tokenizer(f"Anna has {n} apples.")["input_ids"] for n in range(2, 13)]
-    whole, _ = capture.capture(model, sequences, [1] * 11, batch_tokens=10**6)
+    corpora = {"xx": (sequences, [1] * 11)}
+    whole = capture.capture(model, corpora, batch_tokens=10**6)[0]["xx"]
     forward, tried = model.model.layers[5].forward, []
 
     def small_device(hidden_states, *args, **kwargs):  # fails in the sixth layer, when five have been counted
@@ -173,7 +174,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said_once(capsys):
         return forward(hidden_states, *args, **kwargs)
 
     model.model.layers[5].forward = small_device
-    halved, _ = capture.capture(model, sequences, [1] * 11, batch_tokens=10**6)
+    halved = capture.capture(model, corpora, batch_tokens=10**6)[0]["xx"]
     assert tried == [11, 5, 2, 3, 6, 3, 3]
     for key in ("counts", "selected_experts", "token_ids"):
         assert np.array_equal(halved[key], whole[key]), key

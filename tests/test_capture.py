@@ -1,5 +1,6 @@
 """A dump counts what the experts were given: every real token, once, whatever the batching; and files are whole."""
 
+import itertools
 import json
 import os
 import signal
@@ -31,8 +32,8 @@ def sequences(tiny):
 
 
 def arrays(model, sequences, **options):
-    dump, padded = capture.capture(model, sequences, [len(s) for s in sequences], **options)
-    return dump, padded
+    dumps, padded = capture.capture(model, {"xx": (sequences, [len(s) for s in sequences])}, **options)
+    return dumps["xx"], padded
 
 
 def count_at_the_experts(model, sequences):
@@ -109,6 +110,46 @@ def test_a_routers_nan_stops_the_run_and_names_the_layer(tiny, sequences):
             arrays(tiny[0], sequences[:2])
     finally:
         weight.data.copy_(before)
+
+
+def test_languages_in_one_pool_have_the_dumps_that_they_have_alone(tiny, sequences):
+    corpora = {"sw": (sequences[:8], [3] * 8), "zh": (sequences[8:], [4] * 5)}
+    pooled, _ = capture.capture(tiny[0], corpora, batch_tokens=10**6)
+    for language, (own, prompt_lengths) in corpora.items():
+        alone = capture.capture(tiny[0], {language: (own, prompt_lengths)}, batch_tokens=1)[0][language]
+        assert set(alone) == set(pooled[language])
+        for key, value in alone.items():
+            np.testing.assert_allclose(pooled[language][key], value, rtol=1e-5, err_msg=key)
+
+
+def test_arrays_in_a_file_hold_what_arrays_in_memory_do(tiny, sequences, tmp_path):
+    def on_disk(shape, dtype):
+        return np.memmap(tmp_path / f"{len(list(tmp_path.iterdir()))}", dtype, "w+", shape=shape)
+    in_memory, _ = arrays(tiny[0], sequences, batch_tokens=300)
+    in_a_file, _ = arrays(tiny[0], sequences, batch_tokens=300, empty=on_disk)
+    assert len(list(tmp_path.iterdir())) == 2
+    for key, value in in_memory.items():
+        assert np.array_equal(in_a_file[key], value), key
+
+
+def test_pools_take_languages_in_order_up_to_their_size():
+    lengths = {"a": 5, "b": 4, "c": 2, "d": 30, "e": 1}
+    assert capture.pools(lengths, 9) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert capture.pools(lengths, 10**6) == [list("abcde")] and capture.pools(lengths, 1) == [["a"], ["b"], ["c"], ["d"], ["e"]]
+
+
+def test_of_all_cuts_into_batches_the_cheapest_is_taken():
+    rng = np.random.default_rng(0)
+    for overhead in (0, 20, 10**6):
+        lengths = rng.integers(5, 60, size=9).tolist()
+        batches = length_batches(lengths, 100, overhead)
+        cost = sum(len(b) * max(lengths[i] for i in b) + overhead for b in batches)
+        ordered, cheapest = sorted(lengths), np.inf
+        for cuts in itertools.product([False, True], repeat=8):  # all of them
+            parts = np.split(ordered, 1 + np.flatnonzero(cuts))
+            if all(len(p) == 1 or len(p) * max(p) <= 100 for p in parts):
+                cheapest = min(cheapest, sum(len(p) * max(p) + overhead for p in parts))
+        assert cost == cheapest
 
 
 def test_batches_hold_every_sequence_once_within_the_budget():
@@ -212,7 +253,8 @@ def test_rows_that_do_not_add_up_are_not_saved(tmp_path):
 
 
 def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
-    command = [sys.executable, "capture.py", "--out", str(tmp_path), "--batch-tokens", "64", "--languages", "bn,de", "--limit", "120"]
+    command = [sys.executable, "capture.py", "--out", str(tmp_path), "--batch-tokens", "64", "--languages", "bn,de", "--limit", "120",
+               "--pool-tokens", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "bn.npz").exists():
         assert process.poll() is None
