@@ -4,6 +4,7 @@ Mask experts, layer band by layer band, and see which languages it hurts, agains
     python ablate.py                                                          # the tiny model; after capture.py
     python ablate.py --model Qwen/Qwen3-30B-A3B --routing routing/*.npz --data 'data/mgsm_{lang}.tsv' \\
                      --bands early=0-4 middle=22-26 late=43-47 --metrics accuracy prompt_nll
+    python ablate.py --selection selection.json                               # what analyze.py --contrast selected
 
 reads   routing dumps, and evaluation data (.tsv, .jsonl, .json or .txt), best not what the dumps were captured on
 writes  results/ablate.jsonl    one line per cell, with its settings and the scores of every example
@@ -39,6 +40,7 @@ MAX_LENGTH = 4096                    # tokens of a prompt
 MAX_NEW_TOKENS = None                # tokens of a response; None: as the checkpoint's generation config says, or 512
 OUT = "results/ablate.jsonl"
 # ---------------------------------------------------------------------------------------------------------------------
+OF_ALL = ("shared", "selection")     # targets that are no language: every language has its controls
 
 
 def exclusive_to(share, languages, target, threshold):
@@ -135,12 +137,16 @@ def main():
     bands = analyze.parse_bands(args.bands, layers)
     frequency = analyze.activation_frequency([dump["counts"] for dump in dumps], [dump["num_tokens"] for dump in dumps])
     share = analyze.language_shares(frequency, args.experts_per_language)
-    targets = ["shared"] if args.experts == "shared" else args.targets.split(",") if args.targets else names
-    for name in {name for target in targets for name in target.split("+")} - {"shared"}:
+    if args.selection:
+        args.experts = "selection"
+    targets = [args.experts] if args.experts in OF_ALL else args.targets.split(",") if args.targets else names
+    for name in {name for target in targets for name in target.split("+")} - set(OF_ALL):
         if name not in names:
             raise common.InputError(f"no routing for '{name}' among the dumps; run: python capture.py --languages {name}")
-    exclusive = {target: exclusive_to(share, names, target, args.threshold) for target in targets if target != "shared"}
+    exclusive = {target: exclusive_to(share, names, target, args.threshold) for target in targets if target not in OF_ALL}
     exclusive["shared"] = analyze.shared_experts(share, args.threshold)
+    if args.selection:  # of either sign, those that A's tokens select more
+        exclusive["selection"] = analyze.load_selection(args.selection, layers, dumps[0]["num_experts"]) > 0
     experiment = common.Experiment(args, dumps)
 
     plan = []  # (band, target, language, cell name, settings, masks)
@@ -184,7 +190,7 @@ def main():
 
 
 def is_own(target, language):
-    return target == "shared" or language in target.split("+")
+    return target in OF_ALL or language in target.split("+")
 
 
 if __name__ == "__main__":

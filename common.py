@@ -867,6 +867,7 @@ def add_task_arguments(p, **defaults):
     add("--model", help="folder or hub id (default: %(default)s)")
     add("--routing", nargs="+", metavar="DUMP", help="dumps that the experts are chosen from, path or label=path")
     add("--data", help="what is evaluated; {lang} stands for the language (default: %(default)s)")
+    add("--selection", metavar="FILE", help="experts that analyze.py --contrast selected, instead of languages' experts")
     add("--languages", help="evaluate these, as bn,de (default: every file that --data matches)")
     add("--experts-per-language", type=int, help="most frequent experts that count as a language's "
         "(default: a part of the experts, see the constants)")
@@ -910,7 +911,7 @@ class Experiment:
             "metrics": args.metrics, "chat_template": args.chat_template, "max_new_tokens": args.max_new_tokens,
             "sampling": self.sampling | {"seed": args.seed} if self.sampling else "greedy"}
         self.choice = {"experts_per_language": args.experts_per_language, "threshold": args.threshold,
-                       "dumps": {dump["language"]: dump["sha256"] for dump in dumps}}
+                       "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = {}
         captured = {sha for dump in dumps for sha in dump["data_sha256"]}

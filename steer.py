@@ -4,6 +4,7 @@ Boost the experts that dominant languages share, and see whether other languages
     python steer.py                                                           # the tiny model; after capture.py
     python steer.py --model Qwen/Qwen3-30B-A3B --routing routing/*.npz --data 'data/mgsm_{lang}.tsv' \\
                     --sources en,zh --band 10-39 --lambda 0.022 --experts-per-language 20 --threshold 0.7
+    python steer.py --selection selection.json --rule soft --lambda 0.5       # what analyze.py --contrast selected
 
 reads   routing dumps, and evaluation data (.tsv, .jsonl, .json or .txt), best not what the dumps were captured on
 writes  results/steer.jsonl     one line per cell, with its settings and the scores of every example
@@ -65,6 +66,18 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=None, 
     if not shared.any():
         raise common.InputError(f"{','.join(sources)} share no expert in this band; raise --threshold or --experts-per-language")
     return {int(layer): np.where(row, share[0, i], 0.0) for i, (layer, row) in enumerate(zip(layers, shared)) if row.any()}
+
+
+def selection_coefficients(selection, layers, band=None):
+    """{decoder layer: float64 (num_experts,)}: 1 for a selected expert that A's tokens select more, -1 for one that B's do.
+
+    selection  analyze.load_selection's (layers, experts); band "A-B", by default all of its layers
+    """
+    rows = band_rows(band, layers) if band else np.ones(len(layers), bool)
+    coefficients = {int(layer): np.sign(row) for layer, row, inside in zip(layers, selection, rows) if inside and row.any()}
+    if not coefficients:
+        raise common.InputError(f"the selection has no experts in the band {band}")
+    return coefficients
 
 
 def default_experts_per_language(num_experts):
@@ -163,21 +176,27 @@ def main():
     if not np.isfinite(args.lambdas).all():
         raise common.InputError(f"lambda must be a finite number, not {args.lambdas}")
     sources, dumps = args.sources.split(","), analyze.load_languages(args.routing)
-    if len(set(sources)) < 2:
+    if len(set(sources)) < 2 and not args.selection:
         raise common.InputError(f"--sources takes two or more languages, as {SOURCES}, for experts to be shared")
     if args.experts_per_language is None:
         args.experts_per_language = default_experts_per_language(dumps[0]["num_experts"])
     choice = dict(experts_per_language=args.experts_per_language, threshold=args.threshold)
-    coefficients = steering_coefficients(dumps, sources, args.band, **choice)
-    others = {band: steering_coefficients(dumps, sources, band, **choice) for band in args.control_bands}
-    experiment = common.Experiment(args, [dump for dump in dumps if dump["language"] in sources])
+    if args.selection:
+        sources, layers = [], dumps[0]["layers"]
+        selection = analyze.load_selection(args.selection, layers, dumps[0]["num_experts"])
+        coefficients = selection_coefficients(selection, layers, args.band)
+        others = {band: selection_coefficients(selection, layers, band) for band in args.control_bands}
+    else:
+        coefficients = steering_coefficients(dumps, sources, args.band, **choice)
+        others = {band: steering_coefficients(dumps, sources, band, **choice) for band in args.control_bands}
+    experiment = common.Experiment(args, dumps if args.selection else [dump for dump in dumps if dump["language"] in sources])
     # the sources give; unless named, only other languages are evaluated
     languages = [l for l in experiment.tasks if args.languages or l not in sources] or list(experiment.tasks)
     if len(args.lambdas) > 1 and min(len(experiment.tasks[l][0]) for l in languages) < 4:
         raise common.InputError("choosing among several lambdas takes 4 examples or more; raise --limit or give one --lambda")
 
-    number = {layer: int((c > 0).sum()) for layer, c in coefficients.items()}
-    print(f"{args.model}  {sum(number.values())} experts shared by {args.sources}  rule {args.rule}  "
+    number = sum(np.count_nonzero(c) for c in coefficients.values())
+    print(f"{args.model}  {number} experts {f'of {args.selection}' if args.selection else f'shared by {args.sources}'}  rule {args.rule}  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     experiment.load()
     prompts = [e for language in languages for e in experiment.tasks[language][0][:20]]
@@ -186,6 +205,8 @@ def main():
         print(f"lambda {strength}: selections moved (%), by layer  " + "  ".join(f"{l}: {100 * m:.1f}" for l, m in moved.items()))
         if not any(moved.values()):
             raise common.InputError(f"lambda {strength} moves no selection in any layer; take a larger one")
+
+    kind = "selection" if args.selection else "shared"
 
     def run(name, strength, boosted):
         settings = {"experiment": "steer", "kind": name, "sources": sources, "lambda": strength, "rule": args.rule,
@@ -203,7 +224,7 @@ def main():
         for language in languages:
             base[language] = experiment.cell(language, "baseline")
             progress.update()
-        steered = {strength: run("shared", strength, coefficients) for strength in args.lambdas}
+        steered = {strength: run(kind, strength, coefficients) for strength in args.lambdas}
         metric = args.metrics[0]
         # with several lambdas, even examples choose and odd ones report
         chooses, reports = (slice(0, None, 2), slice(1, None, 2)) if len(args.lambdas) > 1 else (slice(None), slice(None))
@@ -223,7 +244,7 @@ def main():
         for band, scores in {None: steered[best], **bands}.items():
             against = () if band else controls
             if band:
-                print(f"control band {band}, {sum(int((c > 0).sum()) for c in others[band].values())} experts")
+                print(f"control band {band}, {sum(np.count_nonzero(c) for c in others[band].values())} experts")
             for language in languages:
                 print(effect_line(language, base[language][metric][reports], scores[language][metric][reports],
                                   [c[language][metric][reports] for c in against], metric))

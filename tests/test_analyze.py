@@ -203,10 +203,10 @@ def test_analysis_holds_what_is_printed(tmp_path, monkeypatch, capsys):
         assert result["shared"].shape == (4, 16)
         np.testing.assert_allclose(result["frequency"].sum(-1), 2)
         meta = json.loads(str(result["meta"]))
-        totals = [*result["exclusive"].sum((1, 2))]
-        assert f"{result['shared'].sum():>8}" + " " * 12 + "".join(f"{n:>6}" for n in totals) in printed
+        last = next(line for line in printed.splitlines() if line.startswith("all")).split()
+        assert last[3:] == [str(n) for n in (result["shared"].sum(), result["exclusive"].sum(), *result["exclusive"].sum((1, 2)))]
     assert meta["bands"] == {"low": [0, 1]} and meta["experts_per_language"] == 2
-    assert [i["language"] for i in meta["inputs"]] == ["aa", "bb", "cc"] and len(meta["inputs"][0]["sha256"][0]) == 64
+    assert [i["language"] for i in meta["inputs"]] == ["aa", "bb", "cc"] and len(meta["inputs"][0]["digest"][0]) == 16
 
 
 def test_one_language_alone_is_analyzed(tmp_path, monkeypatch, capsys):

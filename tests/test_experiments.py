@@ -1,6 +1,5 @@
 """ablate.py and steer.py: the right experts, their controls, one load, rows that resume, and predictions that re-read."""
 
-import hashlib
 import json
 import sys
 
@@ -94,7 +93,7 @@ def test_the_grid_is_complete_from_one_load(ablation, dumps):
     for row in rows:
         assert row["settings"]["revision"] and row["arguments"]["max_new_tokens"] == 32
         if row["cell"] != "baseline":
-            assert row["settings"]["dumps"]["sw"] == [hashlib.sha256(open(dumps[1], "rb").read()).hexdigest()]
+            assert row["settings"]["dumps"]["sw"] == [analyze.dump_digest(str(dumps[1]))]
             assert set(row["interval"]) == set(row["scores"]) and len(row["scores"]["accuracy"]) == 12
 
 
