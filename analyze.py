@@ -643,8 +643,9 @@ def print_tables(result, summary, intervals, languages, layers, bands):
     """Bands, pairs of languages, layers, languages. intervals as of bootstrap(), or {}."""
     few, pairs = len(languages) <= PRINT_LANGUAGES, len(languages) > 1
     floor = result.get("floor_similarity")
-    print("\nmeans over pairs of languages" + (" [95 % interval]; floor: similarity of random halves of a language" if intervals else ""))
     aligned = {"divergence": "aligned"} if "mean_aligned" in summary else {}
+    print("\nmeans over pairs of languages" + (" [95 % interval]; floor: similarity of random halves of a language" if intervals else "")
+          + ("\nthe divergence is that of aligned sequences" if aligned else ""))
     print_table(["band", "layers", "similarity", *(["floor"] if intervals else []), "divergence", "jaccard", "cosine"], [
         [band, describe(layers[rows]), with_interval(summary, intervals, "mean_similarity", b),
          *([f"{floor[:, rows].mean():.3f}"] if intervals else []),

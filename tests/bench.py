@@ -14,7 +14,7 @@ growth      time and memory at 2, 4 and 8 times the tokens
 """
 
 import argparse
-import json
+import logging
 import os
 import subprocess
 import sys
@@ -255,16 +255,14 @@ def fake_dump(path, language, tokens, with_ids, rng, shape=(48, 128), top_k=8):
 
 
 def whole_process(command, rounds):
-    """Median seconds and the largest resident GiB of a command."""
-    times, peak = [], 0
-    for _ in range(rounds):
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        times.append(time.perf_counter() - start)
-        peak = max(peak, usage.ru_maxrss / 2**20)
-        assert status == 0, command
-    return np.median(times), peak
+    """Median seconds and the largest resident GiB of a command; a small process starts it, whose own size does not count."""
+    wrapper = ("import resource, subprocess, sys, time; start = time.perf_counter(); "
+               "subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+               "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)")
+    runs = [subprocess.run([sys.executable, "-c", wrapper, *command], capture_output=True, text=True, check=True).stdout.split()
+            for _ in range(rounds)]
+    times, peaks = np.array(runs, float).T
+    return np.median(times), peaks.max()
 
 
 def bench_analyze(args):
@@ -279,6 +277,11 @@ def bench_analyze(args):
                 fake_dump(Path(path), Path(path).stem, tokens, with_ids, rng)
             command = [sys.executable, str(ROOT / "analyze.py"), *paths, "--out", f"{folder}/analysis.npz"]
             print(f"{name:<57}{{:>8.2f}}{{:>8.2f}}".format(*whole_process(command, args.rounds)), flush=True)
+        paths = [f"{folder}/{language}.npz" for language in MEAN_LENGTHS]
+        for language, path in zip(MEAN_LENGTHS, paths):  # as much as 250 problems
+            fake_dump(Path(path), language, 250 * MEAN_LENGTHS[language], True, rng)
+        command = [sys.executable, str(ROOT / "analyze.py"), *paths, "--bootstrap", "1000", "--vocabulary", "--out", f"{folder}/analysis.npz"]
+        print(f"{'8 languages, 1000 bootstrap draws, --vocabulary':<57}{{:>8.2f}}{{:>8.2f}}".format(*whole_process(command, 1)), flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- generate
@@ -327,7 +330,7 @@ def continuous(model, encoded, edit, args, measured):
         with common.edit_routing(model, **edit) if edit else common.contextlib.nullcontext():
             took, results = min((seconds(run, args.device) for _ in range(2)), key=lambda pair: pair[0])
             same = 0
-            for e, result in zip(encoded, sorted(results.values(), key=lambda r: int(r.request_id.rpartition("_")[2]))):
+            for e, result in zip(encoded[:16], sorted(results.values(), key=lambda r: int(r.request_id.rpartition("_")[2]))):
                 out = model.generate(torch.tensor([e["ids"]], device=model.device), max_new_tokens=args.new_tokens,
                                      do_sample=False, pad_token_id=0)
                 same += out[0, len(e["ids"]):].tolist() == list(result.generated_tokens)
@@ -336,7 +339,7 @@ def continuous(model, encoded, edit, args, measured):
     name = next(n for n in measured if n.startswith("steered" if edit else "plain"))
     speed = len(encoded) * args.new_tokens / took
     return (f"{speed:>10,.0f}{np.median(measured[name][0]) / took:>10.3f}  of static batches; "
-            f"{same} of {len(encoded)} responses as one by one")
+            f"{same} of {len(encoded[:16])} responses the same as one by one")
 
 
 # ----------------------------------------------------------------------------------------------------------------- cells
@@ -372,27 +375,36 @@ def bench_cells(args):
 
 # --------------------------------------------------------------------------------------------------- kernels and growth
 
-def bench_kernels(model, args):
-    corpora = make_corpora(max(2, args.prompts // 8), model.config.vocab_size)
+def bench_kernels(model, tokenizer, args):
+    """Prefill as in capture.py, and generation. batched_mm copies an expert's weights for every token, so it is for generation."""
+    corpora = make_corpora(max(2, args.prompts // 16), model.config.vocab_size)
     batches = common.length_batches([n for _, lengths in corpora.values() for n in lengths], args.batch_tokens)
+    encoded = make_prompts(model, tokenizer, args.responses)
     experts, attention = model.config._experts_implementation, model.config._attn_implementation
-    print(f"\nkernels (here {experts} and {attention} by default){'':<12}{'tokens/s':>10}{'of default':>12}  selections as by default")
-    choices = [("default", experts, attention)] + [(name, name, attention) for name in ("eager", "batched_mm", "grouped_mm")]
-    choices += [(name, experts, name) for name in ("eager", "sdpa", "flash_attention_2")]
+    print(f"\nkernels: tokens/s{'':<27}{'prefill':>10}{'of default':>12}{'generate':>10}{'of default':>12}  selections as by default")
+    choices = [(f"default: {experts}, {attention}", experts, attention)]
+    choices += [(f"experts {name}", name, attention) for name in ("eager", "grouped_mm", *(["batched_mm"] if args.device == "cuda" else []))
+                if name != experts]  # on a CPU, batched_mm takes minutes
+    choices += [(f"attention {name}", experts, name) for name in ("eager", "sdpa", "flash_attention_2") if name != attention]
     default = None
     for name, experts_name, attention_name in choices:
         try:
             model.set_experts_implementation(experts_name)
             model.set_attn_implementation(attention_name)
-            dumps, _ = capture.capture(model, corpora, args.batch_tokens)
-            times = [seconds(lambda: bare(model, corpora, batches), args.device)[0] for _ in range(args.rounds)]
-        except Exception as error:
-            print(f"{name:<52}  does not run here: {type(error).__name__}: {common.first_line(error)[:60]}")
-            continue
-        default = default or (times, dumps)
-        same = np.mean([(np.sort(dump["selected_experts"]) == np.sort(default[1][l]["selected_experts"])).mean() for l, dump in dumps.items()])
-        label = name if name == "default" else f"{'experts' if experts_name == name else 'attention'} {name}"
-        print(f"{label:<52}{total(corpora) / np.median(times):>10,.0f}{ratio(default[0], times):>12.3f}{same:>12.4%}", flush=True)
+            runs = {"generate": lambda: common.generate(model, tokenizer, encoded, args.batch_tokens * 4, args.new_tokens)}
+            if experts_name != "batched_mm":
+                runs["prefill"] = lambda: bare(model, corpora, batches)
+            times = {kind: measured[0] for kind, measured in in_turn(runs, args.rounds, args.device).items()}
+            default = default or (times, capture.capture(model, corpora, args.batch_tokens)[0])
+            line = f"{name:<44}" + "".join(
+                f"{tokens / np.median(times[kind]):>10,.0f}{ratio(default[0][kind], times[kind]):>12.3f}" if kind in times else f"{'-':>10}{'':<12}"
+                for kind, tokens in (("prefill", total(corpora)), ("generate", len(encoded) * args.new_tokens)))
+            if "prefill" in times:
+                dumps, _ = capture.capture(model, corpora, args.batch_tokens)
+                line += f"{np.mean([(np.sort(d['selected_experts']) == np.sort(default[1][l]['selected_experts'])).mean() for l, d in dumps.items()]):>12.4%}"
+            print(line, flush=True)
+        except Exception as error:  # whatever it is, the other figures are to be had
+            print(f"{name:<44}  does not run here: {type(error).__name__}: {common.first_line(error)[:60]}", flush=True)
     model.set_experts_implementation(experts)
     model.set_attn_implementation(attention)
 
@@ -418,12 +430,14 @@ def main():
     p.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
     p.add_argument("--batch-tokens", type=int, default=capture.BATCH_TOKENS)
     p.add_argument("--prompts", type=int, help="per language (default: 250 on CUDA, 80 on the CPU)")
-    p.add_argument("--responses", type=int, help="prompts that are answered (default: 256 on CUDA, 64 on the CPU)")
-    p.add_argument("--new-tokens", type=int, default=64)
+    p.add_argument("--responses", type=int, help="prompts that are answered (default: 256 on CUDA, 32 on the CPU)")
+    p.add_argument("--new-tokens", type=int, default=32)
     p.add_argument("--rounds", type=int, default=3)
     args = p.parse_args()
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.ERROR)
     args.prompts = args.prompts or (250 if args.device == "cuda" else 80)
-    args.responses = args.responses or (256 if args.device == "cuda" else 64)
+    args.responses = args.responses or (256 if args.device == "cuda" else 32)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{time.strftime('%Y-%m-%d')}  {machine}  torch {torch.__version__}  transformers {transformers.__version__}  {args.shape}")
     if set(args.only) & {"capture", "generate", "kernels", "growth"}:
@@ -433,7 +447,7 @@ def main():
     for part in args.only:
         {"capture": lambda: bench_capture(model, args), "analyze": lambda: bench_analyze(args),
          "generate": lambda: bench_generate(model, tokenizer, args), "cells": lambda: bench_cells(args),
-         "kernels": lambda: bench_kernels(model, args), "growth": lambda: bench_growth(model, args)}[part]()
+         "kernels": lambda: bench_kernels(model, tokenizer, args), "growth": lambda: bench_growth(model, args)}[part]()
 
 
 if __name__ == "__main__":

@@ -324,3 +324,39 @@ def test_sources_are_not_evaluated_unless_they_are_named(dumps, monkeypatch, cap
                   "--metrics", "prompt_nll", "--out", tmp_path / "r.jsonl")
     assert {r["settings"]["language"] for r in rows_of(tmp_path / "r.jsonl")} == set("bn de es fr ja sw".split())
     assert "\ntogether " in printed
+
+
+# ------------------------------------------------------------------------------------------------------------- selections
+
+def test_a_contrast_is_masked_and_boosted(dumps, monkeypatch, capsys, tmp_path):
+    selection, out = tmp_path / "selection.json", tmp_path / "results.jsonl"
+    run(analyze, monkeypatch, capsys, "--contrast", dumps[2], dumps[0], "--top", 12, "--selection", selection)
+    differences = analyze.load_selection(selection, np.arange(8), 32)
+    zh, en = (analyze.load_routing(path) for path in (dumps[2], dumps[0]))
+    assert (differences != 0).sum() == 12 and (differences > 0).any() and (differences < 0).any()
+    np.testing.assert_allclose(differences[differences != 0],
+                               (zh["counts"] / zh["num_tokens"] - en["counts"] / en["num_tokens"])[differences != 0], atol=1e-6)
+    common_arguments = ["--routing", *dumps, "--selection", selection, "--languages", "en,zh", "--limit", 4, "--control-seeds", 1,
+                        "--metrics", "prompt_nll", "--out", out]
+    printed = run(ablate, monkeypatch, capsys, *common_arguments, "--bands", "all=0-7")
+    rows = [r for r in rows_of(out) if r["settings"].get("experts") == "selection"]
+    assert [r["settings"]["language"] for r in rows] == ["en", "zh"]  # both with their controls
+    assert rows[0]["experts"] == {str(layer): int(n) for layer, n in enumerate((differences > 0).sum(1)) if n}
+    assert "selection experts" in printed and printed.count("[") >= 4
+    printed = run(steer, monkeypatch, capsys, *common_arguments, "--rule", "soft", "--lambda", 0.5)
+    assert f"12 experts of {selection}" in printed
+    row = next(r for r in rows_of(out) if r["settings"].get("kind") == "selection")
+    model, tokenizer = common.load_model("tests/tiny_moe", device="cpu")
+    encoded = common.encode_examples(tokenizer, common.read_examples("tests/data/eval_en.tsv")[:4])
+    with common.edit_routing(model, boosts={layer: 0.5 * np.sign(d) for layer, d in enumerate(differences) if d.any()}, rule="soft"):
+        scores, *_ = common.evaluate(model, tokenizer, encoded, ["prompt_nll"], "en")
+    np.testing.assert_allclose(row["scores"]["prompt_nll"], scores["prompt_nll"], atol=1e-5)
+
+
+def test_a_selection_stays_in_its_band():
+    selection = np.array([[0.5, 0, 0], [0, -0.6, 0.7], [0, 0, 0]])
+    layers = np.array([1, 2, 3])
+    assert {layer: c.tolist() for layer, c in steer.selection_coefficients(selection, layers).items()} == {1: [1, 0, 0], 2: [0, -1, 1]}
+    assert list(steer.selection_coefficients(selection, layers, "2-3")) == [2]
+    with pytest.raises(common.InputError, match="no experts in the band 3-3"):
+        steer.selection_coefficients(selection, layers, "3-3")
