@@ -48,16 +48,17 @@ FAMILIES = {
     "Atlantic-Congo/Gur": "kbp mos", "Atlantic-Congo/Kwa": "ak aka tw twi", "Atlantic-Congo/Senegambian": "ff fuv wo wol",
     "Atlantic-Congo/Ubangian": "sag sg", "Atlantic-Congo/Volta-Niger": "ee ewe fon ibo ig yo yor",
     "Austroasiatic/Khmer": "khm km", "Austroasiatic/Munda": "sat", "Austroasiatic/Vietic": "vi vie",
-    "Austronesian/Malayo-Polynesian": "ace ban bjn bug ceb fij fj id ilo ind jav jv mg mi min mlg mri ms msa pag plt sm smo su sun "
-                                      "tgl tl war zsm fil",
+    "Austronesian/Malayo-Polynesian": "ace ban bjn bug ceb fij fil fj id ilo ind jav jv mg mi min mlg mri ms msa pag plt sm smo "
+                                      "su sun tgl tl war zsm",
     "Aymaran": "ay ayr", "Basque": "eu eus", "Constructed": "eo epo", "Creole": "hat ht kea pap tpi",
     "Dravidian": "kan kn mal ml ta tam te tel",
-    "Indo-European/Albanian": "als sq sqi", "Indo-European/Armenian": "hy hye", "Indo-European/Baltic": "lav lit lt ltg lv lvs",
-    "Indo-European/Celtic": "br bre cy cym ga gd gla gle",
-    "Indo-European/Germanic": "af afr da dan de deu en eng fao fo is isl lb li lim ltz nb nl nld nn nno no nob nor sv swe ydd yi yid",
+    "Indo-European/Albanian": "als sq sqi", "Indo-European/Armenian": "hy hye",
+    "Indo-European/Baltic": "lav lit lt ltg lv lvs", "Indo-European/Celtic": "br bre cy cym ga gd gla gle",
+    "Indo-European/Germanic": "af afr da dan de deu en eng fao fo is isl lb li lim ltz nb nl nld nn nno no nob nor sv swe ydd yi "
+                              "yid",
     "Indo-European/Hellenic": "el ell",
-    "Indo-European/Indo-Aryan": "as asm awa ben bho bn gu guj hi hin hne kas ks mag mai mar mr ne nep npi or ori ory pa pan pnb sa "
-                                "san sd si sin snd ur urd",
+    "Indo-European/Indo-Aryan": "as asm awa ben bho bn gu guj hi hin hne kas ks mag mai mar mr ne nep npi or ori ory pa pan pnb "
+                                "sa san sd si sin snd ur urd",
     "Indo-European/Iranian": "ckb fa fas kmr ku kur pbt pes prs ps pus tg tgk",
     "Indo-European/Romance": "ast ca cat es fr fra fur gl glg it ita lij lmo oc oci por pt ro ron sc scn spa srd vec",
     "Indo-European/Slavic": "be bel bg bos bs bul ces cs hbs hr hrv mk mkd pl pol ru rus sk sl slk slv sr srp szl uk ukr",
@@ -93,8 +94,8 @@ def load_routing(path, part="all"):
     except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, BadZipFile) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json of the paper's recorder"
-                         ) from error
+        raise InputError(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json of the paper's "
+                         "recorder") from error
     if dump["num_tokens"] == 0:
         raise InputError(f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
     return dump | {"language": label or dump["language"], "path": path, "digest": digest}
@@ -471,8 +472,8 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
                 weights = [resample(len(c), n, rng) for c in cells]
             else:
                 weights = [resample(len(cells[0]), n, rng)] * len(cells)
-            totals = np.stack([w @ c for w, c in zip(weights, cells)], 1).reshape(n, len(cells), *shape)  # (draws, languages, ...)
-            for k, total in enumerate(totals.astype(np.float64)):
+            totals = np.stack([w @ c for w, c in zip(weights, cells)], 1, dtype=np.float64)
+            for k, total in enumerate(totals.reshape(n, len(cells), *shape)):
                 result, summary = figures(total, weights[0][k])
                 drawn.append(summary)
                 exclusive, shared = exclusive + result["exclusive"], shared + result["shared"]
@@ -508,7 +509,7 @@ def vocabulary_control(dumps, part):
     common, every = np.zeros((n, n, *shape)), np.zeros((n, 1, *shape))
     for a, dump in enumerate(tqdm(dumps, desc="vocabulary", leave=False)):
         selected, ids = tokens(dump)
-        in_other = np.stack([np.isin(vocabularies[a], other) for other in vocabularies]).astype(np.float64)  # (languages, types)
+        in_other = np.array([np.isin(vocabularies[a], other) for other in vocabularies], np.float64)  # (languages, types)
         kind = np.searchsorted(vocabularies[a], ids)
         for layer in range(shape[0]):
             by_type = grouped_counts(selected[:, [layer]], kind, len(vocabularies[a]), shape[1])[:, 0]
@@ -613,10 +614,11 @@ def load_selection(path, layers, num_experts):
         experts = json.loads(Path(path).read_text(encoding="utf-8"))["experts"]
         chosen = [(int(layer), int(expert), float(d)) for layer, row in experts.items() for expert, d in row.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no selection of experts; make one with: python analyze.py --contrast A.npz B.npz") from error
+        raise InputError(f"{path} is no selection of experts; run: python analyze.py --contrast A.npz B.npz") from error
     for layer, expert, difference in chosen:
         if layer not in layers or not 0 <= expert < num_experts:
-            raise InputError(f"{path} names expert {expert} of layer {layer}; this model has {num_experts} experts in layers {describe(layers)}")
+            raise InputError(f"{path} names expert {expert} of layer {layer}; this model has {num_experts} experts in layers "
+                             f"{describe(layers)}")
         differences[list(layers).index(layer), expert] = difference
     return differences
 
@@ -641,55 +643,56 @@ def print_table(titles, rows, first=9):
 
 def print_tables(result, summary, intervals, languages, layers, bands):
     """Bands, pairs of languages, layers, languages. intervals as of bootstrap(), or {}."""
-    few, pairs = len(languages) <= PRINT_LANGUAGES, len(languages) > 1
-    floor = result.get("floor_similarity")
+    few, rows_of = len(languages) <= PRINT_LANGUAGES, list(bands.values())
     aligned = {"divergence": "aligned"} if "mean_aligned" in summary else {}
-    print("\nmeans over pairs of languages" + (" [95 % interval]; floor: similarity of random halves of a language" if intervals else "")
+
+    def floor(rows):
+        return [f"{result['floor_similarity'][:, rows].mean():.3f}"] if intervals else []
+
+    print("\nmeans over pairs of languages"
+          + (" [95 % interval]; floor: similarity of random halves of a language" if intervals else "")
           + ("\nthe divergence is that of aligned sequences" if aligned else ""))
-    print_table(["band", "layers", "similarity", *(["floor"] if intervals else []), "divergence", "jaccard", "cosine"], [
-        [band, describe(layers[rows]), with_interval(summary, intervals, "mean_similarity", b),
-         *([f"{floor[:, rows].mean():.3f}"] if intervals else []),
-         *[with_interval(summary, intervals, f"mean_{aligned.get(m, m)}", b)
-           for m in ("divergence", "jaccard", "cosine")]]
-        for b, (band, rows) in enumerate(bands.items())])
-
+    table = []
     for b, (band, rows) in enumerate(bands.items()):
-        order = " ".join(languages[i] for i in result["order"][b])
-        if few:
-            print(f"\nsimilarity, {band} (layers {describe(layers[rows])}); in order of average linkage: {order}")
-            print_table(["", *languages], [[language, *[f"{value:.2f}" for value in line]]
-                                           for language, line in zip(languages, summary["band_similarity"][b])])
-        else:
-            print(f"\nin order of average linkage, {band}: {order}")
+        similarity, *others = (with_interval(summary, intervals, f"mean_{aligned.get(m, m)}", b) for m in MEASURES)
+        table.append([band, describe(layers[rows]), similarity, *floor(rows), *others])
+    print_table(["band", "layers", "similarity", *(["floor"] if intervals else []), *MEASURES[1:]], table)
 
+    for band, rows, matrix, order in zip(bands, rows_of, summary["band_similarity"], result["order"]):
+        print(f"\nsimilarity, {band} (layers {describe(layers[rows])}); "
+              f"in order of average linkage: {' '.join(languages[i] for i in order)}")
+        if few:
+            print_table(["", *languages], [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(languages, matrix)])
+
+    exclusive, table = result["exclusive"].sum(-1), []
+    for row, layer in enumerate(layers):
+        table.append([layer, with_interval(summary, intervals, "layer_similarity", row), *floor([row]),
+                      f"{summary['mean_entropy'][row]:.3f}", summary["layer_shared"][row], summary["layer_exclusive"][row],
+                      *(exclusive[:, row] if few else [])])
+    table.append(["all", f"{summary['layer_similarity'].mean():.3f}", *floor(slice(None)), f"{result['entropy'].mean():.3f}",
+                  summary["layer_shared"].sum(), exclusive.sum(), *(exclusive.sum(1) if few else [])])
     print()
-    exclusive = result["exclusive"].sum(-1)
-    titles = ["layer", "similarity", *(["floor"] if intervals else []), "entropy", "shared", "excl."]
-    print_table(titles + (languages if few else []), [
-        [layer, with_interval(summary, intervals, "layer_similarity", row),
-         *([f"{floor[:, row].mean():.3f}"] if intervals else []), f"{summary['mean_entropy'][row]:.3f}", summary["layer_shared"][row],
-         summary["layer_exclusive"][row], *(exclusive[:, row] if few else [])] for row, layer in enumerate(layers)]
-        + [["all", f"{summary['layer_similarity'].mean():.3f}", *([f"{floor.mean():.3f}"] if intervals else []),
-            f"{result['entropy'].mean():.3f}", summary["layer_shared"].sum(), exclusive.sum(), *(exclusive.sum(1) if few else [])]], first=7)
+    print_table(["layer", "similarity", *(["floor"] if intervals else []), "entropy", "shared", "excl.", *(languages if few else [])],
+                table, first=7)
 
     print("\npart of the routing (%) to experts that are | experts, over all layers"
-          + (f" (stable in {STABLE:.0%} of draws)" if intervals else "") + "\ntop: part (%) of the most used expert, active: experts in use; means over layers")
-    rows = []
+          + (f" (stable in {STABLE:.0%} of draws)" if intervals else "")
+          + "\ntop: part (%) of the most used expert, active: experts in use; means over layers")
+    table = []
     for i, language in enumerate(languages):
         parts = [with_interval(summary, intervals, "mean_reliance", (i, k), 1, 100) for k in range(3)]
         numbers = [summary["num_exclusive"][i], summary["num_shared"][i]]
         if intervals:
-            kept = result["share"][i] > 0
-            stable = [(result["exclusive"][i] & (result["exclusive_stability"][i] >= STABLE)).sum(),
-                      (result["shared"] & kept & (result["shared_stability"] >= STABLE)).sum()]
-            numbers = [f"{n} ({s})" for n, s in zip(numbers, stable)]
-        rows.append([language, *parts, *numbers, f"{100 * result['most_used'][i].mean():.1f}", f"{result['active'][i].mean():.1f}"])
-    print_table(["", "exclusive", "shared", "other", "exclusive", "shared", "top", "active"], rows)
+            own = result["exclusive"][i] & (result["exclusive_stability"][i] >= STABLE)
+            common = result["shared"] & (result["share"][i] > 0) & (result["shared_stability"] >= STABLE)
+            numbers = [f"{numbers[0]} ({own.sum()})", f"{numbers[1]} ({common.sum()})"]
+        table.append([language, *parts, *numbers, f"{100 * result['most_used'][i].mean():.1f}", f"{result['active'][i].mean():.1f}"])
+    print_table(["", "exclusive", "shared", "other", "exclusive", "shared", "top", "active"], table)
 
-    if pairs:
+    if len(languages) > 1:
         print("\nnearest language, and its similarity")
         nearest = summary["band_similarity"] - 2 * np.eye(len(languages))
-        print_table(["", *bands], [[language, *[f"{languages[line[i].argmax()]} {line[i].max():.2f}" for line in nearest]]
+        print_table(["", *bands], [[language, *(f"{languages[line[i].argmax()]} {line[i].max():.2f}" for line in nearest)]
                                    for i, language in enumerate(languages)])
 
 
@@ -700,7 +703,8 @@ def print_vocabulary(result, bands, layers):
     print_table(["band", "are any", "are common", "are the language's own"], [
         [band, *[f"{np.nanmean(mean_over_pairs(result[key][rows])):.3f}" for key in
                  ("similarity", "similarity_common_tokens", "similarity_own_tokens")]] for band, rows in bands.items()])
-    absent = np.isnan(result["similarity_own_tokens"][0]) | np.isnan(result["similarity_common_tokens"][0])
+    absent = np.isnan(result["similarity_own_tokens"][0] + result["similarity_common_tokens"][0])
+    np.fill_diagonal(absent, False)  # a language has no tokens of its own against itself
     if absent.any():
         print(f"note: {absent.sum() // 2} pairs have no common tokens, or none of their own, and are left out there")
 
@@ -727,14 +731,15 @@ def families_of_bands(summary, languages, bands, table, rng):
 def read_scores(path, languages, reference):
     """The scores of a JSON file, by language: all but the reference that are in the dumps; InputError with fewer than 4."""
     try:
-        scores = {str(language): float(score) for language, score in json.loads(Path(path).read_text(encoding="utf-8")).items()}
+        there = json.loads(Path(path).read_text(encoding="utf-8"))
+        scores = {str(language): float(score) for language, score in there.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a JSON object of language: score") from error
     if reference not in languages:
-        raise InputError(f"--scores correlates with the similarity to '{reference}', which has no dump; give another --reference")
+        raise InputError(f"--scores correlates with the similarity to '{reference}', which has no dump; change --reference")
     scores = {language: scores[language] for language in languages if language in scores and language != reference}
     if len(scores) < 4:
-        raise InputError(f"{path} has scores of {len(scores)} of the languages beside '{reference}'; a rank correlation takes 4")
+        raise InputError(f"{path} has scores of {len(scores)} languages beside '{reference}'; a rank correlation takes 4")
     return scores
 
 
@@ -771,7 +776,8 @@ def draw_heatmaps(plt, path, result, summary, languages, layers, bands):
     order = linkage_order(result["similarity"].mean(0))
     names, n = [languages[i] for i in order], len(languages)
     side = max(3.2, 0.16 * n + 1.5)
-    figure, axes = plt.subplots(1, len(bands), figsize=(side * len(bands) + 1, side + 0.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(bands), squeeze=False, layout="constrained",
+                                figsize=(side * len(bands) + 1, side + 0.6))
     low = summary["band_similarity"].min()
     for axis, (band, rows), matrix in zip(axes[0], bands.items(), summary["band_similarity"]):
         image = axis.imshow(matrix[np.ix_(order, order)], vmin=low, vmax=1, cmap="cividis")
@@ -801,7 +807,8 @@ def draw_layers(plt, path, result, summary, intervals, layers):
             low, high = intervals["layer_similarity" if key == "similarity" else "mean_entropy"]
             axis.fill_between(layers, low, high, color=colour, alpha=0.25, linewidth=0, label="95 % interval")
     if intervals:
-        top.plot(layers, result["floor_similarity"].mean(0), color="#CC6677", linestyle="--", label="floor: halves of one language")
+        top.plot(layers, result["floor_similarity"].mean(0), color="#CC6677", linestyle="--",
+                 label="floor: halves of one language")
     top.set_ylabel("routing similarity, 1 - JSD")
     middle.set_ylabel("routing entropy / log E")
     for key, label, colour, style in (("layer_exclusive", "exclusive, all languages", "#CC6677", "-"),
@@ -832,9 +839,11 @@ def draw_experts(plt, path, result, languages, layers):
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
     num_layers, num_experts = kind.shape
-    figure, axis = plt.subplots(figsize=(min(14, max(7, num_experts * 0.075 + 3)), max(3, num_layers * 0.13 + 1.4)), layout="constrained")
+    size = min(14, max(7, num_experts * 0.075 + 3)), max(3, num_layers * 0.13 + 1.4)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    colours = ListedColormap([OTHER_COLOUR] + [colour for _, colour, _ in groups])
     axis.pcolormesh(np.arange(num_experts + 1) - 0.5, np.arange(num_layers + 1) - 0.5, kind, vmin=0, vmax=len(groups),
-                    cmap=ListedColormap([OTHER_COLOUR] + [colour for _, colour, _ in groups]), edgecolors="white", linewidth=0.3)
+                    cmap=colours, edgecolors="white", linewidth=0.3)
     steps = np.unique(np.linspace(0, num_layers - 1, min(num_layers, 13)).round().astype(int))
     axis.set_yticks(steps, layers[steps])
     axis.set_xlabel("expert")
@@ -855,14 +864,15 @@ def run_contrast(args):
     difference, chosen = select_contrast(*frequency, args.tau, args.top)
     layers = a["layers"]
     if not chosen.any():
-        raise InputError(f"no expert's frequency differs by more than {args.tau} (the most: {difference.max():.3f}); lower --tau, or give --top")
+        raise InputError(f"no expert's frequency differs by more than {args.tau} (the most: {difference.max():.3f}); lower "
+                         "--tau, or give --top")
     how = f"the {args.top} largest differences" if args.top else f"difference above {args.tau}"
     print(f"A {args.contrast[0]}  {a['num_tokens']:,} tokens\nB {args.contrast[1]}  {b['num_tokens']:,} tokens\n"
           f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}: {how}\n")
-    order = [divmod(int(i), a["num_experts"]) for i in np.argsort(-np.abs(np.where(chosen, difference, 0)).ravel(), kind="stable")]
+    strongest = np.argsort(-np.abs(np.where(chosen, difference, 0)).ravel(), kind="stable")[:min(20, chosen.sum())]
     print_table(["layer", "expert", "frequency in A", "in B", "difference"], [
         [layers[l], e, f"{frequency[0, l, e]:.3f}", f"{frequency[1, l, e]:.3f}", f"{difference[l, e]:+.3f}"]
-        for l, e in order[:min(20, chosen.sum())]])
+        for l, e in zip(*np.divmod(strongest, a["num_experts"]))])
     selection = {"experts": {int(layer): {int(e): round(float(row[e]), 6) for e in np.flatnonzero(c)}
                              for layer, row, c in zip(layers, difference, chosen) if c.any()},
                  "how": how, "A": {key: a[key] for key in ("path", "digest", "num_tokens")},
@@ -873,29 +883,30 @@ def run_contrast(args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("dumps", nargs="*", default=DUMPS, metavar="DUMP", help="path or label=path (default: routing/ of the tiny model)")
+    p.add_argument("dumps", nargs="*", default=DUMPS, metavar="DUMP", help="path or label=path (default: the tiny model's)")
     p.add_argument("--experts-per-language", type=int, default=EXPERTS_PER_LANGUAGE, help="most frequent experts that are a "
                    "language's own or shared (default: 15/128 of the experts, the paper's)")
-    p.add_argument("--threshold", type=float, default=THRESHOLD, help="share above which an expert is exclusive (default: %(default)s)")
-    p.add_argument("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, middle and last tenth)")
+    p.add_argument("--threshold", type=float, default=THRESHOLD, help="an expert is exclusive above this share (default: %(default)s)")
+    p.add_argument("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, middle, last tenth)")
     p.add_argument("--part", choices=["all", "prompt", "response"], default="all", help="count only these tokens")
-    p.add_argument("--parallel", action="store_true", help="sequence i says the same in all languages: the divergence is averaged "
-                   "over sequences, and the bootstrap draws the same ones in all")
-    p.add_argument("--bootstrap", type=int, default=0, metavar="N", help="intervals from N draws over sequences, and the floor; 1000")
-    p.add_argument("--vocabulary", action="store_true", help="similarity over the tokens that two languages have in common, and over the others")
+    p.add_argument("--parallel", action="store_true", help="sequence i says the same in all languages: the divergence is "
+                   "averaged over sequences, and the bootstrap draws the same ones in all")
+    p.add_argument("--bootstrap", type=int, default=0, metavar="N", help="intervals from N draws of sequences, and the floor; 1000")
+    p.add_argument("--vocabulary", action="store_true", help="similarity over the tokens that two languages have in common, and "
+                   "over the others")
     p.add_argument("--families", metavar="FILE", help="code, tab, family/branch; over the built-in table")
-    p.add_argument("--scores", metavar="FILE", help='JSON {"de": 0.9, ...}: rank correlation with the similarity to --reference')
+    p.add_argument("--scores", metavar="FILE", help='JSON {"de": 0.9, ...}: correlate with the similarity to --reference')
     p.add_argument("--reference", default=REFERENCE, help="(default: %(default)s)")
     p.add_argument("--figures", metavar="DIR", help="draw heatmaps.png, layers.png and experts.png there; needs matplotlib")
     p.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
     p.add_argument("--out", default=OUT, help="(default: %(default)s)")
-    p.add_argument("--contrast", nargs=2, metavar=("A", "B"), help="instead: experts that dump A's tokens select and dump B's do not")
-    p.add_argument("--tau", type=float, default=TAU, help="with --contrast: select above this difference (default: %(default)s)")
-    p.add_argument("--top", type=int, metavar="N", help="with --contrast: select the N largest differences of either sign instead")
+    p.add_argument("--contrast", nargs=2, metavar=("A", "B"), help="instead: experts that A's tokens select and B's do not")
+    p.add_argument("--tau", type=float, default=TAU, help="of --contrast: select above this difference (default: %(default)s)")
+    p.add_argument("--top", type=int, metavar="N", help="of --contrast: select the N largest differences of either sign instead")
     p.add_argument("--selection", default="selection.json", metavar="FILE", help="of --contrast (default: %(default)s)")
     args = p.parse_args()
 
-    for path in (args.selection if args.contrast else args.out, *([os.path.join(args.figures, "")[:-1]] if args.figures else [])):
+    for path in (args.selection if args.contrast else args.out, (args.figures or "").rstrip("/")):
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"no such folder: {os.path.dirname(path)}; make it, or give another place")
     if args.contrast:
@@ -941,21 +952,22 @@ def main():
     tests, unknown = families_of_bands(summary, languages, bands, table, rng)
     if any(not np.isnan(test[2]) for test in tests):
         print("\nsimilarity of languages of the same family or branch, and of others; p: labels dealt out at random")
-        print_table(["", "band", "same", "other", "p"], [[level, band, f"{same:.3f}", f"{other:.3f}", f"{p_value:.4f}"]
-                                                        for level, band, same, other, p_value in tests if not np.isnan(same)])
+        print_table(["", "band", "same", "other", "p"], [[level, band, f"{same:.3f}", f"{other:.3f}", f"{chance:.4f}"]
+                                                        for level, band, same, other, chance in tests if not np.isnan(same)])
     if unknown:
         print(f"note: no family known of {', '.join(unknown)}; see --families")
     if scores:
-        of = [languages.index(language) for language in scores]
-        result["score_correlation"] = np.array([rank_correlation(matrix[languages.index(args.reference), of], list(scores.values()), rng)
-                                                for matrix in summary["band_similarity"]])
+        of, values = [languages.index(language) for language in scores], list(scores.values())
+        result["score_correlation"] = np.array([rank_correlation(similarity[of], values, rng) for similarity in
+                                                summary["band_similarity"][:, languages.index(args.reference)]])
         print(f"\nrank correlation of the similarity to {args.reference} with the scores of {len(scores)} languages")
-        print_table(["band", "Spearman", "p"], [[band, f"{rho:+.3f}", f"{p_value:.4f}"]
-                                                for band, (rho, p_value) in zip(bands, result["score_correlation"])])
+        print_table(["band", "Spearman", "p"], [[band, f"{rho:+.3f}", f"{chance:.4f}"]
+                                                for band, (rho, chance) in zip(bands, result["score_correlation"])])
 
     meta = vars(args) | {"experts_per_language": experts_per_language,
                          "bands": {band: layers[rows].tolist() for band, rows in bands.items()},
-                         "inputs": [{key: dump[key] for key in ("language", "path", "digest", "num_tokens")} for dump in dumps]}
+                         "inputs": [{key: dump[key] for key in ("language", "path", "digest", "num_tokens")}
+                                    for dump in dumps]}
     result |= summary | {f"interval_{key}": value for key, value in intervals.items()}
     result |= {"languages": np.array(languages), "layers": layers, "meta": np.array(json.dumps(meta, ensure_ascii=False)),
                "families": np.array([family_of(language, table) or "" for language in languages]),

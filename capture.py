@@ -45,7 +45,7 @@ SETTINGS = ("format", "revision", "dtype", "data_sha256", "limit", "max_length",
 
 @torch.inference_mode()
 def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progress=None, empty=np.empty):
-    """The routing of the token sequences of several languages through a model: ({language: arrays of its dump}, padded tokens).
+    """Routing of the token sequences of several languages: ({language: arrays of its dump}, number of padded tokens).
 
     corpora {language: (sequences, prompt_lengths)}, sequences being lists of ids. All are batched together by length, for
     little padding. It stands on the right and needs no attention mask: attention is causal, so what comes later cannot
@@ -57,7 +57,7 @@ def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progres
     row_of = {layer: row for row, layer in enumerate(layers)}
     device, shape = model.device, (len(layers), num_experts)
     id_type = (torch.uint8, np.uint8) if num_experts <= 256 else (torch.int16, np.uint16)
-    dumps, sequences = {}, []  # of each sequence (number of its language, mean_probs, selected_experts, ids), the arrays views
+    dumps, sequences = {}, []  # of each sequence: the number of its language, where its mean_probs and its IDs go, its ids
     for number, (language, (texts, prompt_lengths)) in enumerate(corpora.items()):
         offsets = np.cumsum([0] + [len(ids) for ids in texts])
         dump = dumps[language] = {
@@ -66,8 +66,9 @@ def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progres
         if not stats_only:
             dump |= {"selected_experts": empty((offsets[-1], len(layers), top_k), id_type[1]),
                      "token_ids": np.concatenate(texts).astype(np.int32)}
-        sequences += [(number, dump["mean_probs"][i], None if stats_only else dump["selected_experts"][offsets[i]:offsets[i + 1]], ids)
-                      for i, ids in enumerate(texts)]
+        for mean_probs, start, ids in zip(dump["mean_probs"], offsets, texts):
+            selected = None if stats_only else dump["selected_experts"][start:start + len(ids)]
+            sequences.append((number, mean_probs, selected, ids))
     counts = torch.zeros(len(dumps) * len(layers) * num_experts, dtype=torch.int64, device=device)
     weight_sums = torch.zeros_like(counts, dtype=torch.float64)
     cell = torch.arange(len(layers), device=device)[:, None, None] * num_experts  # of counts: a layer's first
@@ -95,7 +96,7 @@ def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progres
         keep = real.flatten().nonzero().squeeze(1)
         language = torch.tensor([sequences[i][0] for i in batch]).repeat_interleave(lengths)
         num_padded, (ids, keep, language) = ids.numel() - len(keep), map(send, (ids, keep, language))
-        now.update(seen=set(), real=send((real / lengths[:, None])[:, None]),  # times which a sequence's probs are their mean
+        now.update(seen=set(), real=send((real / lengths[:, None])[:, None]),  # a product with it is the mean over real tokens
                    mean_probs=torch.empty(len(layers), len(batch), num_experts, device=device),
                    selected=torch.empty(len(layers), ids.numel(), top_k, dtype=id_type[0], device=device),
                    weights=torch.empty(len(layers), ids.numel(), top_k, device=device,
@@ -105,7 +106,7 @@ def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progres
             raise RuntimeError(f"only {len(now['seen'])} of {len(layers)} routers were called")
         chosen, weights = now["selected"][:, keep], now["weights"][:, keep].double().flatten()
         cells = (chosen.long() + cell + language[:, None] * len(layers) * num_experts).flatten()
-        leaving = [now["mean_probs"].transpose(0, 1).contiguous()] + ([] if stats_only else [chosen.transpose(0, 1).contiguous()])
+        leaving = [tensor.transpose(0, 1).contiguous() for tensor in (now["mean_probs"], chosen)[:1 if stats_only else 2]]
         # only now: a batch that does not fit into memory is run again in halves
         counts.scatter_add_(0, cells, one.expand(len(cells)))
         weight_sums.scatter_add_(0, cells, weights)
@@ -137,8 +138,8 @@ def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progres
     for number, dump in enumerate(dumps.values()):
         finite = np.isfinite(dump["mean_probs"]).all(axis=(0, 2))
         if not finite.all():
-            raise InputError(f"router logits are NaN or infinite in layers {[l for l, ok in zip(layers, finite) if not ok]}; "
-                             "try --dtype float32")
+            raise InputError("router logits are NaN or infinite in layers "
+                             f"{[layer for layer, ok in zip(layers, finite) if not ok]}; try --dtype float32")
         dump["counts"] = counts.view(-1, *shape)[number].cpu().numpy()
         dump["weight_sums"] = weight_sums.view(-1, *shape)[number].cpu().numpy()
     return dumps, padded
@@ -170,6 +171,7 @@ def save_dump(path, dump, meta):
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
+            # not compressed: that saves a third, takes ten times as long to write, and reading could skip nothing
             np.savez(file, **dump, meta=np.array(json.dumps(meta, ensure_ascii=False)))
         os.replace(temporary, path)
     finally:
@@ -207,9 +209,9 @@ def main():
     p.add_argument("--data", default=DATA, help="prompts; {lang} stands for the language (default: %(default)s)")
     p.add_argument("--languages", help="bn,de (default: every file that --data matches)")
     p.add_argument("--out", type=Path, default=Path(OUT), help="folder of the dumps (default: %(default)s)")
-    p.add_argument("--batch-tokens", type=positive, default=BATCH_TOKENS, help="tokens per forward pass (default: %(default)s)")
-    p.add_argument("--pool-tokens", type=positive, default=POOL_TOKENS, help="languages are batched together up to so many tokens, "
-                   "and written together (default: %(default)s)")
+    p.add_argument("--batch-tokens", type=positive, default=BATCH_TOKENS, help="per forward pass (default: %(default)s)")
+    p.add_argument("--pool-tokens", type=positive, default=POOL_TOKENS, help="languages are batched, and written, together up to "
+                   "so many tokens (default: %(default)s)")
     p.add_argument("--max-length", type=positive, default=MAX_LENGTH, help="cut longer sequences (default: %(default)s)")
     p.add_argument("--limit", type=positive, help="only the first N prompts of each language")
     add_model_arguments(p)

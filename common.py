@@ -323,8 +323,8 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
         if not proof["selections"]:
             raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit did not take hold")
         if proof["mask"] is not None and (proof["mask"] & proof["selected"]).any():
-            raise RuntimeError(f"layer {layer}: the experts {(proof['mask'] & proof['selected']).nonzero().flatten().tolist()} "
-                               "were masked and yet selected")
+            experts = (proof["mask"] & proof["selected"]).nonzero().flatten().tolist()
+            raise RuntimeError(f"layer {layer}: the experts {experts} were masked and yet selected")
     if boosts and count_moved:
         moved |= {layer: int(proofs[layer]["moved"]) / proofs[layer]["selections"] for layer in boosts}
         if not any(moved.values()):
@@ -854,8 +854,8 @@ def add_model_arguments(p):
     """The flags of all scripts that run a model."""
     p.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, ...")
     p.add_argument("--device", help="cuda, cpu, auto (all GPUs; needs accelerate); default: CUDA where there is one")
-    p.add_argument("--experts-implementation", metavar="NAME", help="eager, batched_mm, grouped_mm, ... (default: the model's own)")
-    p.add_argument("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ... (default: the model's own)")
+    p.add_argument("--experts-implementation", metavar="NAME", help="eager, grouped_mm, ... (default: transformers' choice)")
+    p.add_argument("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2, ... (default: likewise)")
     p.add_argument("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
 
 

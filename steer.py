@@ -189,14 +189,15 @@ def main():
     else:
         coefficients = steering_coefficients(dumps, sources, args.band, **choice)
         others = {band: steering_coefficients(dumps, sources, band, **choice) for band in args.control_bands}
-    experiment = common.Experiment(args, dumps if args.selection else [dump for dump in dumps if dump["language"] in sources])
+    experiment = common.Experiment(args, [dump for dump in dumps if args.selection or dump["language"] in sources])
     # the sources give; unless named, only other languages are evaluated
     languages = [l for l in experiment.tasks if args.languages or l not in sources] or list(experiment.tasks)
     if len(args.lambdas) > 1 and min(len(experiment.tasks[l][0]) for l in languages) < 4:
         raise common.InputError("choosing among several lambdas takes 4 examples or more; raise --limit or give one --lambda")
 
     number = sum(np.count_nonzero(c) for c in coefficients.values())
-    print(f"{args.model}  {number} experts {f'of {args.selection}' if args.selection else f'shared by {args.sources}'}  rule {args.rule}  "
+    origin = f"of {args.selection}" if args.selection else f"shared by {args.sources}"
+    print(f"{args.model}  {number} experts {origin}  rule {args.rule}  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     experiment.load()
     prompts = [e for language in languages for e in experiment.tasks[language][0][:20]]
