@@ -56,6 +56,7 @@ def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progres
     layers, num_experts, top_k = one_shape(routing_shape(model))
     row_of = {layer: row for row, layer in enumerate(layers)}
     device, shape = model.device, (len(layers), num_experts)
+    on_cuda = device.type == "cuda"  # where copies run beside the work
     id_type = (torch.uint8, np.uint8) if num_experts <= 256 else (torch.int16, np.uint16)
     dumps, sequences = {}, []  # of each sequence: the number of its language, where its mean_probs and its IDs go, its ids
     for number, (language, (texts, prompt_lengths)) in enumerate(corpora.items()):
@@ -85,7 +86,7 @@ def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progres
         now["seen"].add(row)
 
     def send(tensor):
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+        return (tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda)
 
     def run(batch):
         nonlocal padded
@@ -110,8 +111,8 @@ def capture(model, corpora, batch_tokens=BATCH_TOKENS, stats_only=False, progres
         # only now: a batch that does not fit into memory is run again in halves
         counts.scatter_add_(0, cells, one.expand(len(cells)))
         weight_sums.scatter_add_(0, cells, weights)
-        arriving = [tensor.to("cpu", non_blocking=True) for tensor in leaving]  # into pinned memory
-        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        arriving = [tensor.to("cpu", non_blocking=on_cuda) for tensor in leaving]  # into pinned memory
+        ready = torch.cuda.current_stream(device).record_event() if on_cuda else None
         store()
         on_its_way.append((batch, ready, *arriving))
         padded += num_padded
@@ -248,8 +249,12 @@ def main():
     model, _ = load_model(args.model, args.dtype, args.device, args.experts_implementation, args.attn_implementation)
     longest = min(args.max_length, max_positions(config))
 
-    def on_disk(shape, dtype):  # in a file without a name, so that memory does not grow with the corpus
-        return np.memmap(tempfile.TemporaryFile(dir=args.out), dtype, "w+", shape=shape)
+    def on_disk(shape, dtype):
+        """An array in a file without a name, so that memory does not grow with the corpus, and a kill leaves nothing."""
+        file = tempfile.TemporaryFile(dir=args.out)
+        if hasattr(os, "posix_fallocate"):  # else a full disk would be met by a write, which kills without a word
+            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return np.memmap(file, dtype, "w+", shape=shape)
 
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  {model.dtype}  {model.device}")
     corpora = {}

@@ -144,8 +144,8 @@ def test_a_full_disk_leaves_no_partial_file_and_running_again_goes_on(tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on_and_leaves_whole_files(tmp_path):
-    process = subprocess.Popen([sys.executable, "capture.py", "--batch-tokens", "40", "--out", str(tmp_path)], env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "capture.py", "--batch-tokens", "40", "--pool-tokens", "1", "--out", str(tmp_path)],
+                               env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("*.npz")):
         assert process.poll() is None
         time.sleep(0.02)
