@@ -293,7 +293,7 @@ def make_prompts(model, tokenizer, number):
 
 def bench_generate(model, tokenizer, args):
     encoded, shape = make_prompts(model, tokenizer, args.responses), common.routing_shape(model)
-    rng, num_experts = np.random.default_rng(0), model.config.num_experts
+    rng, num_experts = np.random.default_rng(0), model.config.num_experts  # boosts too small to change the work
     steered = list(shape)[len(shape) * 10 // 48:len(shape) * 40 // 48]
     masked = list(shape)[:max(1, len(shape) // 10)]
     edits = {
@@ -301,8 +301,8 @@ def bench_generate(model, tokenizer, args):
         f"masked in {len(masked)} of {len(shape)} layers": dict(masks={layer: [3, 5] for layer in masked}),
         "masked in all": dict(masks={layer: [3, 5] for layer in shape}),
         f"steered in {len(steered)} of {len(shape)} layers": dict(
-            boosts={layer: np.where(rng.random(num_experts) < 0.15, 0.02, 0) for layer in steered}, count_moved=False),
-        "steered in all": dict(boosts={layer: np.where(rng.random(num_experts) < 0.15, 0.02, 0) for layer in shape}, count_moved=False),
+            boosts={layer: np.where(rng.random(num_experts) < 0.15, 1e-9, 0) for layer in steered}, count_moved=False),
+        "steered in all": dict(boosts={layer: np.where(rng.random(num_experts) < 0.15, 1e-9, 0) for layer in shape}, count_moved=False),
     }
 
     def run(edit):
@@ -311,10 +311,27 @@ def bench_generate(model, tokenizer, args):
         with common.edit_routing(model, **edit):
             return common.generate(model, tokenizer, encoded, args.batch_tokens * 4, args.new_tokens)
 
-    measured = in_turn({name: lambda edit=edit: run(edit) for name, edit in edits.items()}, args.rounds, args.device)
+    measured = in_turn({name: lambda edit=edit: run(edit) for name, edit in edits.items()}, 3 * args.rounds, args.device)
     print(f"\ngenerate: {len(encoded)} prompts, {args.new_tokens} new tokens each{'':<14}{'tokens/s':>10}{'of plain':>10}")
     for name, (times, *_) in measured.items():
         print(f"{name:<54}{len(encoded) * args.new_tokens / np.median(times):>10,.0f}{ratio(measured['plain'][0], times):>10.3f}")
+
+    # those ratios are as noisy as the machine; what an edit adds to a router's call is not
+    step = np.median(measured["plain"][0]) / args.new_tokens / len(shape)
+    hidden = torch.randn(len(encoded), model.config.hidden_size, device=model.device, dtype=model.dtype)
+    router = next(iter(common.find_routers(model).values()))
+
+    @torch.inference_mode()
+    def calls(edit):
+        with common.edit_routing(model, **edit) if edit else common.contextlib.nullcontext():
+            for other in shape if edit else ():
+                common.find_routers(model)[other](hidden)  # every edited router has to be called
+            return min(seconds(lambda: [router(hidden) for _ in range(200)], args.device)[0] for _ in range(5)) / 200
+
+    plain = calls(None)
+    for name in ("masked in all", "steered in all"):
+        extra = calls(edits[name]) - plain
+        print(f"{f'a router call, {name}':<54}{1e6 * extra:>+8.0f} us, {extra / step:.2%} of a layer's step")
 
     edit = edits[f"steered in {len(steered)} of {len(shape)} layers"]
     for name, edit in (("plain", None), ("steered", edit)):
