@@ -281,8 +281,7 @@ class EditedScoring(TorchFunctionMode):
     def edited(self, router_logits):
         if self.boost is not None:  # in float32 at least, and back, so that a zero boost changes no bit
             wide = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
-            self.boost = self.boost.to(wide.dtype)
-            router_logits = boost_logits(wide, self.boost, self.rule).to(router_logits.dtype)
+            router_logits = boost_logits(wide, self.boost.to(wide.dtype), self.rule).to(router_logits.dtype)
         if self.masked is not None:
             router_logits = router_logits.masked_fill(self.masked, max(-1e9, torch.finfo(router_logits.dtype).min))
         return router_logits
@@ -333,12 +332,13 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
 
 def edited_forward(router, num_experts, mask, boost, rule, count_moved):
     """A router's forward under the edit, and the tallies that prove it, which stay on the device until they are read."""
-    original, device = router.forward, next(router.parameters()).device
+    original, parameter = router.forward, next(router.parameters())
+    device = parameter.device
     if mask is not None:
         mask = torch.zeros(num_experts, dtype=torch.bool, device=device).index_fill_(
             0, torch.as_tensor(list(mask), device=device), True)
     if boost is not None:
-        boost = torch.as_tensor(np.asarray(boost, np.float64), device=device)
+        boost = torch.as_tensor(np.asarray(boost, np.float64)).to(device, torch.promote_types(parameter.dtype, torch.float32))
     scoring = EditedScoring(router, num_experts, mask, boost, rule)
     proof = {"selections": 0, "mask": mask, "selected": torch.zeros(num_experts, dtype=torch.bool, device=device),
              "moved": torch.zeros((), dtype=torch.int64, device=device)}
@@ -529,7 +529,7 @@ def length_batches(lengths, batch_tokens, overhead=200):
     size = np.asarray(lengths, np.int64)[order]
     cost, start = np.zeros(len(size) + 1), np.zeros(len(size) + 1, int)
     for stop in range(1, len(size) + 1):  # the cheapest cut of the shortest ones, of which the last batch is start:stop
-        longest = size[stop - 1]
+        longest = max(1, size[stop - 1])
         first = max(0, stop - max(1, batch_tokens // longest))
         costs = cost[first:stop] + np.arange(stop - first, 0, -1) * longest + overhead
         start[stop] = first + costs.argmin()

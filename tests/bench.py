@@ -1,7 +1,7 @@
 """
 How fast, measured as ratios within one run on the same work. Nothing here is a test.
 
-    python tests/bench.py                                              # small shape, CPU: about ten minutes on two cores
+    python tests/bench.py                                              # small shape, CPU: a quarter of an hour on two cores
     python tests/bench.py --device cuda --shape qwen3-30b-a3b          # 61 GB of random weights, made on the GPU
     python tests/bench.py --only capture analyze
 

@@ -1,5 +1,6 @@
 """Bad input and bad luck, as a user meets them: one line that names the fix, a non-zero exit, nothing lost or half-written."""
 
+import contextlib
 import concurrent.futures
 import json
 import os
@@ -149,8 +150,11 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_whole_files(tmp_path):
     while not list(tmp_path.glob("*.npz")):
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
+    for _ in range(3):  # one can be lost in code that Python calls while it frees an object
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, errors = process.communicate(timeout=4)
+            break
     assert process.returncode == 1 and "interrupted; the same command goes on from here" in errors and "Traceback" not in errors
     assert {f.suffix for f in tmp_path.iterdir()} == {".npz"}
     for path in tmp_path.iterdir():
