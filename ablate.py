@@ -138,6 +138,8 @@ def main():
     frequency = analyze.activation_frequency([dump["counts"] for dump in dumps], [dump["num_tokens"] for dump in dumps])
     share = analyze.language_shares(frequency, args.experts_per_language)
     if args.selection:
+        if args.targets:
+            raise common.InputError("--selection takes the place of languages' experts; leave out --targets")
         args.experts = "selection"
     targets = [args.experts] if args.experts in OF_ALL else args.targets.split(",") if args.targets else names
     for name in {name for target in targets for name in target.split("+")} - set(OF_ALL):
@@ -146,7 +148,12 @@ def main():
     exclusive = {target: exclusive_to(share, names, target, args.threshold) for target in targets if target not in OF_ALL}
     exclusive["shared"] = analyze.shared_experts(share, args.threshold)
     if args.selection:  # of either sign, those that A's tokens select more
-        exclusive["selection"] = analyze.load_selection(args.selection, layers, dumps[0]["num_experts"]) > 0
+        chosen = exclusive["selection"] = analyze.load_selection(args.selection, layers, dumps[0]["num_experts"]) > 0
+        if not args.bands:
+            bands = {"selected": chosen.any(1)}
+        outside = chosen.sum() - chosen[np.any(list(bands.values()), 0)].sum()
+        if outside or not chosen.any():
+            print(f"note: {outside} of the {chosen.sum()} experts that A's tokens select more lie outside of the bands")
     experiment = common.Experiment(args, dumps)
 
     plan = []  # (band, target, language, cell name, settings, masks)
@@ -172,8 +179,9 @@ def main():
     for *_, masks in plan:
         common.check_edit(masks, {}, "proportional", experiment.routers, experiment.shape)
 
-    print(f"{args.model}  {len(plan)} cells  {args.experts} experts  experts_per_language {args.experts_per_language}  "
-          f"threshold {args.threshold}  {', '.join(f'{band} {analyze.describe(layers[rows])}' for band, rows in bands.items())}")
+    choice = "" if args.selection else f"experts_per_language {args.experts_per_language}  threshold {args.threshold}  "
+    print(f"{args.model}  {len(plan)} cells  {args.experts} experts  {choice}"
+          f"{', '.join(f'{band} {analyze.describe(layers[rows])}' for band, rows in bands.items())}")
     effects = {}
     for band, target, language, key, name, settings, masks in tqdm(plan, unit="cell", leave=False):
         base, cells = effects.setdefault(band, {}).setdefault(

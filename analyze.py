@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -36,7 +37,7 @@ OUT = "analysis.npz"
 PRINT_LANGUAGES = 12         # tables as wide as the number of languages are printed up to so many
 HALVINGS = 20                # random ways to split a language in two, for the floor
 STABLE = 0.95                # an expert is stable that stays exclusive, or shared, in so many of the bootstrap draws
-PERMUTATIONS = 10_000        # of labels or scores; if there are no more than that, all are taken
+PERMUTATIONS = 10_000        # of labels or scores, at random; up to 8 languages, all there are
 # ---------------------------------------------------------------------------------------------------------------------
 MEASURES = ("similarity", "divergence", "jaccard", "cosine")  # of two languages, see pair_measures
 # language families as family/branch, by ISO 639-1 and 639-3 codes: those of FLORES-200 and their short forms
@@ -483,7 +484,8 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     for key, value in estimate.items():
         draws_of = np.array([summary[key] for summary in drawn])
         middle, half = 2 * value - draws_of.mean(0), 1.96 * draws_of.std(0, ddof=1)
-        intervals[key] = np.stack([middle - half, middle + half])
+        most = np.inf if np.issubdtype(np.asarray(value).dtype, np.integer) else 1  # a number of experts, or a part
+        intervals[key] = np.clip([middle - half, middle + half], 0, most)
     return intervals, exclusive / draws, shared / draws
 
 
@@ -543,8 +545,8 @@ def read_families(path):
 
 
 def permutations(n, rng):
-    """(permutations, n): all of them, the identity first, or the identity and PERMUTATIONS random ones."""
-    if np.prod(np.arange(1.0, n + 1)) <= PERMUTATIONS:
+    """(permutations, n), the identity first: all of them up to n = 8, else PERMUTATIONS random ones."""
+    if n <= 8:
         return np.array(list(itertools.permutations(range(n))))
     return np.stack([np.arange(n)] + [rng.permutation(n) for _ in range(PERMUTATIONS)])
 
@@ -559,9 +561,10 @@ def family_test(similarity, labels, rng):
     same = groups[i] == groups[j]
     if same.all() or not same.any():
         return np.nan, np.nan, np.nan
-    dealt = groups[permutations(len(labels), rng)]
-    within = dealt[:, i] == dealt[:, j]
-    gap = within @ values / same.sum() - ~within @ values / (~same).sum()
+    gap = []
+    for dealt in np.array_split(groups[permutations(len(labels), rng)], 50):
+        within = dealt[:, i] == dealt[:, j]
+        gap = np.concatenate([gap, within @ values / same.sum() - ~within @ values / (~same).sum()])
     return values[same].mean(), values[~same].mean(), np.mean(gap >= gap[0] - 1e-12)
 
 
@@ -613,7 +616,7 @@ def load_selection(path, layers, num_experts):
     try:
         experts = json.loads(Path(path).read_text(encoding="utf-8"))["experts"]
         chosen = [(int(layer), int(expert), float(d)) for layer, row in experts.items() for expert, d in row.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no selection of experts; run: python analyze.py --contrast A.npz B.npz") from error
     for layer, expert, difference in chosen:
         if layer not in layers or not 0 <= expert < num_experts:
@@ -632,6 +635,10 @@ def with_interval(summary, intervals, key, index, digits=3, scale=1):
         low, high = (f"{scale * bound[index]:.{digits}f}".replace("0.", ".", scale == 1) for bound in intervals[key])
         text += f" [{low} {high}]"
     return text
+
+
+def print_wrapped(text):
+    print(textwrap.fill(text, 100, subsequent_indent="        ", break_long_words=False, break_on_hyphens=False))
 
 
 def print_table(titles, rows, first=9):
@@ -659,8 +666,9 @@ def print_tables(result, summary, intervals, languages, layers, bands):
     print_table(["band", "layers", "similarity", *(["floor"] if intervals else []), *MEASURES[1:]], table)
 
     for band, rows, matrix, order in zip(bands, rows_of, summary["band_similarity"], result["order"]):
-        print(f"\nsimilarity, {band} (layers {describe(layers[rows])}); "
-              f"in order of average linkage: {' '.join(languages[i] for i in order)}")
+        print()
+        print_wrapped(f"{'similarity' if few else 'languages'}, {band} (layers {describe(layers[rows])}); in order of average "
+                      f"linkage: {' '.join(languages[i] for i in order)}")
         if few:
             print_table(["", *languages], [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(languages, matrix)])
 
@@ -733,7 +741,7 @@ def read_scores(path, languages, reference):
     try:
         there = json.loads(Path(path).read_text(encoding="utf-8"))
         scores = {str(language): float(score) for language, score in there.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a JSON object of language: score") from error
     if reference not in languages:
         raise InputError(f"--scores correlates with the similarity to '{reference}', which has no dump; change --reference")
@@ -831,8 +839,11 @@ def draw_experts(plt, path, result, languages, layers):
     groups = [(f"{languages[i]} ({exclusive[i].sum()})", COLOURS[k], exclusive[i]) for k, i in enumerate(named)]
     rest = np.delete(exclusive, named, 0).any(0)
     if rest.any():
-        groups.append((f"another language ({rest.sum()})", "#999999", rest))
+        groups.append((f"another language ({rest.sum()})", "#BBBBBB", rest))
     groups.append((f"shared ({result['shared'].sum()})", SHARED_COLOUR, result["shared"]))
+    several = exclusive.sum(0) > 1  # below a threshold of a half, two languages can both have more than it
+    if several.any():
+        groups.append((f"two of them ({several.sum()})", "#777777", several))
     kind = np.zeros(exclusive.shape[1:], int)
     for k, (_, _, chosen) in enumerate(groups, 1):
         kind[chosen] = k
@@ -909,6 +920,10 @@ def main():
     for path in (args.selection if args.contrast else args.out, (args.figures or "").rstrip("/")):
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"no such folder: {os.path.dirname(path)}; make it, or give another place")
+    if args.top is not None and (not args.contrast or args.top < 1):
+        raise InputError("--top takes a number above 0, and --contrast A B")
+    if args.figures and os.path.isfile(args.figures):
+        raise InputError(f"{args.figures} is a file; --figures takes a folder")
     if args.contrast:
         return run_contrast(args)
     if args.bootstrap and args.bootstrap < 2:
@@ -927,12 +942,13 @@ def main():
     result, intervals, by_sequence = analyze(frequency, experts_per_language, args.threshold), {}, None
     summary = summarize(result, bands)
     result["order"] = np.array([linkage_order(matrix) for matrix in summary["band_similarity"]])
+    if args.bootstrap:
+        counts = [sequence_counts(dump, args.part) for dump in tqdm(dumps, desc="reading IDs", leave=False)]
     if args.parallel:
         result["divergence_aligned"], by_sequence = aligned_divergence(read_aligned(dumps, args.part))
         summary["layer_aligned"] = by_sequence.mean(0)
         summary["mean_aligned"] = np.array([summary["layer_aligned"][rows].mean() for rows in bands.values()])
     if args.bootstrap:
-        counts = [sequence_counts(dump, args.part) for dump in tqdm(dumps, desc="reading IDs", leave=False)]
         floors = [split_half_floor(c, experts_per_language, rng) for c in counts]
         result |= {f"floor_{measure}": np.stack([floor[measure] for floor in floors]) for measure in MEASURES}
         intervals, result["exclusive_stability"], result["shared_stability"] = bootstrap(
@@ -942,14 +958,18 @@ def main():
 
     print(f"{len(dumps)} languages  {len(layers)} MoE layers  {dumps[0]['num_experts']} experts  top_k {dumps[0]['top_k']}  "
           f"experts_per_language {experts_per_language}  threshold {args.threshold}")
-    print("tokens  " + "  ".join(f"{dump['language']} {dump['num_tokens']:,}" for dump in dumps))
+    print_wrapped("tokens  " + "  ".join(f"{dump['language']} {dump['num_tokens']:,}" for dump in dumps))
+    if len(dumps) > PRINT_LANGUAGES:
+        print(f"note: with more than {PRINT_LANGUAGES} languages, what is as wide as their number is in {args.out} alone")
+    if len(dumps) == 1:
+        print("note: exclusive and shared are about several languages; one alone has all its experts to itself")
     if args.threshold * len(languages) <= 1:
         print(f"note: shares add up to 1, so with {len(languages)} languages none is shared at a threshold of {args.threshold}; "
               "raise --threshold")
     print_tables(result, summary, intervals, languages, layers, bands)
     if args.vocabulary and len(languages) > 1:
         print_vocabulary(result, bands, layers)
-    tests, unknown = families_of_bands(summary, languages, bands, table, rng)
+    tests, unknown = families_of_bands(summary, languages, bands, table, np.random.default_rng(args.seed))
     if any(not np.isnan(test[2]) for test in tests):
         print("\nsimilarity of languages of the same family or branch, and of others; p: labels dealt out at random")
         print_table(["", "band", "same", "other", "p"], [[level, band, f"{same:.3f}", f"{other:.3f}", f"{chance:.4f}"]
@@ -958,6 +978,7 @@ def main():
         print(f"note: no family known of {', '.join(unknown)}; see --families")
     if scores:
         of, values = [languages.index(language) for language in scores], list(scores.values())
+        rng = np.random.default_rng(args.seed)
         result["score_correlation"] = np.array([rank_correlation(similarity[of], values, rng) for similarity in
                                                 summary["band_similarity"][:, languages.index(args.reference)]])
         print(f"\nrank correlation of the similarity to {args.reference} with the scores of {len(scores)} languages")

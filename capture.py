@@ -4,7 +4,7 @@ Record which experts the routers pick for every token of every language.
     python capture.py                                                                # the tiny model in tests/
     python capture.py --model Qwen/Qwen3-30B-A3B --data 'data/mgsm_{lang}.tsv'
 
-reads   data/mgsm_<lang>.tsv     prompts, one file per language (.tsv, .jsonl or .txt)
+reads   data/mgsm_<lang>.tsv     prompts, one file per language (.tsv, .jsonl, .json or .txt)
 writes  routing/<lang>.npz       the routing dump of the language, described in the README; then: python analyze.py
 
 One forward pass over the prompts, nothing is generated. A dump that is there already is kept, so a run that was stopped

@@ -98,7 +98,8 @@ def load_model(name, dtype="auto", device=None, experts_implementation=None, att
         raise InputError(f"cannot load the weights of model '{name}': {first_line(error)}") from error
     except (ValueError, ImportError) as error:
         if any(given.values()):
-            raise InputError(f"model '{name}' does not run with {given}: {first_line(error)}") from error
+            how = ", ".join(f"{key} {value}" for key, value in given.items() if value)
+            raise InputError(f"model '{name}' does not run with {how}: {first_line(error)}") from error
         raise
     return (model if placement else model.to(device)).eval(), tokenizer
 

@@ -196,9 +196,9 @@ def main():
         raise common.InputError("choosing among several lambdas takes 4 examples or more; raise --limit or give one --lambda")
 
     number = sum(np.count_nonzero(c) for c in coefficients.values())
-    origin = f"of {args.selection}" if args.selection else f"shared by {args.sources}"
-    print(f"{args.model}  {number} experts {origin}  rule {args.rule}  "
-          f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
+    origin = f"of {args.selection}" if args.selection else (
+        f"shared by {args.sources}  experts_per_language {args.experts_per_language}  threshold {args.threshold}")
+    print(f"{args.model}  {number} experts {origin}  rule {args.rule}")
     experiment.load()
     prompts = [e for language in languages for e in experiment.tasks[language][0][:20]]
     for strength in args.lambdas:

@@ -338,11 +338,16 @@ def test_a_contrast_is_masked_and_boosted(dumps, monkeypatch, capsys, tmp_path):
                                (zh["counts"] / zh["num_tokens"] - en["counts"] / en["num_tokens"])[differences != 0], atol=1e-6)
     common_arguments = ["--routing", *dumps, "--selection", selection, "--languages", "en,zh", "--limit", 4, "--control-seeds", 1,
                         "--metrics", "prompt_nll", "--out", out]
-    printed = run(ablate, monkeypatch, capsys, *common_arguments, "--bands", "all=0-7")
+    printed = run(ablate, monkeypatch, capsys, *common_arguments)  # by default in all of its layers
+    assert "note:" not in printed
     rows = [r for r in rows_of(out) if r["settings"].get("experts") == "selection"]
     assert [r["settings"]["language"] for r in rows] == ["en", "zh"]  # both with their controls
     assert rows[0]["experts"] == {str(layer): int(n) for layer, n in enumerate((differences > 0).sum(1)) if n}
     assert "selection experts" in printed and printed.count("[") >= 4
+    assert "experts that A's tokens select more lie outside of the bands" in run(
+        ablate, monkeypatch, capsys, *common_arguments, "--bands", f"{np.flatnonzero((differences > 0).any(1))[0]}")
+    with pytest.raises(common.InputError, match="leave out --targets"):
+        run(ablate, monkeypatch, capsys, *common_arguments, "--targets", "en")
     printed = run(steer, monkeypatch, capsys, *common_arguments, "--rule", "soft", "--lambda", 0.5)
     assert f"12 experts of {selection}" in printed
     row = next(r for r in rows_of(out) if r["settings"].get("kind") == "selection")
