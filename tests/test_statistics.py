@@ -281,7 +281,7 @@ def test_on_a_null_nothing_is_found(null, monkeypatch, capsys, tmp_path):
     assert (result["score_correlation"][:, 1] > 0.05).all()
 
 
-def test_intervals_cover_what_more_data_shows(monkeypatch, capsys, tmp_path):
+def test_intervals_cover_what_more_data_shows():
     """The mean similarity of two languages, estimated twenty times from 60 sequences each, against 3,000 sequences."""
     rng = np.random.default_rng(2)
     preference = [rng.normal(0, 1, (LAYERS, EXPERTS)) for _ in range(2)]
