@@ -1,23 +1,24 @@
 """
-Mask experts, layer band by layer band, and see which languages it hurts, against as many other experts.
+Mask experts, layer band by layer band, and see which languages it hurts, against as many others.
 
-    python ablate.py                                                          # the tiny model; after capture.py
-    python ablate.py --model Qwen/Qwen3-30B-A3B --routing routing/*.npz --data 'data/mgsm_{lang}.tsv' \\
+    python ablate.py                                       # the tiny model; after capture.py
+    python ablate.py --model Qwen/Qwen3-30B-A3B --data 'data/mgsm_{lang}.tsv' \\
                      --bands early=0-4 middle=22-26 late=43-47 --metrics accuracy prompt_nll
-    python ablate.py --selection selection.json                               # what analyze.py --contrast selected
+    python ablate.py --selection selection.json            # what analyze.py --contrast selected
 
-reads   routing dumps, and evaluation data (.tsv, .jsonl, .json or .txt), best not what the dumps were captured on
-writes  results/ablate.jsonl    one line per cell, with its settings and the scores of every example
+reads   routing dumps, and evaluation data, best not what the dumps were captured on
+writes  results/ablate.jsonl    a line per cell: settings, scores of every example, their mean
 
-Every cell is band x target x evaluation language: the experts exclusive to the target language (arXiv 2601.14050) are
-never selected in the band. In the target's own language there are two controls, as many experts each: random ones among
-those that the language uses at all, and those that it uses as often as the masked ones without their being exclusive.
-A language counts as hurt if masking does worse than every random draw, and worse than the controls by an interval that
-leaves out 0; it covers the examples and the random draws. One model load.
-Takes about two minutes on the tiny model. A run that was stopped goes on where it stopped.
+A cell is band x target x evaluation language: the experts exclusive to the target (arXiv 2601.14050)
+are never selected in the band. In the target's own language there are controls, as many experts each:
+random ones among those that the language uses at all, and those that it uses as often as the masked
+ones without their being exclusive. A language is hurt if it does worse than with every random draw,
+and worse than with the controls by intervals, over examples and draws, that leave out 0. One model
+load; two minutes on the tiny model. A run that was stopped goes on where it stopped.
 """
 
 import argparse
+import itertools
 import sys
 import zlib
 
@@ -27,34 +28,55 @@ from tqdm import tqdm
 import analyze
 import common
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
 ROUTING = analyze.DUMPS              # the dumps that the experts are chosen from
 DATA = "tests/data/eval_{lang}.tsv"  # what is evaluated; {lang} stands for the language
-EXPERTS_PER_LANGUAGE = None          # None: 15/128 of the experts, the paper's; 32 of 128 for XQuAD
-THRESHOLD = 0.4                      # the paper's; 0.5 for XQuAD
+EXPERTS_PER_LANGUAGE = 15 / 128      # a part below 1, or a number; the paper: 15, XQuAD 32, of 128
+THRESHOLD = 0.4                      # the paper's; XQuAD 0.5
 METRICS = ["prompt_nll"]             # prompt_nll answer_nll accuracy language
 CONTROL_SEEDS = 5                    # random draws; one alone would mislead
 BATCH_TOKENS = 8192                  # per forward pass, padding included
 MAX_LENGTH = 4096                    # tokens of a prompt
-MAX_NEW_TOKENS = None                # tokens of a response; None: as the checkpoint's generation config says, or 512
+MAX_NEW_TOKENS = None                # of a response; None: the checkpoint's generation config, or 512
 OUT = "results/ablate.jsonl"
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 OF_ALL = ("shared", "selection")     # targets that are no language: every language has its controls
 
 
-def exclusive_to(share, languages, target, threshold):
-    """bool (layers, experts): exclusive to a language, or to several together, as "bn+sw"."""
-    return analyze.exclusive_experts(share[[languages.index(name) for name in target.split("+")]].sum(0), threshold)
+def choose_experts(args, dumps):
+    """{target: bool (layers, experts)}: what is exclusive to a language, or to several as "bn+sw", or
+    what all share, or what a file selects.
+    """
+    names, layers = [dump["language"] for dump in dumps], dumps[0]["layers"]
+    share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
+    if args.experts == "shared":
+        return {"shared": analyze.shared_experts(share, args.threshold)}
+    if args.selection:  # of either sign, those that A's tokens select more
+        selected = analyze.load_selection(args.selection, layers, dumps[0]["num_experts"]) > 0
+        if not selected.any():
+            raise common.InputError(f"{args.selection} has no expert that A's tokens select more")
+        return {"selection": selected}
+    chosen = {}
+    for target in args.targets.split(",") if args.targets else names:
+        of_target = share[[index(names, language) for language in target.split("+")]].sum(0)
+        chosen[target] = analyze.exclusive_experts(of_target, args.threshold)
+    return chosen
+
+
+def index(names, language):
+    if language not in names:
+        raise common.InputError(f"no routing for '{language}' among the dumps; run: python capture.py "
+                                f"--languages {language}")
+    return names.index(language)
 
 
 def random_control(masked, used, seed):
-    """As many other experts per layer as are masked, drawn from those in use. bool (layers, experts) each.
+    """As many other experts per layer as are masked, of those in use; all bool (layers, experts).
 
-    seed is a list of integers: a draw for each language, target and band, so that no two controls share one.
+    seed is a list of integers: of band, target and language, so that no two controls share a draw.
     """
-    rng = np.random.default_rng(seed)
-    control = np.zeros_like(masked)
+    rng, control = np.random.default_rng(seed), np.zeros_like(masked)
     for layer, n in enumerate(masked.sum(1)):
         candidates = np.flatnonzero(used[layer] & ~masked[layer])
         control[layer, rng.choice(candidates, min(n, len(candidates)), replace=False)] = True
@@ -62,19 +84,42 @@ def random_control(masked, used, seed):
 
 
 def usage_matched_control(masked, candidates, frequency):
-    """For each masked expert, the most used first, the candidate not yet taken whose frequency is closest.
+    """For each masked expert, the most used first, the candidate not yet taken of closest frequency.
 
-    masked, candidates bool (layers, experts), frequency (layers, experts) in the language that is evaluated
+    masked, candidates bool (layers, experts), frequency (layers, experts) in the language evaluated
     """
-    control = np.zeros_like(masked)
-    for layer in range(len(masked)):
-        free = candidates[layer] & ~masked[layer]
-        for expert in sorted(np.flatnonzero(masked[layer]), key=lambda e: -frequency[layer, e]):
-            if free.any():
-                distance = np.where(free, abs(frequency[layer] - frequency[layer, expert]), np.inf)
-                control[layer, distance.argmin()] = True
-                free[distance.argmin()] = False
+    control, free = np.zeros_like(masked), candidates & ~masked
+    for layer, row in enumerate(masked):
+        for expert in sorted(np.flatnonzero(row), key=lambda e: -frequency[layer, e]):
+            if free[layer].any():
+                distance = abs(frequency[layer] - frequency[layer, expert])
+                closest = np.where(free[layer], distance, np.inf).argmin()
+                control[layer, closest], free[layer, closest] = True, False
     return control
+
+
+def is_own(target, language):
+    return target in OF_ALL or language in target.split("+")
+
+
+def plan_cells(args, chosen, bands, dumps, languages):
+    """{(band, target, language): {kind: bool (layers, experts) to mask}}, kind being "masked" for what
+    the experiment is about, and "random-seed0", ..., "usage-matched" for its controls.
+    """
+    names, frequency, plan = [d["language"] for d in dumps], analyze.frequencies(dumps), {}
+    for band, target, language in itertools.product(bands, chosen, languages):
+        masked = chosen[target] & bands[band][:, None]
+        use = frequency[names.index(language)] if language in names else frequency.mean(0)
+        if args.experts == "random":
+            used = frequency[[names.index(name) for name in target.split("+")]].sum(0) > 0
+            masked = random_control(masked, used, [zlib.crc32(f"{band} {target}".encode())])
+        cell = plan[band, target, language] = {"masked": masked}
+        if is_own(target, language):
+            seed = zlib.crc32(f"{band} {target} {language}".encode())
+            for draw in range(args.control_seeds):
+                cell[f"random-seed{draw}"] = random_control(masked, use > 0, [seed, draw])
+            cell["usage-matched"] = usage_matched_control(masked, ~chosen[target], use)
+    return plan
 
 
 def as_masks(chosen, layers):
@@ -82,123 +127,98 @@ def as_masks(chosen, layers):
     return {int(layer): np.flatnonzero(row).tolist() for layer, row in zip(layers, chosen) if row.any()}
 
 
-def better(metric):
-    """+1 where more of a metric is better, -1 where less is."""
-    return -1 if metric.endswith(("nll", "per_byte")) else 1
+def run_cells(experiment, plan, bands, layers, experts):
+    """plan with {metric: scores (examples,)} for every mask, and for "unmasked" beside them."""
+    results = {}
+    for (band, target, language), masks in tqdm(plan.items(), unit="cell", leave=False):
+        scores = results[band, target, language] = {"unmasked": experiment.cell(language)}
+        for kind, chosen in masks.items():
+            name = experts if kind == "masked" else kind
+            settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(), "target": target,
+                        "experts": name, "of": experts}
+            # a mask without experts changes nothing: the unmasked model is its result
+            scores[kind] = experiment.cell(language, f"{band}-{name}-{target}", settings,
+                                           masks=as_masks(chosen, layers)) if chosen.any() else scores["unmasked"]
+    return results
 
 
-def print_band(title, languages, targets, own, effects, metric):
-    """The table of one band and metric. effects: {(target, language): (baseline, {cell name: scores})}, see main."""
-    width = max(9, *(len(target) + 2 for target in targets))
-    print(f"\n{title}  {metric}: change when experts are masked, of\n{'':<9}{'unmasked':>9}"
-          + "".join(f"{target:>{width}}" for target in targets))
-    for language in languages:
-        line = f"{language:<9}{np.nanmean(effects[targets[0], language][0][metric]):>9.3f}" if (
-            targets[0], language) in effects else f"{language:<9}"
-        for target in targets:
-            base, cells = effects[target, language]
-            line += f"{np.nanmean(cells['masked'][metric] - base[metric]):>+{width}.3f}"
-        print(line)
+def is_hurt(masked, random, matched, sign):
+    """Worse than every random draw, and than both controls by intervals that leave out 0?
+
+    masked, matched (examples,), random (draws, examples); sign +1 where more is better, else -1
+    """
+    worst = (sign * np.nanmean(masked) < sign * np.nanmean(random, 1)).all()
+    bounds = [*common.mean_change(masked, random)[1:], *common.mean_change(masked, matched)[1:]]
+    return bool(worst and all(sign * bound < 0 for bound in bounds))
+
+
+def print_band(title, results, plan, metric):
+    """The table of one band, {(target, language): ...} of results and plan: all languages, then own ones."""
+    targets, languages = (list(dict.fromkeys(names)) for names in zip(*results))
+    scores = {cell: {kind: s[metric] for kind, s in r.items()} for cell, r in results.items()}
+    print(f"\n{title}  {metric}: change when experts are masked, of")
+    analyze.print_table(["", "unmasked", *targets], [
+        [language, f"{np.nanmean(scores[targets[0], language]['unmasked']):.3f}", *(
+            f"{np.nanmean(s['masked'] - s['unmasked']):+.3f}" for s in (scores[t, language] for t in targets))]
+        for language in languages])
+    own = {cell: s for cell, s in scores.items() if "usage-matched" in s}
     if not own:
         print("no target's own language is evaluated, so there are no controls")
         return
     print("own      experts  change  random (least  most)    beyond random [95 %]     beyond matched [95 %]")
-    for target, language in own:
-        base, cells = effects[target, language]
-        masked = cells["masked"][metric]
-        random = np.array([scores[metric] for name, scores in cells.items() if name.startswith("random")])
-        changes = np.nanmean(random - base[metric], 1)
-        line = (f"{language:<9}{cells['experts']:>7}{np.nanmean(masked - base[metric]):>+8.3f}"
-                f"{changes.mean():>+8.3f} ({changes.min():+.3f} {changes.max():+.3f})")
-        hurt = better(metric) * np.nanmean(masked) < (better(metric) * np.nanmean(random, 1)).min()
-        for control in (random, cells["matched"][metric][None]):
-            low, high = common.bootstrap_interval(masked - control)
-            hurt &= high < 0 if better(metric) > 0 else low > 0
-            line += f"{np.nanmean(masked - control):>+8.3f} {f'[{low:+.3f} {high:+.3f}]':<16}"
-        print(line + ("  hurt" if hurt else ""))
+    for cell, s in own.items():
+        random = np.array([values for kind, values in s.items() if kind.startswith("random")])
+        changes = np.nanmean(random - s["unmasked"], 1)
+        against = random, s["usage-matched"]
+        print(f"{cell[1]:<9}{plan[cell]['masked'].sum():>7}{np.nanmean(s['masked'] - s['unmasked']):>+8.3f}"
+              f"{changes.mean():>+8.3f} ({changes.min():+.3f} {changes.max():+.3f})"
+              + "".join(common.change_text(*common.mean_change(s["masked"], other)) for other in against)
+              + ("  hurt" if is_hurt(s["masked"], *against, common.better(metric)) else ""))
+
+
+def parse_arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = common.add_task_arguments(p)
+    add("--experts", choices=["exclusive", "shared", "random"], default="exclusive",
+        help="exclusive to the target, shared among all, or as many random ones (default: %(default)s)")
+    add("--targets", metavar="T", help="whose experts, as bn,de or bn+sw (default: all of the dumps)")
+    add("--bands", nargs="+", metavar="B", help="NAME=A-B, decoder layers, inclusive (default: the first, "
+        "middle and last tenth; all of a selection's)")
+    return common.parse_task_arguments(p, sys.modules[__name__])
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_task_arguments(
-        p, model=MODEL, routing=ROUTING, data=DATA, experts_per_language=EXPERTS_PER_LANGUAGE, threshold=THRESHOLD,
-        metrics=METRICS, control_seeds=CONTROL_SEEDS, out=OUT, batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH,
-        max_new_tokens=MAX_NEW_TOKENS)
-    p.add_argument("--targets", help="languages whose experts are masked, as bn,de or bn+sw (default: those of the dumps)")
-    p.add_argument("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, middle, last tenth)")
-    p.add_argument("--experts", choices=["exclusive", "shared", "random"], default="exclusive", help="which are masked: "
-                   "exclusive to the target; shared among all; as many random ones (default: %(default)s)")
-    args = p.parse_args()
-
+    args = parse_arguments()
     dumps = analyze.load_languages(args.routing)
-    if args.experts_per_language is None:
-        args.experts_per_language = analyze.default_experts_per_language(dumps[0]["num_experts"])
-    names, layers = [dump["language"] for dump in dumps], dumps[0]["layers"]
-    bands = analyze.parse_bands(args.bands, layers)
-    frequency = analyze.activation_frequency([dump["counts"] for dump in dumps], [dump["num_tokens"] for dump in dumps])
-    share = analyze.language_shares(frequency, args.experts_per_language)
+    layers = dumps[0]["layers"]
+    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
+                                                          dumps[0]["num_experts"])
     if args.selection:
         if args.targets:
             raise common.InputError("--selection takes the place of languages' experts; leave out --targets")
         args.experts = "selection"
-    targets = [args.experts] if args.experts in OF_ALL else args.targets.split(",") if args.targets else names
-    for name in {name for target in targets for name in target.split("+")} - set(OF_ALL):
-        if name not in names:
-            raise common.InputError(f"no routing for '{name}' among the dumps; run: python capture.py --languages {name}")
-    exclusive = {target: exclusive_to(share, names, target, args.threshold) for target in targets if target not in OF_ALL}
-    exclusive["shared"] = analyze.shared_experts(share, args.threshold)
-    if args.selection:  # of either sign, those that A's tokens select more
-        chosen = exclusive["selection"] = analyze.load_selection(args.selection, layers, dumps[0]["num_experts"]) > 0
-        if not args.bands:
-            bands = {"selected": chosen.any(1)}
-        outside = chosen.sum() - chosen[np.any(list(bands.values()), 0)].sum()
-        if outside or not chosen.any():
-            print(f"note: {outside} of the {chosen.sum()} experts that A's tokens select more lie outside of the bands")
+    bands, chosen = analyze.parse_bands(args.bands, layers), choose_experts(args, dumps)
+    if args.selection:
+        selected = chosen["selection"]
+        bands = bands if args.bands else {"selected": selected.any(1)}
+        outside = (selected & ~np.any(list(bands.values()), 0)[:, None]).sum()
+        if outside:
+            print(f"note: {outside} of the {selected.sum()} experts that A's tokens select more lie outside "
+                  "of the bands")
     experiment = common.Experiment(args, dumps)
-
-    plan = []  # (band, target, language, cell name, settings, masks)
-    for band, rows in bands.items():
-        for target in targets:
-            for language in experiment.tasks:
-                chosen = exclusive[target] & rows[:, None]
-                of = names.index(language) if language in names else None
-                source = frequency[of] if of is not None else frequency.mean(0)
-                where = zlib.crc32(f"{band} {target} {language}".encode())
-                if args.experts == "random":
-                    used = frequency[[names.index(name) for name in target.split("+")]].sum(0) > 0
-                    chosen = random_control(chosen, used, [zlib.crc32(f"{band} {target}".encode())])
-                cells = [("masked", args.experts, chosen)]
-                if is_own(target, language):
-                    cells += [(f"random{seed}", f"random-seed{seed}", random_control(chosen, source > 0, [where, seed]))
-                              for seed in range(args.control_seeds)]
-                    cells += [("matched", "usage-matched", usage_matched_control(chosen, ~exclusive[target], source))]
-                for key, kind, mask in cells:
-                    settings = {"experiment": "ablate", "band": layers[rows].tolist(), "target": target, "experts": kind,
-                                "of": args.experts}
-                    plan.append((band, target, language, key, f"{band}-{kind}-{target}", settings, as_masks(mask, layers)))
-    for *_, masks in plan:
-        common.check_edit(masks, {}, "proportional", experiment.routers, experiment.shape)
-
-    choice = "" if args.selection else f"experts_per_language {args.experts_per_language}  threshold {args.threshold}  "
-    print(f"{args.model}  {len(plan)} cells  {args.experts} experts  {choice}"
-          f"{', '.join(f'{band} {analyze.describe(layers[rows])}' for band, rows in bands.items())}")
-    effects = {}
-    for band, target, language, key, name, settings, masks in tqdm(plan, unit="cell", leave=False):
-        base, cells = effects.setdefault(band, {}).setdefault(
-            (target, language), (experiment.cell(language, "baseline"), {}))
-        # a mask without experts changes nothing: the baseline is its result
-        cells[key] = experiment.cell(language, name, settings, masks=masks) if masks else base
-        if key == "masked":
-            cells["experts"] = sum(map(len, masks.values()))
-    own = [(target, language) for target in targets for language in experiment.tasks if is_own(target, language)]
-    for metric in [metric for metric in (*args.metrics, "f1") if metric in base]:
-        for band, rows in bands.items():
-            print_band(f"{band} (layers {analyze.describe(layers[rows])})", experiment.tasks, targets, own, effects[band], metric)
+    plan = plan_cells(args, chosen, bands, dumps, experiment.tasks)
+    for cell in plan.values():
+        for mask in cell.values():
+            common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.routers, experiment.shape)
+    titles = {band: f"{band} (layers {analyze.describe(layers[rows])})" for band, rows in bands.items()}
+    print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
+          f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
+    results = run_cells(experiment, plan, bands, layers, args.experts)
+    for metric in next(iter(results.values()))["unmasked"]:
+        for band, title in titles.items():
+            of_band = [{key[1:]: value for key, value in x.items() if key[0] == band} for x in (results, plan)]
+            print_band(title, *of_band, metric)
     print(f"\n{args.out}")
-
-
-def is_own(target, language):
-    return target in OF_ALL or language in target.split("+")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """
-Which experts are a language's own, which are shared, and how alike languages are routed; what is structure, what noise.
+Which experts are a language's own, which are shared, how alike languages are routed, and what is noise.
 
-    python analyze.py                                               # what capture.py wrote for the tiny model
+    python analyze.py                                      # what capture.py wrote for the tiny model
     python analyze.py routing/*.npz --bootstrap 1000 --vocabulary --figures figures
-    python analyze.py bn=records/mgsm_bn.json en=records/mgsm_en.json --bands early=0-4 middle=22-26 late=43-47
-    python analyze.py --contrast math.npz chat.npz --tau 0.4        # experts for ablate.py and steer.py --selection
+    python analyze.py bn=mgsm_bn.json en=mgsm_en.json --bands early=0-4 middle=22-26 late=43-47
+    python analyze.py --contrast math.npz chat.npz         # experts for ablate.py and steer.py
 
-reads   routing dumps            .npz of capture.py, or the .json of the paper's recorder; numpy is all it needs
-writes  analysis.npz             the same figures as arrays, described in the README; pictures with --figures
+reads   routing dumps      .npz of capture.py, or .json of the paper's recorder; needs numpy, tqdm
+writes  analysis.npz       the same figures as arrays, listed at save_analysis; --figures: pictures
 
-Exclusive and shared experts are those of arXiv 2601.14050. All shares depend on which languages are compared: name the
-dumps. Takes under a second; eight languages with a thousand bootstrap draws, about half a minute.
+Exclusive and shared experts are those of arXiv 2601.14050. All shares depend on which languages are
+compared: name the dumps. Under a second; with a thousand bootstrap draws, half a minute.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
+import operator
 import os
 import re
 import sys
@@ -27,47 +29,44 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 DUMPS = [f"routing/{language}.npz" for language in "bn de en es fr ja sw zh".split()]
-EXPERTS_PER_LANGUAGE = None  # of the most frequent experts, how many count as a language's; None: 15/128 of the experts
-THRESHOLD = 0.4              # an expert is exclusive to a language that has more than this share of its use
-REFERENCE = "en"             # with --scores: similarity to this language is correlated with the scores
-TAU = 0.4                    # with --contrast: select experts whose frequency differs by more (arXiv 2510.04694)
+EXPERTS_PER_LANGUAGE = 15 / 128  # the most frequent ones: a part of all below 1 (the paper's), or a
+                                 # number: the paper's 15 for MGSM and FLORES, 32 for XQuAD, of 128
+THRESHOLD = 0.4        # an expert is exclusive to a language with more than this share; XQuAD: 0.5
+REFERENCE = "en"       # with --scores: the similarity to this language is correlated with them
+TAU = 0.4              # with --contrast: frequencies differ by more (arXiv 2510.04694)
 OUT = "analysis.npz"
-PRINT_LANGUAGES = 12         # tables as wide as the number of languages are printed up to so many
-HALVINGS = 20                # random ways to split a language in two, for the floor
-STABLE = 0.95                # an expert is stable that stays exclusive, or shared, in so many of the bootstrap draws
-PERMUTATIONS = 10_000        # of labels or scores, at random; up to 8 languages, all there are
-# ---------------------------------------------------------------------------------------------------------------------
-MEASURES = ("similarity", "divergence", "jaccard", "cosine")  # of two languages, see pair_measures
-# language families as family/branch, by ISO 639-1 and 639-3 codes: those of FLORES-200 and their short forms
+PRINT_LANGUAGES = 12   # tables as wide as the number of languages are printed up to so many
+HALVINGS = 20          # random ways to split a language in two, for the floor
+STABLE = 0.95          # a stable expert stays exclusive, or shared, in so many bootstrap draws
+PERMUTATIONS = 10_000  # of labels or scores, at random; up to 8 languages, all there are
+# ------------------------------------------------------------------------------------------------
+MEASURES = ("similarity", "divergence", "jaccard", "cosine")  # of two languages: pair_measures
+# family/branch of the most studied languages, by ISO 639-1 and FLORES codes; --families for others
 FAMILIES = {
-    "Afro-Asiatic/Berber": "ber kab taq tzm", "Afro-Asiatic/Chadic": "ha hau", "Afro-Asiatic/Cushitic": "gaz om orm so som",
-    "Afro-Asiatic/Semitic": "acm acq aeb ajp am amh apc ar ara arb ars ary arz he heb mlt mt ti tir",
-    "Atlantic-Congo/Bantu": "bem cjk kam kg ki kik kin kmb kon lg lin ln lua lug nso nya ny rn run rw sn sna sot ss ssw st "
-                            "sw swa swh tn ts tsn tso tum umb xh xho zu zul",
-    "Atlantic-Congo/Gur": "kbp mos", "Atlantic-Congo/Kwa": "ak aka tw twi", "Atlantic-Congo/Senegambian": "ff fuv wo wol",
-    "Atlantic-Congo/Ubangian": "sag sg", "Atlantic-Congo/Volta-Niger": "ee ewe fon ibo ig yo yor",
-    "Austroasiatic/Khmer": "khm km", "Austroasiatic/Munda": "sat", "Austroasiatic/Vietic": "vi vie",
-    "Austronesian/Malayo-Polynesian": "ace ban bjn bug ceb fij fil fj id ilo ind jav jv mg mi min mlg mri ms msa pag plt sm smo "
-                                      "su sun tgl tl war zsm",
-    "Aymaran": "ay ayr", "Basque": "eu eus", "Constructed": "eo epo", "Creole": "hat ht kea pap tpi",
-    "Dravidian": "kan kn mal ml ta tam te tel",
-    "Indo-European/Albanian": "als sq sqi", "Indo-European/Armenian": "hy hye",
-    "Indo-European/Baltic": "lav lit lt ltg lv lvs", "Indo-European/Celtic": "br bre cy cym ga gd gla gle",
-    "Indo-European/Germanic": "af afr da dan de deu en eng fao fo is isl lb li lim ltz nb nl nld nn nno no nob nor sv swe ydd yi "
-                              "yid",
+    "Afro-Asiatic/Chadic": "ha hau", "Afro-Asiatic/Cushitic": "gaz om so som",
+    "Afro-Asiatic/Semitic": "am amh ar ara arb he heb mlt mt",
+    "Atlantic-Congo/Bantu": "kin lg lin ln lug ny nya rw sn sna sot st sw swa swh tn ts tsn tso xh "
+                            "xho zu zul",
+    "Atlantic-Congo/Kwa": "ak aka tw twi", "Atlantic-Congo/Senegambian": "ff fuv wo wol",
+    "Atlantic-Congo/Volta-Niger": "ibo ig yo yor", "Austroasiatic/Khmer": "khm km",
+    "Austroasiatic/Vietic": "vi vie",
+    "Austronesian/Malayo-Polynesian": "ceb fil id ind jav jv mg mi mri ms msa plt su sun tgl tl zsm",
+    "Basque": "eu eus", "Creole": "hat ht", "Dravidian": "kan kn mal ml ta tam te tel",
+    "Indo-European/Albanian": "als sq", "Indo-European/Armenian": "hy hye",
+    "Indo-European/Baltic": "lit lt lv lvs", "Indo-European/Celtic": "cy cym ga gle",
+    "Indo-European/Germanic": "af afr da dan de deu en eng is isl nb nl nld no nob nor sv swe",
     "Indo-European/Hellenic": "el ell",
-    "Indo-European/Indo-Aryan": "as asm awa ben bho bn gu guj hi hin hne kas ks mag mai mar mr ne nep npi or ori ory pa pan pnb "
-                                "sa san sd si sin snd ur urd",
-    "Indo-European/Iranian": "ckb fa fas kmr ku kur pbt pes prs ps pus tg tgk",
-    "Indo-European/Romance": "ast ca cat es fr fra fur gl glg it ita lij lmo oc oci por pt ro ron sc scn spa srd vec",
-    "Indo-European/Slavic": "be bel bg bos bs bul ces cs hbs hr hrv mk mkd pl pol ru rus sk sl slk slv sr srp szl uk ukr",
-    "Japonic": "ja jpn", "Kartvelian": "ka kat", "Koreanic": "ko kor", "Mande": "bam bm dyu", "Mongolic": "khk mn mon",
-    "Nilo-Saharan/Nilotic": "dik luo nus", "Nilo-Saharan/Saharan": "knc", "Quechuan": "qu que quy",
-    "Sino-Tibetan/Sinitic": "cmn yue zh zho", "Sino-Tibetan/Tibeto-Burman": "bo bod dz dzo kac lus mni my mya",
-    "Tai-Kadai": "lao lo shn th tha", "Tupian": "gn grn",
-    "Turkic": "az azb aze azj ba bak crh kaz kir kk ky tat tk tr tt tuk tur ug uig uz uzb uzn",
+    "Indo-European/Indo-Aryan": "as asm ben bn gu guj hi hin mar mr ne npi or ory pa pan si sin ur urd",
+    "Indo-European/Iranian": "fa kmr ku pbt pes ps tg tgk",
+    "Indo-European/Romance": "ca cat es fr fra gl glg it ita por pt ro ron spa",
+    "Indo-European/Slavic": "be bel bg bos bs bul ces cs hr hrv mk mkd pl pol ru rus sk sl slk slv sr "
+                            "srp uk ukr",
+    "Japonic": "ja jpn", "Kartvelian": "ka kat", "Koreanic": "ko kor", "Mongolic": "khk mn",
+    "Sino-Tibetan/Sinitic": "cmn yue zh zho", "Sino-Tibetan/Tibeto-Burman": "bo bod my mya",
+    "Tai-Kadai": "lao lo th tha",
+    "Turkic": "az azj kaz kir kk ky tat tr tt tur ug uig uz uzn",
     "Uralic/Finnic": "est et fi fin", "Uralic/Hungarian": "hu hun",
 }
 
@@ -76,30 +75,55 @@ class InputError(ValueError):
     """Something the user can fix: printed as one line, exit status 1."""
 
 
-# ------------------------------------------------------------------------------------------------------- reading dumps
+# ---------------------------------------------------------------------------------- reading dumps
+
+def load_languages(paths, part="all"):
+    """Dumps of several languages that agree in layers, experts and top_k; shards are added up.
+
+    Returns a list of dicts like load_routing's, one per language, in the order in which they are named.
+    """
+    shards = {}
+    for path in tqdm(paths, desc="dumps", leave=False, disable=len(paths) < 20):
+        dump = load_routing(path, part)
+        shards.setdefault(dump["language"], []).append(dump)
+    first, *others = [dump for group in shards.values() for dump in group]
+    for dump in others:
+        for key in ("num_experts", "top_k", "layers", "revision"):
+            here, there = dump[key], first[key]
+            if not np.array_equal(here, there) and here is not None is not there:
+                raise InputError(f"{dump['path'][0]} and {first['path'][0]} have other {key} ({here}, "
+                                 f"{there}): different models")
+    return [add_shards(language, group) for language, group in shards.items()]
+
 
 def load_routing(path, part="all"):
-    """One dump as a dict: language, counts (layers, experts), num_tokens, layers, top_k, num_experts, meta, digest.
+    """One dump as a dict: language, counts (layers, experts), num_tokens, num_experts, top_k, layers,
+    revision, meta, and, one of each shard, path, digest, data_sha256.
 
-    path  an .npz of capture.py; an .npz with only selected_experts (tokens, layers, top_k) and meta; a recorder's
-          .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}}; or any of them as label=path
-    part  "prompt" or "response" counts only those tokens of each sequence, which takes selected_experts
+    path  an .npz of capture.py; an .npz with only selected_experts (tokens, layers, top_k) and meta;
+          a recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
+          or any of them as label=path
+    part  "prompt" or "response" counts only those tokens of each sequence: takes selected_experts
     """
     label, path = split_label(path)
     if not os.path.isfile(path):
-        raise InputError(f"{path} is a folder; name the dumps, as in {path}/*.npz" if os.path.isdir(path) else
-                         f"no such dump: {path}; run: python capture.py")
+        raise InputError(f"{path} is a folder; name the dumps, as in {path}/*.npz" if os.path.isdir(path)
+                         else f"no such dump: {path}; run: python capture.py")
     try:
-        dump = read_recorder_json(path) if path.endswith(".json") else read_dump(path, part)
+        read = read_recorder_json(path) if path.endswith(".json") else read_dump(path, part)
+        meta, counts, num_tokens, top_k, layers = read
         digest = dump_digest(path)
-    except (OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json of the paper's "
-                         "recorder") from error
-    if dump["num_tokens"] == 0:
+    except InputError:
+        raise
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, BadZipFile) as error:
+        raise InputError(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json "
+                         "of the paper's recorder") from error
+    if num_tokens == 0:
         raise InputError(f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
-    return dump | {"language": label or dump["language"], "path": path, "digest": digest}
+    return {"language": label or meta["language"], "counts": counts, "num_tokens": num_tokens,
+            "num_experts": counts.shape[1], "top_k": top_k, "layers": layers, "meta": meta,
+            "revision": meta.get("revision"), "path": [path], "digest": [digest],
+            "data_sha256": [meta.get("data_sha256")]}
 
 
 def split_label(path):
@@ -109,8 +133,8 @@ def split_label(path):
 
 
 def dump_digest(path):
-    """What tells dumps apart: a hash of an .npz's table of contents, which has a checksum of each array; gigabytes of IDs
-    need not be read for it.
+    """What tells dumps apart. Of an .npz a hash of its table of contents, which has a checksum of each
+    array: gigabytes of IDs need not be read for it.
     """
     if path.endswith(".json"):
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
@@ -120,147 +144,150 @@ def dump_digest(path):
 
 
 def read_dump(path, part):
+    """(meta, counts, num_tokens, top_k, layers) of an .npz, checked."""
     with np.load(path, allow_pickle=False) as file:
-        meta = json.loads(str(file["meta"]))
+        meta, layers = json.loads(str(file["meta"])), file.get("layers")
         if meta.get("format", 1) != 1:
             raise InputError(f"{path} is of format {meta['format']}; this analyze.py reads format 1")
-        if part != "all" or "counts" not in file:
-            selected = read_tokens(path, part, f"--part {part}")[0]
-            if selected.size and int(selected.max()) >= meta["num_experts"]:
-                raise InputError(f"{path}: expert ID {selected.max()}, but num_experts in its meta is {meta['num_experts']}")
-            counts = grouped_counts(selected, np.zeros(len(selected), int), 1, meta["num_experts"])[0].astype(np.int64)
-            num_tokens, top_k = len(selected), selected.shape[2]
-        else:
+        if part == "all" and "counts" in file:
             counts, num_tokens, top_k = file["counts"], int(file["sequence_offsets"][-1]), meta["top_k"]
-        if not (counts.sum(1) == num_tokens * top_k).all():
-            raise InputError(f"{path}: counts do not add up to {num_tokens} tokens * top_k {top_k}; capture it again")
-        layers = file["layers"] if "layers" in file else np.arange(len(counts), dtype=np.int32)
-    return {"language": meta["language"], "counts": counts, "num_tokens": num_tokens, "layers": layers,
-            "top_k": top_k, "num_experts": counts.shape[1], "meta": meta}
-
-
-def read_tokens(path, part, wanted_by):
-    """(selected_experts (tokens, layers, top_k), token_ids (tokens,) or None, sequence of each token) of one dump."""
-    if path.endswith(".json"):
-        raise InputError(f"{path} is a recorder's, without single tokens, which {wanted_by} needs")
-    with np.load(path, allow_pickle=False) as file:
-        if "selected_experts" not in file:
-            raise InputError(f"{path} holds no selected_experts, which {wanted_by} needs; capture without --stats-only")
-        selected = file["selected_experts"]
-        token_ids = file["token_ids"] if "token_ids" in file else None
-        offsets = file["sequence_offsets"] if "sequence_offsets" in file else np.array([0, len(selected)])
-        sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        if part != "all":
-            if "sequence_offsets" not in file or "prompt_lengths" not in file:
-                raise InputError(f"{path} holds no prompt_lengths, which --part {part} needs")
-            in_prompt = np.arange(len(selected)) - offsets[sequence] < file["prompt_lengths"][sequence]
-            keep = in_prompt if part == "prompt" else ~in_prompt
-            selected, sequence = selected[keep], sequence[keep]
-            token_ids = None if token_ids is None else token_ids[keep]
-    return selected, token_ids, sequence
-
-
-def grouped_counts(selected_experts, group, num_groups, num_experts):
-    """How many tokens of each group selected each expert: float32 (groups, layers, experts), of whole numbers.
-
-    selected_experts (tokens, layers, top_k), group (tokens,)
-    """
-    layers = selected_experts.shape[1]
-    counts = np.empty((num_groups, layers, num_experts), np.float32 if num_groups > 1 else np.float64)
-    for layer in range(layers):
-        cell = (group[:, None] * num_experts + selected_experts[:, layer]).ravel()
-        counts[:, layer] = np.bincount(cell, minlength=num_groups * num_experts).reshape(num_groups, num_experts)
-    return counts
+        else:
+            selected, num_experts = read_tokens(path, part, f"--part {part}")[0], meta["num_experts"]
+            if selected.max(initial=0) >= num_experts:
+                raise InputError(f"{path}: expert ID {selected.max()}, but num_experts in its meta is "
+                                 f"{num_experts}")
+            num_tokens, _, top_k = selected.shape
+            counts = grouped_counts(selected, np.zeros(num_tokens, int), 1, num_experts)[0]
+    if not (counts.sum(1) == num_tokens * top_k).all():
+        raise InputError(f"{path}: counts do not add up to {num_tokens} tokens * top_k {top_k}; capture "
+                         "it again")
+    return meta, counts, num_tokens, top_k, np.arange(len(counts)) if layers is None else layers
 
 
 def read_recorder_json(path):
-    """The paper's recorder summed in bfloat16: its counts are near, not exact, and need not add up to whole tokens."""
+    """The same of the paper's recorder. It summed in bfloat16: the counts are near, and need not add up."""
     record = json.loads(Path(path).read_text(encoding="utf-8"))
     layers = sorted(record, key=int)
-    num_tokens = {record[layer]["total_tokens"] for layer in layers}
+    experts = sorted(record[layers[0]].keys() - {"total_tokens"}, key=int)
+    counts = [[record[layer][expert]["activation_tokens"] for expert in experts] for layer in layers]
+    num_tokens = {int(record[layer]["total_tokens"]) for layer in layers}
     if len(num_tokens) != 1:
         raise InputError(f"{path}: total_tokens differs between layers: {sorted(num_tokens)}")
-    experts = sorted((e for e in record[layers[0]] if e != "total_tokens"), key=int)
-    counts = np.array([[record[layer][e]["activation_tokens"] for e in experts] for layer in layers], np.int64)
-    num_tokens = int(num_tokens.pop())
-    return {"language": Path(path).stem, "counts": counts, "num_tokens": num_tokens,
-            "layers": np.array([int(layer) for layer in layers], np.int32), "num_experts": len(experts),
-            "top_k": round(counts.sum() / len(layers) / max(num_tokens, 1)), "meta": {"recorder": "json"}}
+    counts, num_tokens = np.array(counts, np.int64), num_tokens.pop()
+    return ({"language": Path(path).stem}, counts, num_tokens,
+            round(counts.sum() / len(layers) / max(num_tokens, 1)), np.array(layers, np.int32))
 
 
-def load_languages(paths, part="all"):
-    """Dumps of several languages that agree in layers, experts and top_k; shards of a language are added up.
+def read_tokens(path, part, flag):
+    """(selected_experts (tokens, layers, top_k), token_ids (tokens,) or None, sequence of each token)."""
+    if path.endswith(".json"):
+        raise InputError(f"{path} is a recorder's, without single tokens, which {flag} needs")
+    with np.load(path, allow_pickle=False) as file:
+        if "selected_experts" not in file:
+            raise InputError(f"{path} holds no selected_experts, which {flag} needs; capture without "
+                             "--stats-only")
+        selected, token_ids = file["selected_experts"], file.get("token_ids")
+        offsets, prompt = file.get("sequence_offsets", [0, len(selected)]), file.get("prompt_lengths")
+    sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    if part == "all":
+        return selected, token_ids, sequence
+    if prompt is None:
+        raise InputError(f"{path} holds no prompt_lengths, which --part {part} needs")
+    in_prompt = np.arange(len(selected)) - offsets[sequence] < prompt[sequence]
+    keep = in_prompt == (part == "prompt")
+    return selected[keep], None if token_ids is None else token_ids[keep], sequence[keep]
 
-    Returns a list of dicts like load_routing's, one per language, in the order in which they are named.
+
+def grouped_counts(selected_experts, group, num_groups, num_experts):
+    """How many tokens of each group selected each expert: int64 (groups, layers, experts).
+
+    selected_experts (tokens, layers, top_k), group (tokens,)
     """
-    shards = {}
-    for path in tqdm(paths, desc="dumps", leave=False, disable=len(paths) < 20):
-        dump = load_routing(path, part)
-        shards.setdefault(dump["language"], []).append(dump)
-    first = next(iter(shards.values()))[0]
-    for dump in (d for group in shards.values() for d in group):
-        for key in ("num_experts", "top_k"):
-            if dump[key] != first[key]:
-                raise InputError(f"{dump['path']} has {key} {dump[key]}, {first['path']} has {first[key]}: other models")
-        if not np.array_equal(dump["layers"], first["layers"]):
-            raise InputError(f"{dump['path']} and {first['path']} have other layers: other models")
-        if len({d["meta"]["revision"] for d in (dump, first) if "revision" in d["meta"]}) > 1:
-            raise InputError(f"{dump['path']} and {first['path']} come from different models "
-                             f"({dump['meta'].get('model')}, {first['meta'].get('model')})")
-    return [add_shards(language, group) for language, group in shards.items()]
+    counts = [np.bincount((group[:, None] * num_experts + selected).ravel(),
+                          minlength=num_groups * num_experts).reshape(num_groups, num_experts)
+              for selected in selected_experts.swapaxes(0, 1)]
+    return np.stack(counts, 1)
 
 
 def add_shards(language, group):
-    group = sorted(group, key=lambda dump: int(dump["meta"].get("shard", "1/1").split("/")[0]))
-    parts = [dump["meta"].get("shard", "1/1") for dump in group]
-    whole = {f"{i}/{len(group)}" for i in range(1, len(group) + 1)}
-    if set(parts) != whole or len({dump["meta"].get("data_sha256") for dump in group}) > 1:
-        raise InputError(f"'{language}' has the dumps {', '.join(d['path'] for d in group)} (shards {', '.join(parts)}): "
-                         "not one whole, nor all the shards of one; label=path tells languages apart")
-    return group[0] | {"counts": sum(dump["counts"] for dump in group), "path": [dump["path"] for dump in group],
-                       "num_tokens": sum(dump["num_tokens"] for dump in group), "digest": [d["digest"] for d in group],
-                       "data_sha256": [dump["meta"].get("data_sha256") for dump in group]}
+    """The dumps of one language as one: a whole, or all shards of it, in order."""
+    shards = {dump["meta"].get("shard", "1/1"): dump for dump in group}
+    parts = [f"{i}/{len(group)}" for i in range(1, len(group) + 1)]
+    if shards.keys() != set(parts) or len({dump["data_sha256"][0] for dump in group}) > 1:
+        raise InputError(f"'{language}' has the dumps {', '.join(d['path'][0] for d in group)} (shards "
+                         f"{', '.join(shards)}): not one whole, nor all the shards of one; label=path "
+                         "tells languages apart")
+    keys = ("counts", "num_tokens", "path", "digest", "data_sha256")
+    return group[0] | {key: functools.reduce(operator.add, (shards[part][key] for part in parts))
+                       for key in keys}
 
 
 def sequence_counts(dump, part):
-    """Counts by sequence of a language, (sequences, layers, experts); sequences without such tokens are left out."""
+    """float32 (sequences, layers, experts) of a language; sequences without such tokens are left out."""
     counts = []
     for path in dump["path"]:
         selected, _, sequence = read_tokens(path, part, "--bootstrap")
         present, group = np.unique(sequence, return_inverse=True)
-        counts.append(grouped_counts(selected, group, len(present), dump["num_experts"]).astype(np.float32))
-    counts = np.concatenate(counts)
+        counts.append(grouped_counts(selected, group, len(present), dump["num_experts"]))
+    counts = np.concatenate(counts).astype(np.float32)
     if len(counts) < 2:
         raise InputError(f"'{dump['language']}' has one sequence; --bootstrap resamples sequences")
     return counts
 
 
-# --------------------------------------------------------------------------------------- definitions (arXiv 2601.14050)
+def read_aligned(dumps, part):
+    """mean_probs of each language, (sequences, layers, experts), as many in all."""
+    if part != "all":
+        raise InputError("--parallel takes means over whole sequences; leave out --part")
+    probs = {}
+    for dump in dumps:
+        for path in dump["path"]:
+            file = {} if path.endswith(".json") else np.load(path, allow_pickle=False)
+            if "mean_probs" not in file:
+                raise InputError(f"{path} holds no mean_probs, which --parallel needs")
+            probs.setdefault(dump["language"], []).append(file["mean_probs"])
+    probs = {language: np.concatenate(shards) for language, shards in probs.items()}
+    if len({len(p) for p in probs.values()}) > 1:
+        raise InputError("--parallel takes as many sequences in every language; there are "
+                         f"{ {language: len(p) for language, p in probs.items()} }")
+    return list(probs.values())
+
+
+# ---------------------------------------------------------------- definitions (arXiv 2601.14050)
 
 def activation_frequency(counts, num_tokens):
-    """Part of the tokens that select each expert.
+    """Part of the tokens that select each expert; a row sums to top_k.
 
-    counts (..., layers, experts), num_tokens a number or (...) -> float64 (..., layers, experts); a row sums to top_k.
+    counts (..., layers, experts), num_tokens a number or (...) -> float64 (..., layers, experts)
     [[3, 1]] of 4 tokens -> [[.75, .25]]
     """
     return np.asarray(counts, np.float64) / np.asarray(num_tokens, np.float64)[..., None, None]
 
 
+def number_of_experts(experts_per_language, num_experts):
+    """experts_per_language as a number: 15 is 15; 15/128, being below 1, is 4 of 32 experts."""
+    part = 0 < experts_per_language < 1
+    number = max(1, round(experts_per_language * num_experts)) if part else experts_per_language
+    if number not in range(1, num_experts + 1):
+        raise InputError(f"experts_per_language {experts_per_language:g} is neither a number from 1 to "
+                         f"the {num_experts} experts nor a part of them below 1")
+    return int(number)
+
+
 def most_frequent(frequency, experts_per_language):
-    """bool (languages, layers, experts): a language's most frequent experts; of equally frequent ones the lower index."""
-    num_experts = frequency.shape[-1]
-    if not 1 <= experts_per_language <= num_experts:
-        raise InputError(f"experts_per_language {experts_per_language} is not between 1 and the {num_experts} experts")
+    """bool (languages, layers, experts): each language's most frequent experts; of ties the lower index."""
+    number = number_of_experts(experts_per_language, frequency.shape[-1])
     kept = np.zeros(frequency.shape, bool)
-    np.put_along_axis(kept, np.argsort(-frequency, axis=-1, kind="stable")[..., :experts_per_language], True, -1)
+    order = np.argsort(-frequency, axis=-1, kind="stable")
+    np.put_along_axis(kept, order[..., :number], True, -1)
     return kept
 
 
 def language_shares(frequency, experts_per_language):
-    """Each language's part in an expert's use, over the experts that rank among a language's most frequent.
+    """Each language's part in an expert's use, over the experts that rank among its most frequent.
 
-    frequency (languages, layers, experts) -> (languages, layers, experts); sums over languages are 1, or 0 where no
-    language keeps the expert. Of equally frequent experts the lower index is kept.
+    frequency (languages, layers, experts) -> (languages, layers, experts); sums over languages are 1,
+    or 0 where no language keeps the expert. experts_per_language: a number, or a part below 1.
     [[[.6, .4]], [[.2, .8]]] with 1 expert each -> [[[1, 0]], [[0, 1]]]
     """
     kept = np.where(most_frequent(frequency, experts_per_language), frequency, 0)
@@ -269,7 +296,7 @@ def language_shares(frequency, experts_per_language):
 
 
 def exclusive_experts(share, threshold):
-    """Experts of whose use a language has more than the threshold. share -> bool, both (languages, layers, experts).
+    """Experts of whose use a language has more than the threshold; bool like share (..., experts).
 
     For several languages together: exclusive_experts(share[targets].sum(0), threshold).
     """
@@ -290,34 +317,31 @@ def check_threshold(threshold):
     return threshold
 
 
-def default_experts_per_language(num_experts):
-    """The paper's 15 of 128, to scale."""
-    return max(1, round(num_experts * 15 / 128))
-
-
-# ------------------------------------------------------------------------------------------------ measures of two languages
+# --------------------------------------------------------------------------------------- measures
 
 def entropy_bits(p):
     """Shannon entropy over the last axis, in bits. [.5, .5, 0] -> 1"""
     return -(p * np.log2(np.maximum(p, np.finfo(p.dtype).tiny))).sum(-1)
 
 
-def jensen_shannon_similarity(p, q):
-    """1 - Jensen-Shannon divergence in bits, over the last axis: 1 is the same distribution, 0 is nothing in common.
+def jensen_shannon_similarity(p, q, mean_entropy=None):
+    """1 - Jensen-Shannon divergence in bits, over the last axis: 1 is the same, 0 nothing in common.
 
-    [.5, .5, 0] and [0, .5, .5] -> .5
+    mean_entropy of p and q, where it is known. [.5, .5, 0] and [0, .5, .5] -> .5
     """
-    return 1 - entropy_bits((p + q) / 2) + (entropy_bits(p) + entropy_bits(q)) / 2
+    if mean_entropy is None:
+        mean_entropy = (entropy_bits(p) + entropy_bits(q)) / 2
+    return 1 - entropy_bits((p + q) / 2) + mean_entropy
 
 
-def normalized_divergence(p, q):
-    """Jensen-Shannon divergence over what entropy leaves room for, JSD / (log E - (H(p) + H(q)) / 2); arXiv 2510.04694.
+def normalized_divergence(similarity, mean_entropy, num_experts):
+    """Jensen-Shannon divergence over the room that entropy leaves it, JSD / (log E - (H(p) + H(q)) / 2).
 
-    Over the last axis, of E experts. 0 is the same distribution, 1 the most that two of such entropies can differ; two
-    uniform distributions have no room and do not differ: 0. [1, 0] and [0, 1] -> 1
+    arXiv 2510.04694. 0 is the same distribution, 1 the most by which two of such entropies can
+    differ; two uniform distributions have no room and do not differ: 0. [1, 0] and [0, 1] -> 1
     """
-    room = np.log2(p.shape[-1]) - (entropy_bits(p) + entropy_bits(q)) / 2
-    return np.divide(1 - jensen_shannon_similarity(p, q), room, out=np.zeros_like(room), where=room > 1e-12)
+    room = np.log2(num_experts) - mean_entropy
+    return np.divide(1 - similarity, room, out=np.zeros_like(room), where=room > 1e-12)
 
 
 def pair_measures(frequency, experts_per_language):
@@ -330,246 +354,81 @@ def pair_measures(frequency, experts_per_language):
     """
     n, layers, num_experts = frequency.shape
     p = frequency / frequency.sum(-1, keepdims=True)
-    entropy = entropy_bits(p)
-    similarity = np.ones((layers, n, n))
+    entropy, similarity = entropy_bits(p), np.ones((layers, n, n))
+    mean_entropy = (entropy.T[:, :, None] + entropy.T[:, None]) / 2
     for i in range(n - 1):
-        mean = (entropy[i] + entropy[i + 1:]) / 2
-        similarity[:, i, i + 1:] = similarity[:, i + 1:, i] = (1 - entropy_bits((p[i] + p[i + 1:]) / 2) + mean).T
-    room = np.log2(num_experts) - (entropy.T[:, :, None] + entropy.T[:, None]) / 2
+        others = jensen_shannon_similarity(p[i], p[i + 1:], mean_entropy[:, i, i + 1:].T).T
+        similarity[:, i, i + 1:] = similarity[:, i + 1:, i] = others
     kept = most_frequent(frequency, experts_per_language).transpose(1, 0, 2).astype(np.float32)
-    common = kept @ kept.transpose(0, 2, 1)
+    in_both = (kept @ kept.transpose(0, 2, 1)).astype(np.float64)
     unit = (frequency / np.linalg.norm(frequency, axis=-1, keepdims=True)).transpose(1, 0, 2)
-    return {
-        "similarity": similarity,
-        "divergence": np.divide(1 - similarity, room, out=np.zeros_like(room), where=room > 1e-12),
-        "jaccard": (common / (2 * experts_per_language - common)).astype(np.float64),
-        "cosine": unit @ unit.transpose(0, 2, 1),
-    }
+    return {"similarity": similarity,
+            "divergence": normalized_divergence(similarity, mean_entropy, num_experts),
+            "jaccard": in_both / (2 * kept.sum(-1)[:, :1, None] - in_both),
+            "cosine": unit @ unit.transpose(0, 2, 1)}
 
 
 def aligned_divergence(mean_probs):
     """normalized_divergence averaged over aligned sequences, as 2510.04694 has it for parallel data.
 
-    mean_probs: of each language (sequences, layers, experts) -> (layers, languages, languages), and the mean over pairs
-    sequence by sequence (sequences, layers)
+    mean_probs: of each language (sequences, layers, experts) -> (layers, languages, languages), and
+    the mean over pairs sequence by sequence (sequences, layers)
     """
-    n, (sequences, layers, _) = len(mean_probs), mean_probs[0].shape
+    n, (sequences, layers, num_experts) = len(mean_probs), mean_probs[0].shape
     divergence, by_sequence = np.zeros((layers, n, n)), np.zeros((sequences, layers))
     pairs = list(itertools.combinations(range(n), 2))
     for i, j in tqdm(pairs, desc="parallel", unit="pair", leave=False):
-        each = normalized_divergence(mean_probs[i].astype(np.float64), mean_probs[j].astype(np.float64))
+        p, q = mean_probs[i].astype(np.float64), mean_probs[j].astype(np.float64)
+        mean_entropy = (entropy_bits(p) + entropy_bits(q)) / 2
+        similarity = jensen_shannon_similarity(p, q, mean_entropy)
+        each = normalized_divergence(similarity, mean_entropy, num_experts)
         divergence[:, i, j] = divergence[:, j, i] = each.mean(0)
         by_sequence += each / len(pairs)
     return divergence, by_sequence
 
 
-def mean_off_diagonal(matrix):
-    """Mean over the pairs of different languages: (..., n, n) -> (...); nan for one language."""
-    n = matrix.shape[-1]
-    return matrix[..., ~np.eye(n, dtype=bool)].mean(-1) if n > 1 else np.full(matrix.shape[:-2], np.nan)
+def mean_of_pairs(matrix):
+    """Mean over pairs of different languages, nan left out: (..., n, n) -> (...); nan without any pair."""
+    pairs = matrix[..., ~np.eye(matrix.shape[-1], dtype=bool)]
+    number = (~np.isnan(pairs)).sum(-1)
+    return np.divide(np.nansum(pairs, -1), number, out=np.full(number.shape, np.nan), where=number > 0)
 
-
-# ---------------------------------------------------------------------------------------------------------------- bands
-
-def parse_bands(texts, layers):
-    """["early=0-4", ...] -> {"early": bool (layers,)}: the rows of the decoder layers 0 to 4, both inclusive.
-
-    None gives the first, middle and last tenth of the rows, at least one each. InputError if a band holds no MoE layer.
-    """
-    if texts is None:
-        n, size = len(layers), max(1, round(len(layers) / 10))
-        starts = {"early": 0, "middle": (n - size + 1) // 2, "late": n - size}
-        return {name: (np.arange(n) >= start) & (np.arange(n) < start + size) for name, start in starts.items()}
-    bands = {}
-    for text in texts:
-        match = re.fullmatch(r"(?:(.+)=)?(\d+)(?:-(\d+))?", text)
-        if not match:
-            raise InputError(f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, such as middle=22-26")
-        first, last = int(match[2]), int(match[3] or match[2])
-        rows = (layers >= first) & (layers <= last)
-        if first > last or last > max(layers) or not rows.any():
-            raise InputError(f"band '{text}' does not hold MoE layers of this model, which has {describe(layers)}")
-        bands[match[1] or text] = rows
-    return bands
-
-
-def describe(layers):
-    """[0, 1, 2, 5] -> "0-2 5"."""
-    runs = np.split(layers, np.flatnonzero(np.diff(layers) != 1) + 1)
-    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-# ------------------------------------------------------------------------------------------------------------ the figures
 
 def analyze(frequency, experts_per_language, threshold):
-    """Everything that depends on frequency (languages, layers, experts) alone, as arrays of analysis.npz."""
+    """Everything that depends on frequency (languages, layers, experts) alone: see save_analysis."""
     share = language_shares(frequency, experts_per_language)
     exclusive, shared = exclusive_experts(share, threshold), shared_experts(share, threshold)
     p = frequency / frequency.sum(-1, keepdims=True)
-    own, common = (p * exclusive).sum(-1), (p * shared).sum(-1)
+    to_exclusive, to_shared = (p * exclusive).sum(-1), (p * shared).sum(-1)
     return pair_measures(frequency, experts_per_language) | {
-        "frequency": frequency,
-        "share": share,
-        "exclusive": exclusive,
-        "shared": shared,
+        "frequency": frequency, "share": share, "exclusive": exclusive, "shared": shared,
         "entropy": entropy_bits(p) / np.log2(p.shape[-1]),
-        "reliance": np.stack([own, common, 1 - own - common], -1),  # (languages, layers, 3)
-        "most_used": p.max(-1),
-        "active": (frequency > 0).sum(-1),
-    }
+        "reliance": np.stack([to_exclusive, to_shared, 1 - to_exclusive - to_shared], -1),
+        "most_used": p.max(-1), "active": (frequency > 0).sum(-1)}
 
 
 def summarize(result, bands):
-    """The figures that get an interval: means over bands and over pairs, parts of the routing, numbers of experts."""
-    exclusive, shared = result["exclusive"], result["shared"] & (result["share"] > 0)
+    """The figures that get an interval: means over bands and pairs, parts of the routing, numbers of experts."""
+    exclusive, shared = result["exclusive"], result["shared"]
     summary = {
-        "entropy": result["entropy"], "mean_entropy": result["entropy"].mean(0), "mean_reliance": result["reliance"].mean(1),
-        "num_exclusive": exclusive.sum((1, 2)), "num_shared": shared.sum((1, 2)),
-        "layer_exclusive": exclusive.sum((0, 2)), "layer_shared": result["shared"].sum(-1)}
+        "entropy": result["entropy"], "mean_entropy": result["entropy"].mean(0),
+        "mean_reliance": result["reliance"].mean(1), "num_exclusive": exclusive.sum((1, 2)),
+        "num_shared": (shared & (result["share"] > 0)).sum((1, 2)),
+        "layer_exclusive": exclusive.sum((0, 2)), "layer_shared": shared.sum(-1)}
     for measure in MEASURES:
-        summary[f"band_{measure}"] = np.stack([result[measure][rows].mean(0) for rows in bands.values()])
-        summary[f"mean_{measure}"] = mean_off_diagonal(summary[f"band_{measure}"])
-        summary[f"layer_{measure}"] = mean_off_diagonal(result[measure])
+        summary[f"band_{measure}"] = band_means(result[measure], bands)
+        summary[f"mean_{measure}"] = mean_of_pairs(summary[f"band_{measure}"])
+        summary[f"layer_{measure}"] = mean_of_pairs(result[measure])
     return summary
 
 
-def split_half_floor(counts, experts_per_language, rng):
-    """How alike a language is to itself: {measure: (layers,)} of two random halves of its sequences, the mean over HALVINGS.
-
-    counts (sequences, layers, experts). A half has half of the data, so the whole is more like itself than this.
-    """
-    floors = []
-    for _ in range(HALVINGS):
-        order = rng.permutation(len(counts))
-        halves = np.stack([counts[half].sum(0, dtype=np.float64) for half in np.array_split(order, 2)])
-        floors.append(pair_measures(halves / halves.sum(-1, keepdims=True), experts_per_language))
-    return {measure: np.mean([floor[measure][:, 0, 1] for floor in floors], 0) for measure in MEASURES}
-
-
-def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_sequence=None):
-    """95 % intervals of summarize()'s figures, and how often each expert stays what it is, over draws of the sequences.
-
-    counts       of each language (sequences, layers, experts)
-    by_sequence  aligned_divergence's: the languages are parallel, so that the same sequences are drawn in all
-    -> {key: (low and high, ...)}, part of the draws in which an expert is exclusive (languages, layers, experts), and is
-    shared (layers, experts). Intervals are the estimate less the draws' bias, 1.96 of their standard deviations to both
-    sides (the normal bootstrap interval): two samples of few tokens look less alike than what they were taken from.
-    """
-    cells = [c.reshape(len(c), -1) for c in counts]
-    shape, drawn, exclusive, shared = counts[0].shape[1:], [], 0, 0
-
-    def figures(totals, weights):
-        result = analyze(totals / totals.sum(-1, keepdims=True), experts_per_language, threshold)
-        summary = summarize(result, bands)
-        if by_sequence is not None:
-            summary["layer_aligned"] = weights @ by_sequence / len(by_sequence)
-            summary["mean_aligned"] = np.array([summary["layer_aligned"][rows].mean() for rows in bands.values()])
-        return result, summary
-
-    with tqdm(total=draws, desc="bootstrap", unit="draw", leave=False) as progress:
-        for start in range(0, draws, 50):
-            n = min(50, draws - start)
-            if by_sequence is None:
-                weights = [resample(len(c), n, rng) for c in cells]
-            else:
-                weights = [resample(len(cells[0]), n, rng)] * len(cells)
-            totals = np.stack([w @ c for w, c in zip(weights, cells)], 1, dtype=np.float64)
-            for k, total in enumerate(totals.reshape(n, len(cells), *shape)):
-                result, summary = figures(total, weights[0][k])
-                drawn.append(summary)
-                exclusive, shared = exclusive + result["exclusive"], shared + result["shared"]
-                progress.update()
-    estimate = figures(np.stack([c.sum(0, dtype=np.float64) for c in counts]), np.ones(len(counts[0])))[1]
-    intervals = {}
-    for key, value in estimate.items():
-        draws_of = np.array([summary[key] for summary in drawn])
-        middle, half = 2 * value - draws_of.mean(0), 1.96 * draws_of.std(0, ddof=1)
-        most = np.inf if np.issubdtype(np.asarray(value).dtype, np.integer) else 1  # a number of experts, or a part
-        intervals[key] = np.clip([middle - half, middle + half], 0, most)
-    return intervals, exclusive / draws, shared / draws
-
-
-def resample(n, draws, rng):
-    """How often each of n sequences is drawn, float32 (draws, n), n with replacement."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32)
-
-
-def vocabulary_control(dumps, part):
-    """Similarity over only those tokens whose ids do not occur in the other language, and over only those that do.
-
-    -> similarity_own_tokens, similarity_common_tokens (layers, languages, languages), nan where there are no such tokens;
-    common_tokens (languages, languages), the part of the row's tokens whose ids occur in the column's language
-    """
-    def tokens(dump):
-        routing = [read_tokens(path, part, "--vocabulary") for path in dump["path"]]
-        if any(ids is None for _, ids, _ in routing):
-            raise InputError(f"{', '.join(dump['path'])} holds no token_ids, which --vocabulary needs")
-        return np.concatenate([selected for selected, *_ in routing]), np.concatenate([ids for _, ids, _ in routing])
-
-    n, shape = len(dumps), dumps[0]["counts"].shape
-    vocabularies = [np.unique(tokens(dump)[1]) for dump in dumps]
-    common, every = np.zeros((n, n, *shape)), np.zeros((n, 1, *shape))
-    for a, dump in enumerate(tqdm(dumps, desc="vocabulary", leave=False)):
-        selected, ids = tokens(dump)
-        in_other = np.array([np.isin(vocabularies[a], other) for other in vocabularies], np.float64)  # (languages, types)
-        kind = np.searchsorted(vocabularies[a], ids)
-        for layer in range(shape[0]):
-            by_type = grouped_counts(selected[:, [layer]], kind, len(vocabularies[a]), shape[1])[:, 0]
-            common[a, :, layer], every[a, 0, layer] = in_other @ by_type, by_type.sum(0, dtype=np.float64)
-    result = {"common_tokens": (common.sum((2, 3)) / every.sum((2, 3)))}
-    for name, counts in (("own", every - common), ("common", common)):
-        total = counts.sum(-1, keepdims=True)
-        p = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
-        similarity = jensen_shannon_similarity(p, p.swapaxes(0, 1)).transpose(2, 0, 1)
-        result[f"similarity_{name}_tokens"] = similarity
-    return result
-
-
-# ------------------------------------------------------------------------------------- families, order, scores, contrasts
-
-def family_of(language, table):
-    """"Indo-European/Germanic" for "de", "deu_Latn" or "de-AT"; None if the table does not know it."""
-    return table.get(language) or table.get(re.split("[-_]", language)[0])
-
-
-def read_families(path):
-    """{code: family/branch} of a file with code, tab, family and optionally /branch, over what is built in."""
-    table = {code: family for family, codes in FAMILIES.items() for code in codes.split()}
-    if path is not None:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            code, tab, family = line.strip().partition("\t")
-            if not tab or not family.strip():
-                raise InputError(f"{path}:{number}: not a code, a tab and a family, as 'de<tab>Indo-European/Germanic'")
-            table[code] = family.strip()
-    return table
-
-
-def permutations(n, rng):
-    """(permutations, n), the identity first: all of them up to n = 8, else PERMUTATIONS random ones."""
-    if n <= 8:
-        return np.array(list(itertools.permutations(range(n))))
-    return np.stack([np.arange(n)] + [rng.permutation(n) for _ in range(PERMUTATIONS)])
-
-
-def family_test(similarity, labels, rng):
-    """(mean similarity within groups, between groups, p): how often labels dealt out at random separate as well or better.
-
-    similarity (n, n), labels a group for each of n languages. nan without a pair within, or a pair between.
-    """
-    i, j = np.triu_indices(len(labels), 1)
-    groups, values = np.unique(labels, return_inverse=True)[1], similarity[i, j]
-    same = groups[i] == groups[j]
-    if same.all() or not same.any():
-        return np.nan, np.nan, np.nan
-    gap = []
-    for dealt in np.array_split(groups[permutations(len(labels), rng)], 50):
-        within = dealt[:, i] == dealt[:, j]
-        gap = np.concatenate([gap, within @ values / same.sum() - ~within @ values / (~same).sum()])
-    return values[same].mean(), values[~same].mean(), np.mean(gap >= gap[0] - 1e-12)
+def band_means(values, bands):
+    """(layers, ...) -> (bands, ...)"""
+    return np.stack([values[rows].mean(0) for rows in bands.values()])
 
 
 def linkage_order(similarity):
-    """Languages in the order of average-linkage clustering (UPGMA) of similarity (n, n), nearest ends joined: indices."""
+    """Languages in the order of average-linkage clustering (UPGMA) of similarity (n, n), nearest ends joined."""
     near, clusters = similarity.astype(np.float64).copy(), [[i] for i in range(len(similarity))]
     np.fill_diagonal(near, -np.inf)
     for _ in range(len(clusters) - 1):
@@ -585,21 +444,42 @@ def linkage_order(similarity):
     return next(cluster for cluster in clusters if cluster)
 
 
-def rank_correlation(x, y, rng):
-    """(Spearman's rho, two-sided permutation p) of two series; ties get their mean rank."""
-    def centred_ranks(values):
-        values = np.asarray(values, float)
-        ranks = (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
-        return (ranks - ranks.mean()) / max(np.linalg.norm(ranks - ranks.mean()), 1e-300)
-    x, y = centred_ranks(x), centred_ranks(y)
-    rho = y[permutations(len(y), rng)] @ x
-    return rho[0], np.mean(np.abs(rho) >= abs(rho[0]) - 1e-12)
+def vocabulary_control(dumps, part):
+    """Similarity over only the tokens whose ids do not occur in the other language, and over only those that do.
+
+    -> similarity_own_tokens, similarity_common_tokens (layers, languages, languages), nan without such
+    tokens; common_tokens (languages, languages), the part of the row's tokens that the column has, too
+    """
+    def tokens(dump):
+        read = [read_tokens(path, part, "--vocabulary") for path in dump["path"]]
+        if any(ids is None for _, ids, _ in read):
+            raise InputError(f"{', '.join(dump['path'])} holds no token_ids, which --vocabulary needs")
+        return [np.concatenate(arrays) for arrays in list(zip(*read))[:2]]
+
+    n, (layers, num_experts) = len(dumps), dumps[0]["counts"].shape
+    vocabularies = [np.unique(tokens(dump)[1]) for dump in dumps]
+    shared = np.zeros((n, n, layers, num_experts))  # selections of the row's tokens that both have
+    for a, dump in enumerate(tqdm(dumps, desc="vocabulary", leave=False)):
+        selected, ids = tokens(dump)
+        in_other = np.array([np.isin(vocabularies[a], v) for v in vocabularies], np.float64)
+        kind = np.searchsorted(vocabularies[a], ids)
+        for layer in range(layers):  # one at a time: types of tokens times experts are many
+            by_type = grouped_counts(selected[:, [layer]], kind, len(vocabularies[a]), num_experts)
+            shared[a, :, layer] = in_other @ by_type[:, 0]
+    every = shared[range(n), range(n)][:, None]
+    result = {"common_tokens": shared.sum((2, 3)) / every.sum((2, 3))}
+    for name, counts in (("own", every - shared), ("common", shared)):
+        total = counts.sum(-1, keepdims=True)
+        p = np.divide(counts, total, out=np.full_like(counts, np.nan), where=total > 0)
+        similarity = jensen_shannon_similarity(p, p.swapaxes(0, 1))
+        result[f"similarity_{name}_tokens"] = similarity.transpose(2, 0, 1)
+    return result
 
 
 def select_contrast(frequency_a, frequency_b, tau=TAU, top=None):
     """(difference, chosen), both (layers, experts): by how much more tokens of A than of B select an expert.
 
-    top  the so many largest differences, whatever their sign: SteerMoE's risk difference, arXiv 2509.09660
+    top  the so many largest differences, whatever their sign: SteerMoE's risk difference, 2509.09660
     tau  else, the experts with a difference above tau: the task experts of arXiv 2510.04694
     """
     difference = frequency_a - frequency_b
@@ -611,144 +491,416 @@ def select_contrast(frequency_a, frequency_b, tau=TAU, top=None):
 
 
 def load_selection(path, layers, num_experts):
-    """What --contrast wrote: float64 (layers, experts), an expert's difference where it is selected, else 0."""
+    """What --contrast wrote: float64 (layers, experts), the difference of a selected expert, else 0."""
     differences = np.zeros((len(layers), num_experts))
     try:
         experts = json.loads(Path(path).read_text(encoding="utf-8"))["experts"]
-        chosen = [(int(layer), int(expert), float(d)) for layer, row in experts.items() for expert, d in row.items()]
+        chosen = [(int(l), int(e), float(d)) for l, row in experts.items() for e, d in row.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no selection of experts; run: python analyze.py --contrast A.npz B.npz") from error
+        raise InputError(f"{path} is no selection of experts; run: python analyze.py --contrast A.npz "
+                         "B.npz") from error
     for layer, expert, difference in chosen:
         if layer not in layers or not 0 <= expert < num_experts:
-            raise InputError(f"{path} names expert {expert} of layer {layer}; this model has {num_experts} experts in layers "
-                             f"{describe(layers)}")
+            raise InputError(f"{path} names expert {expert} of layer {layer}; this model has "
+                             f"{num_experts} experts in layers {describe(layers)}")
         differences[list(layers).index(layer), expert] = difference
     return differences
 
 
-# --------------------------------------------------------------------------------------------------------------- output
+# ---------------------------------------------------------------------------------- what is noise
 
-def with_interval(summary, intervals, key, index, digits=3, scale=1):
-    """"0.776 [.772 .781]": an estimate and, where there was a bootstrap, its interval."""
-    text = f"{scale * summary[key][index]:.{digits}f}"
-    if intervals:
-        low, high = (f"{scale * bound[index]:.{digits}f}".replace("0.", ".", scale == 1) for bound in intervals[key])
-        text += f" [{low} {high}]"
-    return text
+def split_half_floor(counts, experts_per_language, rng):
+    """How alike a language is to itself: {measure: (layers,)} of two random halves of its sequences.
+
+    counts (sequences, layers, experts); the mean over HALVINGS. A half has half of the data, so the
+    whole is more like itself than this.
+    """
+    floors = []
+    for _ in range(HALVINGS):
+        order = np.array_split(rng.permutation(len(counts)), 2)
+        halves = np.stack([counts[half].sum(0, dtype=np.float64) for half in order])
+        floors.append(pair_measures(halves / halves.sum(-1, keepdims=True), experts_per_language))
+    return {m: np.mean([floor[m][:, 0, 1] for floor in floors], 0) for m in MEASURES}
+
+
+def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_sequence=None):
+    """95 % intervals of summarize()'s figures, and how often experts stay what they are, over draws of sequences.
+
+    counts       of each language (sequences, layers, experts)
+    by_sequence  aligned_divergence's: the languages are parallel, and the same sequences are drawn in all
+    -> {figure: (low and high, ...)}, the part of the draws in which an expert is exclusive (languages,
+    layers, experts) and is shared (layers, experts). Intervals are the estimate less the draws' bias,
+    1.96 of their standard deviations to both sides (the normal bootstrap interval): two samples of few
+    tokens look less alike than what they were taken from.
+    """
+    flat, drawn, exclusive, shared = [c.reshape(len(c), -1) for c in counts], [], 0, 0
+
+    def figures(totals, weights):
+        """Of one draw: totals (languages, layers * experts), weights of the parallel sequences."""
+        totals = totals.reshape(len(counts), *counts[0].shape[1:])
+        result = analyze(totals / totals.sum(-1, keepdims=True), experts_per_language, threshold)
+        aligned = {} if by_sequence is None else summarize_aligned(by_sequence, bands, weights)
+        return result, summarize(result, bands) | aligned
+
+    for start in tqdm(range(0, draws, 50), desc="bootstrap", unit="50 draws", leave=False):
+        number = min(50, draws - start)
+        if by_sequence is None:
+            weights = [resample(len(c), number, rng) for c in flat]
+        else:
+            weights = [resample(len(flat[0]), number, rng)] * len(flat)
+        totals = np.stack([w @ c for w, c in zip(weights, flat)], 1, dtype=np.float64)
+        for total, weight in zip(totals, weights[0]):
+            result, summary = figures(total, weight)
+            drawn.append(summary)
+            exclusive, shared = exclusive + result["exclusive"], shared + result["shared"]
+    whole = np.stack([c.sum(0, dtype=np.float64) for c in flat])
+    estimate, intervals = figures(whole, np.ones(len(flat[0])))[1], {}
+    for key, value in estimate.items():
+        values = np.array([summary[key] for summary in drawn])
+        middle, half = 2 * value - values.mean(0), 1.96 * values.std(0, ddof=1)
+        most = np.inf if np.issubdtype(value.dtype, np.integer) else 1  # a number of experts, or a part
+        intervals[key] = np.clip([middle - half, middle + half], 0, most)
+    return intervals, exclusive / draws, shared / draws
+
+
+def resample(n, draws, rng):
+    """How often each of n sequences is drawn, float32 (draws, n), n with replacement."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32)
+
+
+def summarize_aligned(by_sequence, bands, weights):
+    """Mean aligned divergence by layer and by band, of sequences with weights."""
+    layers = weights @ by_sequence / len(by_sequence)
+    return {"layer_aligned": layers, "mean_aligned": band_means(layers, bands)}
+
+
+def permutations(n, rng):
+    """(permutations, n), the identity first: all of them up to n = 8, else PERMUTATIONS random ones."""
+    if n <= 8:
+        return np.array(list(itertools.permutations(range(n))))
+    return np.stack([np.arange(n)] + [rng.permutation(n) for _ in range(PERMUTATIONS)])
+
+
+def family_test(similarity, labels, rng):
+    """(mean similarity within groups, between groups, p): how often labels dealt out at random separate as well.
+
+    similarity (n, n), labels a group for each of n languages. nan without a pair within, or between.
+    """
+    i, j = np.triu_indices(len(labels), 1)
+    groups, values = np.unique(labels, return_inverse=True)[1], similarity[i, j]
+    same = groups[i] == groups[j]
+    if same.all() or not same.any():
+        return np.nan, np.nan, np.nan
+    gaps = []
+    for dealt in np.array_split(groups[permutations(len(labels), rng)], 50):
+        within = dealt[:, i] == dealt[:, j]
+        gaps.append(within @ values / same.sum() - ~within @ values / (~same).sum())
+    gaps = np.concatenate(gaps)
+    return values[same].mean(), values[~same].mean(), np.mean(gaps >= gaps[0] - 1e-12)
+
+
+def family_tests(band_similarity, families, rng):
+    """family_test's three figures, (levels, bands, 3): of families and, where they differ, of branches.
+
+    families (languages,) of "family/branch", or "" where none is known: those are left out.
+    """
+    known = np.array([bool(family) for family in families])
+    branches = [family for family in families if family]
+    levels = [[family.split("/")[0] for family in branches], branches]
+    return np.array([[family_test(similarity[known][:, known], labels, rng)
+                      for similarity in band_similarity] for labels in levels[:1 + (levels[0] != levels[1])]])
+
+
+def rank_correlation(x, y, rng):
+    """(Spearman's rho, two-sided permutation p) of two series; ties get their mean rank."""
+    def centred_ranks(values):
+        values = np.asarray(values, float)
+        ranks = (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
+        return (ranks - ranks.mean()) / max(np.linalg.norm(ranks - ranks.mean()), 1e-300)
+    x, y = centred_ranks(x), centred_ranks(y)
+    rho = y[permutations(len(y), rng)] @ x
+    return rho[0], np.mean(np.abs(rho) >= abs(rho[0]) - 1e-12)
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+def texts(result, key, *index, scale=1, digits=3):
+    """["0.776 [.772 .781]", ...]: a series of figures and, after a bootstrap, their intervals."""
+    series = [value[index] for value in (result[key], *result.get(f"interval_{key}", ()))]
+    rows = [[f"{scale * value:.{digits}f}" for value in values] for values in zip(*series)]
+    return [f"{value} [{' '.join(b.lstrip('0') for b in bounds)}]" if bounds else value
+            for value, *bounds in rows]
+
+
+def print_table(columns, first=9):
+    """{title: cells} as wide as their widest entry, right-aligned but for the first column."""
+    rows = [[str(cell) for cell in row] for row in (columns, *zip(*columns.values()))]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    for name, *cells in rows:
+        print(f"{name:<{max(first, widths[0])}}" + "".join(map(str.rjust, cells, widths[1:])))
 
 
 def print_wrapped(text):
-    print(textwrap.fill(text, 100, subsequent_indent="        ", break_long_words=False, break_on_hyphens=False))
+    print(textwrap.fill(text, 100, subsequent_indent="        ", break_long_words=False,
+                        break_on_hyphens=False))
 
 
-def print_table(titles, rows, first=9):
-    """Columns as wide as their widest entry, right-aligned but for the first."""
-    widths = [max(len(str(cell)) for cell in column) + 2 for column in zip(titles, *rows)]
-    for row in (titles, *rows):
-        print(f"{row[0]:<{max(first, widths[0])}}" + "".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:])))
-
-
-def print_tables(result, summary, intervals, languages, layers, bands):
-    """Bands, pairs of languages, layers, languages. intervals as of bootstrap(), or {}."""
-    few, rows_of = len(languages) <= PRINT_LANGUAGES, list(bands.values())
-    aligned = {"divergence": "aligned"} if "mean_aligned" in summary else {}
-
-    def floor(rows):
-        return [f"{result['floor_similarity'][:, rows].mean():.3f}"] if intervals else []
-
-    print("\nmeans over pairs of languages"
-          + (" [95 % interval]; floor: similarity of random halves of a language" if intervals else "")
-          + ("\nthe divergence is that of aligned sequences" if aligned else ""))
-    table = []
-    for b, (band, rows) in enumerate(bands.items()):
-        similarity, *others = (with_interval(summary, intervals, f"mean_{aligned.get(m, m)}", b) for m in MEASURES)
-        table.append([band, describe(layers[rows]), similarity, *floor(rows), *others])
-    print_table(["band", "layers", "similarity", *(["floor"] if intervals else []), *MEASURES[1:]], table)
-
-    for band, rows, matrix, order in zip(bands, rows_of, summary["band_similarity"], result["order"]):
+def print_bands(result, bands, languages, layers):
+    """Means over pairs; the matrix of every band, or of many languages their order alone."""
+    described = [describe(layers[rows]) for rows in bands.values()]
+    columns = {"band": bands, "layers": described, "similarity": texts(result, "mean_similarity")}
+    print("\nmeans over pairs of languages" + (
+        " [95 % interval]; floor: similarity of random halves of a language" if "band_floor" in result else "")
+        + ("\nthe divergence is that of aligned sequences" if "mean_aligned" in result else ""))
+    if "band_floor" in result:
+        columns["floor"] = texts(result, "band_floor")
+    columns |= {measure: texts(result, f"mean_{measure}") for measure in MEASURES[1:]}
+    if "mean_aligned" in result:
+        columns["divergence"] = texts(result, "mean_aligned")
+    print_table(columns)
+    few = len(languages) <= PRINT_LANGUAGES
+    for band, rows, matrix, order in zip(bands, described, result["band_similarity"], result["order"]):
         print()
-        print_wrapped(f"{'similarity' if few else 'languages'}, {band} (layers {describe(layers[rows])}); in order of average "
-                      f"linkage: {' '.join(languages[i] for i in order)}")
+        print_wrapped(f"{'similarity' if few else 'languages'}, {band} (layers {rows}); in order of "
+                      f"average linkage: {' '.join(languages[i] for i in order)}")
         if few:
-            print_table(["", *languages], [[name, *(f"{value:.2f}" for value in line)] for name, line in zip(languages, matrix)])
+            columns = {name: [f"{value:.2f}" for value in line] for name, line in zip(languages, matrix)}
+            print_table({"": languages} | columns)
 
-    exclusive, table = result["exclusive"].sum(-1), []
-    for row, layer in enumerate(layers):
-        table.append([layer, with_interval(summary, intervals, "layer_similarity", row), *floor([row]),
-                      f"{summary['mean_entropy'][row]:.3f}", summary["layer_shared"][row], summary["layer_exclusive"][row],
-                      *(exclusive[:, row] if few else [])])
-    table.append(["all", f"{summary['layer_similarity'].mean():.3f}", *floor(slice(None)), f"{result['entropy'].mean():.3f}",
-                  summary["layer_shared"].sum(), exclusive.sum(), *(exclusive.sum(1) if few else [])])
+
+def print_layers(result, languages, layers):
+    series = {"similarity": result["layer_similarity"], "floor": result.get("layer_floor"),
+              "entropy": result["mean_entropy"], "shared": result["layer_shared"],
+              "excl.": result["layer_exclusive"]}
+    if len(languages) <= PRINT_LANGUAGES:
+        series |= zip(languages, result["exclusive"].sum(-1))
+    columns = {"layer": [*layers, "all"]}
+    for title, values in series.items():
+        if values is not None and values.dtype.kind == "f":
+            columns[title] = [f"{value:.3f}" for value in (*values, values.mean())]
+        elif values is not None:
+            columns[title] = [*values, values.sum()]
+    columns["similarity"][:-1] = texts(result, "layer_similarity")
     print()
-    print_table(["layer", "similarity", *(["floor"] if intervals else []), "entropy", "shared", "excl.", *(languages if few else [])],
-                table, first=7)
+    print_table(columns, first=7)
 
-    print("\npart of the routing (%) to experts that are | experts, over all layers"
-          + (f" (stable in {STABLE:.0%} of draws)" if intervals else "")
-          + "\ntop: part (%) of the most used expert, active: experts in use; means over layers")
-    table = []
-    for i, language in enumerate(languages):
-        parts = [with_interval(summary, intervals, "mean_reliance", (i, k), 1, 100) for k in range(3)]
-        numbers = [summary["num_exclusive"][i], summary["num_shared"][i]]
-        if intervals:
-            own = result["exclusive"][i] & (result["exclusive_stability"][i] >= STABLE)
-            common = result["shared"] & (result["share"][i] > 0) & (result["shared_stability"] >= STABLE)
-            numbers = [f"{numbers[0]} ({own.sum()})", f"{numbers[1]} ({common.sum()})"]
-        table.append([language, *parts, *numbers, f"{100 * result['most_used'][i].mean():.1f}", f"{result['active'][i].mean():.1f}"])
-    print_table(["", "exclusive", "shared", "other", "exclusive", "shared", "top", "active"], table)
 
+def print_languages(result, bands, languages):
+    stable = "num_stable" in result
+    print("\npart of the routing (%) to experts that are exclusive to the language, shared, or neither; "
+          "number of experts" + (f"\n(stable in {STABLE:.0%} of draws)" if stable else "")
+          + "; top: part (%) of the most used one, active: how many are in use, mean over layers")
+    columns = {"": languages}
+    for k, title in enumerate(("exclusive", "shared", "neither")):
+        columns[title] = texts(result, "mean_reliance", slice(None), k, scale=100, digits=1)
+    for k, key in enumerate(("num_exclusive", "num_shared")):
+        columns[key.replace("num_", "n ")] = [f"{n} ({s})" for n, s in zip(result[key], result[
+            "num_stable"][:, k])] if stable else result[key]
+    columns["top"] = [f"{100 * value:.1f}" for value in result["most_used"].mean(1)]
+    columns["active"] = [f"{value:.1f}" for value in result["active"].mean(1)]
+    print_table(columns)
     if len(languages) > 1:
         print("\nnearest language, and its similarity")
-        nearest = summary["band_similarity"] - 2 * np.eye(len(languages))
-        print_table(["", *bands], [[language, *(f"{languages[line[i].argmax()]} {line[i].max():.2f}" for line in nearest)]
-                                   for i, language in enumerate(languages)])
+        nearest = zip(bands, result["band_similarity"] - 2 * np.eye(len(languages)))
+        print_table({"": languages} | {band: [f"{languages[line.argmax()]} {line.max():.2f}" for line in matrix]
+                                       for band, matrix in nearest})
 
 
-def print_vocabulary(result, bands, layers):
+def print_vocabulary(result, bands):
     """Is it the words? Means over pairs and layers of a band, as far as a pair has such tokens."""
-    common = mean_off_diagonal(result["common_tokens"])
-    print(f"\nsimilarity over tokens whose ids ({common:.1%} of them common to a pair, on average)")
-    print_table(["band", "are any", "are common", "are the language's own"], [
-        [band, *[f"{np.nanmean(mean_over_pairs(result[key][rows])):.3f}" for key in
-                 ("similarity", "similarity_common_tokens", "similarity_own_tokens")]] for band, rows in bands.items()])
-    absent = np.isnan(result["similarity_own_tokens"][0] + result["similarity_common_tokens"][0])
-    np.fill_diagonal(absent, False)  # a language has no tokens of its own against itself
-    if absent.any():
-        print(f"note: {absent.sum() // 2} pairs have no common tokens, or none of their own, and are left out there")
+    print(f"\nsimilarity over tokens whose ids ({mean_of_pairs(result['common_tokens']):.1%} of them "
+          "common to a pair, on average)")
+    titles = {"are any": "", "are common": "_common_tokens", "are the language's own": "_own_tokens"}
+    print_table({"band": bands} | {title: [
+        f"{np.nanmean(mean_of_pairs(result[f'similarity{key}'][rows])):.3f}" for rows in bands.values()]
+        for title, key in titles.items()})
 
 
-def mean_over_pairs(matrix):
-    """(layers, n, n) -> (layers,), over the pairs that are not nan."""
-    return np.nanmean(matrix[:, ~np.eye(matrix.shape[-1], dtype=bool)], axis=1)
+def print_tests(result, bands, languages):
+    rows = [(level, band, f"{same:.3f}", f"{other:.3f}", f"{p:.4f}")
+            for level, tests in zip(("family", "branch"), result["family_tests"])
+            for band, (same, other, p) in zip(bands, tests) if not np.isnan(p)]
+    if rows:
+        print("\nsimilarity of languages of the same family or branch, and of others; p: labels dealt "
+              "out at random")
+        print_table(dict(zip(("", "band", "same", "other", "p"), zip(*rows))))
+    unknown = [language for language, family in zip(languages, result["families"]) if not family]
+    if unknown:
+        print_wrapped(f"note: no family known of {', '.join(unknown)}; see --families")
+    if "score_correlation" in result:
+        print(f"\nrank correlation of the similarity to {REFERENCE} with the scores")
+        rho, p = result["score_correlation"].T
+        print_table({"band": bands, "Spearman": [f"{r:+.3f}" for r in rho], "p": [f"{x:.4f}" for x in p]})
 
 
-def families_of_bands(summary, languages, bands, table, rng):
-    """Rows [level, band, within, between, p] for families and, where they differ, branches; and who has no family."""
-    labels = [family_of(language, table) for language in languages]
-    known = [i for i, label in enumerate(labels) if label]
-    tests = []
-    for level in ("family", "branch"):
-        groups = [labels[i].split("/")[0] if level == "family" else labels[i] for i in known]
-        if level == "branch" and groups == [label.split("/")[0] for label in groups]:
-            continue
-        for b, band in enumerate(bands):
-            tests.append([level, band, *family_test(summary["band_similarity"][b][np.ix_(known, known)], groups, rng)])
-    return tests, [languages[i] for i in range(len(languages)) if i not in known]
+def report(result, dumps, bands, args):
+    """All tables, and what to know about them."""
+    languages, first = [dump["language"] for dump in dumps], dumps[0]
+    print(f"{len(dumps)} languages  {len(first['layers'])} MoE layers  {first['num_experts']} experts  "
+          f"top_k {first['top_k']}  experts_per_language {args.experts_per_language}  "
+          f"threshold {args.threshold}")
+    print_wrapped("tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps))
+    if len(dumps) > PRINT_LANGUAGES:
+        print(f"note: with more than {PRINT_LANGUAGES} languages, what is as wide as their number is in "
+              f"{args.out} alone")
+    if args.threshold * len(dumps) <= 1:
+        print(f"note: shares add up to 1, so with {len(dumps)} languages none is shared at a threshold of "
+              f"{args.threshold}; raise --threshold")
+    print_bands(result, bands, languages, first["layers"])
+    print_layers(result, languages, first["layers"])
+    print_languages(result, bands, languages)
+    if "common_tokens" in result and len(dumps) > 1:
+        print_vocabulary(result, bands)
+    print_tests(result, bands, languages)
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+def import_matplotlib():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError("--figures needs matplotlib; run: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def draw_heatmaps(plt, result, languages, layers, bands):
+    """Similarity of every pair, a panel per band, all in the linkage order of the mean over layers."""
+    order, n = linkage_order(result["similarity"].mean(0)), len(languages)
+    names, side = [languages[i] for i in order], max(3.2, 0.16 * n + 1.5)
+    figure, axes = plt.subplots(1, len(bands), squeeze=False, layout="constrained",
+                                figsize=(side * len(bands) + 1, side + 0.6))
+    for axis, (band, rows), matrix in zip(axes[0], bands.items(), result["band_similarity"]):
+        image = axis.imshow(matrix[np.ix_(order, order)], vmin=result["band_similarity"].min(), vmax=1,
+                            cmap="cividis")
+        axis.set_xticks(range(n), names, rotation=90 if n > 12 else 0, fontsize=9 if n <= 30 else 6)
+        axis.set_yticks(range(n), names, fontsize=9 if n <= 30 else 6)
+        axis.set_title(f"{band}, layers {describe(layers[rows])}")
+    figure.colorbar(image, ax=axes[0], label="routing similarity, 1 - JSD", shrink=0.8)
+    return figure
+
+
+def draw_layers(plt, result, layers):
+    """The profile over layers: similarity with its interval and floor, entropy, numbers of experts."""
+    figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    lines = {"layer_similarity": (0, "pairs of languages", "#332288"),
+             "layer_floor": (0, "floor: halves of one language", "#CC6677"),
+             "mean_entropy": (1, "mean of languages", "#117733"),
+             "layer_exclusive": (2, "exclusive, all languages", "#CC6677"),
+             "layer_shared": (2, "shared", "#332288")}
+    for key, (row, label, colour) in lines.items():
+        if key in result:
+            axes[row].plot(layers, result[key], color=colour, marker="o", markersize=3, label=label)
+        if f"interval_{key}" in result:
+            axes[row].fill_between(layers, *result[f"interval_{key}"], color=colour, alpha=0.25,
+                                   linewidth=0, label="95 % interval")
+    for axis, label in zip(axes, ("routing similarity, 1 - JSD", "routing entropy / log E", "experts")):
+        axis.set_ylabel(label)
+        axis.legend(fontsize=8, frameon=False)
+        axis.grid(alpha=0.3)
+    axes[2].set_xlabel("decoder layer")
+    return figure
+
+
+def draw_experts(plt, result, languages, layers):
+    """Layers x experts, each coloured by the language it is exclusive to (of two, the larger share), or
+    as shared; of many languages the first twenty by number are told apart.
+    """
+    owner = np.where(result["exclusive"], result["share"], 0).argmax(0)
+    kind = np.where(result["exclusive"].any(0), owner + 2, result["shared"].astype(int))
+    figure, axis = plt.subplots(layout="constrained", figsize=(
+        min(14, max(7, kind.shape[1] * 0.075 + 3)), max(3, len(layers) * 0.13 + 1.4)))
+    colours = ["#EEEEEE", "#000000", *plt.get_cmap("tab20")(np.arange(len(languages)) % 20)]
+    axis.pcolormesh(np.arange(kind.shape[1]), np.arange(len(layers)), kind, vmin=0, vmax=len(colours) - 1,
+                    cmap=plt.matplotlib.colors.ListedColormap(colours), edgecolors="white", linewidth=0.3)
+    steps = np.unique(np.linspace(0, len(layers) - 1, 13).round().astype(int))
+    axis.set_yticks(steps, layers[steps])
+    axis.set_xlabel("expert")
+    axis.set_ylabel("decoder layer")
+    labels = ["neither", "shared", *languages]
+    figure.legend(handles=[plt.Rectangle((0, 0), 1, 1, color=colours[k], label=f"{labels[k]} ({(kind == k).sum()})")
+                           for k in (*range(2, len(labels)), 1, 0)][:22],
+                  loc="outside right center", fontsize=8, title="exclusive to", frameon=False)
+    return figure
+
+
+def save_figures(plt, folder, result, languages, layers, bands):
+    """heatmaps.png, layers.png and experts.png in a folder; returns their paths."""
+    os.makedirs(folder, exist_ok=True)
+    figures = {"heatmaps": draw_heatmaps(plt, result, languages, layers, bands),
+               "layers": draw_layers(plt, result, layers),
+               "experts": draw_experts(plt, result, languages, layers)}
+    for name, figure in figures.items():
+        figure.savefig(os.path.join(folder, f"{name}.png"), dpi=120)
+        plt.close(figure)
+    return [os.path.join(folder, f"{name}.png") for name in figures]
+
+
+# ------------------------------------------------------------------------------------------- main
+
+def parse_bands(texts, layers):
+    """["early=0-4", ...] -> {"early": bool (layers,)}: the rows of decoder layers 0 to 4, both inclusive.
+
+    None gives the first, middle and last tenth of the rows, at least one each. InputError if a band
+    holds no MoE layer.
+    """
+    if texts is None:
+        n, size = len(layers), max(1, round(len(layers) / 10))
+        starts = {"early": 0, "middle": (n - size + 1) // 2, "late": n - size}
+        return {name: np.isin(np.arange(n), range(first, first + size)) for name, first in starts.items()}
+    bands = {}
+    for text in texts:
+        match = re.fullmatch(r"(?:(.+)=)?(\d+)(?:-(\d+))?", text)
+        if not match:
+            raise InputError(f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, such as "
+                             "middle=22-26")
+        first, last = int(match[2]), int(match[3] or match[2])
+        rows = (layers >= first) & (layers <= last)
+        if last > max(layers) or not rows.any():
+            raise InputError(f"band '{text}' does not hold MoE layers of this model, which has "
+                             f"{describe(layers)}")
+        bands[match[1] or text] = rows
+    return bands
+
+
+def describe(layers):
+    """[0, 1, 2, 5] -> "0-2 5"."""
+    runs = np.split(layers, np.flatnonzero(np.diff(layers) != 1) + 1)
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def read_families(path=None):
+    """{code: family/branch} of a file with code, tab, family and optionally /branch, over FAMILIES."""
+    table = {code: family for family, codes in FAMILIES.items() for code in codes.split()}
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+    for number, line in enumerate(lines, 1):
+        code, _, family = line.strip().partition("\t")
+        if not family.strip():
+            raise InputError(f"{path}:{number}: not a code, a tab and a family, as "
+                             "'de<tab>Indo-European/Germanic'")
+        table[code] = family.strip()
+    return table
+
+
+def family_of(language, table):
+    """"Indo-European/Germanic" for "de", "deu_Latn" or "de-AT"; "" if the table does not know it."""
+    return table.get(language) or table.get(re.split("[-_]", language)[0], "")
 
 
 def read_scores(path, languages, reference):
-    """The scores of a JSON file, by language: all but the reference that are in the dumps; InputError with fewer than 4."""
+    """(indices, scores) of the languages of a JSON file {"de": 0.9, ...} that have a dump, but the reference."""
     try:
-        there = json.loads(Path(path).read_text(encoding="utf-8"))
-        scores = {str(language): float(score) for language, score in there.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        scores = json.loads(Path(path).read_text(encoding="utf-8"))
+        known = [i for i, name in enumerate(languages) if name in scores and name != reference]
+        values = [float(scores[languages[i]]) for i in known]
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a JSON object of language: score") from error
-    if reference not in languages:
-        raise InputError(f"--scores correlates with the similarity to '{reference}', which has no dump; change --reference")
-    scores = {language: scores[language] for language in languages if language in scores and language != reference}
-    if len(scores) < 4:
-        raise InputError(f"{path} has scores of {len(scores)} languages beside '{reference}'; a rank correlation takes 4")
-    return scores
+    if reference not in languages or len(known) < 4:
+        raise InputError(f"--scores takes a dump of --reference '{reference}' and 4 other languages with "
+                         f"scores; {path} has {len(known)} of the dumps' languages")
+    return known, values
 
 
 def write_whole(path, write):
@@ -762,161 +914,134 @@ def write_whole(path, write):
         Path(temporary).unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
-
-# Paul Tol's "muted" colours, which colour-blind readers tell apart
-COLOURS = ["#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499"]
-SHARED_COLOUR, OTHER_COLOUR = "#000000", "#EEEEEE"
+def frequencies(dumps):
+    """activation_frequency of each language: (languages, layers, experts)."""
+    return activation_frequency([d["counts"] for d in dumps], [d["num_tokens"] for d in dumps])
 
 
-def import_matplotlib():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError("--figures needs matplotlib; run: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
+def compute(dumps, bands, args, scores=None):
+    """All arrays of analysis.npz but its names and meta: see save_analysis."""
+    choice, rng = (args.experts_per_language, args.threshold), np.random.default_rng(args.seed)
+    result, by_sequence = analyze(frequencies(dumps), *choice), None
+    result |= summarize(result, bands)
+    result["order"] = np.array([linkage_order(matrix) for matrix in result["band_similarity"]])
+    if args.bootstrap:
+        counts = [sequence_counts(dump, args.part) for dump in tqdm(dumps, desc="IDs", leave=False)]
+    if args.parallel:
+        result["divergence_aligned"], by_sequence = aligned_divergence(read_aligned(dumps, args.part))
+        result |= summarize_aligned(by_sequence, bands, np.ones(len(by_sequence)))
+    if args.bootstrap:
+        floors = [split_half_floor(c, args.experts_per_language, rng) for c in counts]
+        result |= {f"floor_{m}": np.stack([floor[m] for floor in floors]) for m in MEASURES}
+        result["layer_floor"] = result["floor_similarity"].mean(0)
+        result["band_floor"] = band_means(result["layer_floor"], bands)
+        intervals, *stability = bootstrap(counts, args.bootstrap, *choice, bands, rng, by_sequence)
+        result |= {f"interval_{key}": value for key, value in intervals.items()}
+        result["exclusive_stability"], result["shared_stability"] = stability
+        stable = [result[key] & (s >= STABLE) for key, s in zip(("exclusive", "shared"), stability)]
+        stable[1] = stable[1] & (result["share"] > 0)
+        result["num_stable"] = np.stack([chosen.sum((1, 2)) for chosen in stable], 1)
+    if args.vocabulary:
+        result |= vocabulary_control(dumps, args.part)
+    languages, table = [dump["language"] for dump in dumps], read_families(args.families)
+    families = result["families"] = np.array([family_of(language, table) for language in languages])
+    result["family_tests"] = family_tests(result["band_similarity"], families,
+                                          np.random.default_rng(args.seed))
+    if scores:
+        known, values = scores
+        near, rng = result["band_similarity"][:, languages.index(args.reference)], np.random.default_rng(args.seed)
+        result["score_correlation"] = np.array([rank_correlation(s[known], values, rng) for s in near])
+    return result
 
 
-def draw_heatmaps(plt, path, result, summary, languages, layers, bands):
-    """Similarity of every pair, a panel per band, all in the linkage order of the mean over layers."""
-    order = linkage_order(result["similarity"].mean(0))
-    names, n = [languages[i] for i in order], len(languages)
-    side = max(3.2, 0.16 * n + 1.5)
-    figure, axes = plt.subplots(1, len(bands), squeeze=False, layout="constrained",
-                                figsize=(side * len(bands) + 1, side + 0.6))
-    low = summary["band_similarity"].min()
-    for axis, (band, rows), matrix in zip(axes[0], bands.items(), summary["band_similarity"]):
-        image = axis.imshow(matrix[np.ix_(order, order)], vmin=low, vmax=1, cmap="cividis")
-        size = 9 if n <= 30 else 6
-        axis.set_xticks(range(n), names, rotation=90 if n > 12 else 0, fontsize=size)
-        axis.set_yticks(range(n), names, fontsize=size)
-        axis.set_title(f"{band}, layers {describe(layers[rows])}")
-        if n <= 12:
-            for i, j in itertools.product(range(n), repeat=2):
-                value = matrix[order[i], order[j]]
-                axis.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=7,
-                          color="black" if value > (1 + low) / 2 else "white")
-    figure.colorbar(image, ax=axes[0], label="routing similarity, 1 - JSD", shrink=0.8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def save_analysis(path, result, dumps, bands, args):
+    """analysis.npz, of L languages in B bands; in parentheses the shape, and the flag that it takes.
 
+    languages, families (L,), layers (layers,)        names, family/branch or "", decoder layers
+    frequency, share, exclusive (L, layers, experts)  part of the tokens that select the expert; the
+                                                      language's share of its use; is it exclusive?
+    shared (layers, experts)                          is it shared?
+    similarity, divergence, jaccard, cosine           (layers, L, L); band_... (B, L, L), mean_... of
+                                                      pairs (B,), layer_... of pairs (layers,)
+    divergence_aligned (layers, L, L), layer_aligned (layers,), mean_aligned (B,)         --parallel
+    entropy (L, layers), mean_entropy (layers,)       of the routing over log E; mean of languages
+    reliance (L, layers, 3), mean_reliance (L, 3)     routing to exclusive, shared, other experts
+    most_used, active (L, layers)                     most used expert's part; experts used at all
+    num_exclusive, num_shared (L,)                    experts exclusive to it; shared ones it keeps
+    layer_exclusive, layer_shared (layers,)           experts, exclusive ones summed over languages
+    order (B, L)                                      languages in average-linkage order
+    interval_...                                      (2, ...), low and high                --bootstrap
+    floor_... of each measure (L, layers), layer_floor (layers,), band_floor (B,)           --bootstrap
+    exclusive_stability (L, layers, experts), shared_stability (layers, experts), part of draws, and
+    num_stable (L, 2), exclusive and shared experts that are stable                         --bootstrap
+    similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L)   --vocabulary
+    family_tests (1 or 2, B, 3)                       families, branches: within, between, p
+    score_correlation (B, 2)                          Spearman's rho, p                        --scores
+    meta                                              JSON: settings, bands, inputs with digests
+    """
+    layers, keys = dumps[0]["layers"], ("language", "path", "digest", "num_tokens")
+    meta = vars(args) | {"bands": {band: layers[rows].tolist() for band, rows in bands.items()},
+                         "inputs": [{key: dump[key] for key in keys} for dump in dumps]}
+    names = {"languages": np.array([dump["language"] for dump in dumps]), "layers": layers,
+             "meta": np.array(json.dumps(meta, ensure_ascii=False))}
+    write_whole(path, lambda file: np.savez(file, **result, **names))
 
-def draw_layers(plt, path, result, summary, intervals, layers):
-    """The profile over layers: similarity with its interval and floor, entropy, exclusive and shared experts."""
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained",
-                                                 gridspec_kw={"height_ratios": [3, 2, 2]})
-    lines = [(top, "similarity", "pairs of languages", "#332288"), (middle, "entropy", "mean of languages", "#117733")]
-    for axis, key, label, colour in lines:
-        value = summary["layer_similarity" if key == "similarity" else "mean_entropy"]
-        axis.plot(layers, value, color=colour, marker="o", markersize=3, label=label)
-        if intervals:
-            low, high = intervals["layer_similarity" if key == "similarity" else "mean_entropy"]
-            axis.fill_between(layers, low, high, color=colour, alpha=0.25, linewidth=0, label="95 % interval")
-    if intervals:
-        top.plot(layers, result["floor_similarity"].mean(0), color="#CC6677", linestyle="--",
-                 label="floor: halves of one language")
-    top.set_ylabel("routing similarity, 1 - JSD")
-    middle.set_ylabel("routing entropy / log E")
-    for key, label, colour, style in (("layer_exclusive", "exclusive, all languages", "#CC6677", "-"),
-                                      ("layer_shared", "shared", "#332288", "--")):
-        bottom.plot(layers, summary[key], color=colour, linestyle=style, marker="o", markersize=3, label=label)
-    bottom.set_ylabel("experts")
-    bottom.set_xlabel("decoder layer")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    for axis in (top, middle, bottom):
-        axis.legend(fontsize=8, frameon=False, loc="best")
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw_experts(plt, path, result, languages, layers):
-    """Layers x experts, each coloured by the language it is exclusive to, or as shared."""
-    exclusive = result["exclusive"]
-    named = sorted(np.argsort(-exclusive.sum((1, 2)), kind="stable")[:len(COLOURS)])
-    groups = [(f"{languages[i]} ({exclusive[i].sum()})", COLOURS[k], exclusive[i]) for k, i in enumerate(named)]
-    rest = np.delete(exclusive, named, 0).any(0)
-    if rest.any():
-        groups.append((f"another language ({rest.sum()})", "#BBBBBB", rest))
-    groups.append((f"shared ({result['shared'].sum()})", SHARED_COLOUR, result["shared"]))
-    several = exclusive.sum(0) > 1  # below a threshold of a half, two languages can both have more than it
-    if several.any():
-        groups.append((f"two of them ({several.sum()})", "#777777", several))
-    kind = np.zeros(exclusive.shape[1:], int)
-    for k, (_, _, chosen) in enumerate(groups, 1):
-        kind[chosen] = k
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-    num_layers, num_experts = kind.shape
-    size = min(14, max(7, num_experts * 0.075 + 3)), max(3, num_layers * 0.13 + 1.4)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    colours = ListedColormap([OTHER_COLOUR] + [colour for _, colour, _ in groups])
-    axis.pcolormesh(np.arange(num_experts + 1) - 0.5, np.arange(num_layers + 1) - 0.5, kind, vmin=0, vmax=len(groups),
-                    cmap=colours, edgecolors="white", linewidth=0.3)
-    steps = np.unique(np.linspace(0, num_layers - 1, min(num_layers, 13)).round().astype(int))
-    axis.set_yticks(steps, layers[steps])
-    axis.set_xlabel("expert")
-    axis.set_ylabel("decoder layer")
-    handles = [Patch(color=colour, label=label) for label, colour, _ in groups]
-    figure.legend(handles=handles + [Patch(color=OTHER_COLOUR, label="neither")], loc="outside right center", fontsize=8,
-                  title="exclusive to", frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------------------------ main
 
 def run_contrast(args):
     """--contrast: the table of experts that tell two groups of tokens apart, and the file of them."""
-    a, b = load_languages([f"A={split_label(args.contrast[0])[1]}", f"B={split_label(args.contrast[1])[1]}"], args.part)
-    frequency = activation_frequency([a["counts"], b["counts"]], [a["num_tokens"], b["num_tokens"]])
+    a, b = load_languages([f"{name}={split_label(path)[1]}" for name, path in zip("AB", args.contrast)],
+                          args.part)
+    frequency, layers = frequencies([a, b]), a["layers"]
     difference, chosen = select_contrast(*frequency, args.tau, args.top)
-    layers = a["layers"]
     if not chosen.any():
-        raise InputError(f"no expert's frequency differs by more than {args.tau} (the most: {difference.max():.3f}); lower "
-                         "--tau, or give --top")
+        raise InputError(f"no expert's frequency differs by more than {args.tau} (the most: "
+                         f"{difference.max():.3f}); lower --tau, or give --top")
     how = f"the {args.top} largest differences" if args.top else f"difference above {args.tau}"
-    print(f"A {args.contrast[0]}  {a['num_tokens']:,} tokens\nB {args.contrast[1]}  {b['num_tokens']:,} tokens\n"
-          f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}: {how}\n")
-    strongest = np.argsort(-np.abs(np.where(chosen, difference, 0)).ravel(), kind="stable")[:min(20, chosen.sum())]
-    print_table(["layer", "expert", "frequency in A", "in B", "difference"], [
-        [layers[l], e, f"{frequency[0, l, e]:.3f}", f"{frequency[1, l, e]:.3f}", f"{difference[l, e]:+.3f}"]
-        for l, e in zip(*np.divmod(strongest, a["num_experts"]))])
-    selection = {"experts": {int(layer): {int(e): round(float(row[e]), 6) for e in np.flatnonzero(c)}
-                             for layer, row, c in zip(layers, difference, chosen) if c.any()},
-                 "how": how, "A": {key: a[key] for key in ("path", "digest", "num_tokens")},
-                 "B": {key: b[key] for key in ("path", "digest", "num_tokens")}}
-    write_whole(args.selection, lambda file: file.write(json.dumps(selection, indent=1).encode()))
+    experts = {int(layer): {int(e): round(float(row[e]), 6) for e in np.flatnonzero(c)}
+               for layer, row, c in zip(layers, difference, chosen) if c.any()}
+    inputs = {dump["language"]: {key: dump[key] for key in ("path", "digest", "num_tokens")}
+              for dump in (a, b)}
+    text = json.dumps({"experts": experts, "how": how} | inputs, indent=1)
+    write_whole(args.selection, lambda file: file.write(text.encode()))
+    for name, path, dump in zip("AB", args.contrast, (a, b)):
+        print(f"{name} {path}  {dump['num_tokens']:,} tokens")
+    print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}: {how}\n")
+    strongest = np.argsort(-np.abs(np.where(chosen, difference, 0)).ravel(), kind="stable")
+    rows, ids = np.unravel_index(strongest[:min(20, chosen.sum())], chosen.shape)
+    in_a, in_b = ([f"{value:.3f}" for value in f[rows, ids]] for f in frequency)
+    print_table({"layer": layers[rows], "expert": ids, "frequency in A": in_a, "in B": in_b,
+                 "difference": [f"{value:+.3f}" for value in difference[rows, ids]]})
     print(f"\n{args.selection}")
 
 
-def main():
+def parse_arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("dumps", nargs="*", default=DUMPS, metavar="DUMP", help="path or label=path (default: the tiny model's)")
-    p.add_argument("--experts-per-language", type=int, default=EXPERTS_PER_LANGUAGE, help="most frequent experts that are a "
-                   "language's own or shared (default: 15/128 of the experts, the paper's)")
-    p.add_argument("--threshold", type=float, default=THRESHOLD, help="an expert is exclusive above this share (default: %(default)s)")
-    p.add_argument("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, middle, last tenth)")
-    p.add_argument("--part", choices=["all", "prompt", "response"], default="all", help="count only these tokens")
-    p.add_argument("--parallel", action="store_true", help="sequence i says the same in all languages: the divergence is "
-                   "averaged over sequences, and the bootstrap draws the same ones in all")
-    p.add_argument("--bootstrap", type=int, default=0, metavar="N", help="intervals from N draws of sequences, and the floor; 1000")
-    p.add_argument("--vocabulary", action="store_true", help="similarity over the tokens that two languages have in common, and "
-                   "over the others")
-    p.add_argument("--families", metavar="FILE", help="code, tab, family/branch; over the built-in table")
-    p.add_argument("--scores", metavar="FILE", help='JSON {"de": 0.9, ...}: correlate with the similarity to --reference')
-    p.add_argument("--reference", default=REFERENCE, help="(default: %(default)s)")
-    p.add_argument("--figures", metavar="DIR", help="draw heatmaps.png, layers.png and experts.png there; needs matplotlib")
-    p.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
-    p.add_argument("--out", default=OUT, help="(default: %(default)s)")
-    p.add_argument("--contrast", nargs=2, metavar=("A", "B"), help="instead: experts that A's tokens select and B's do not")
-    p.add_argument("--tau", type=float, default=TAU, help="of --contrast: select above this difference (default: %(default)s)")
-    p.add_argument("--top", type=int, metavar="N", help="of --contrast: select the N largest differences of either sign instead")
-    p.add_argument("--selection", default="selection.json", metavar="FILE", help="of --contrast (default: %(default)s)")
+    add = p.add_argument_group("what is compared").add_argument
+    add("dumps", nargs="*", default=DUMPS, metavar="DUMP", help="path, or label=path (default: routing/)")
+    add("--bands", nargs="+", metavar="B", help="NAME=A-B, decoder layers, inclusive (default: the first, "
+        "middle and last tenth)")
+    add("--experts-per-language", type=float, default=EXPERTS_PER_LANGUAGE, metavar="N", help="the most "
+        "frequent ones: a number, or a part below 1 (default: %(default).3g)")
+    add("--threshold", type=float, default=THRESHOLD, metavar="T",
+        help="exclusive above this share (default: %(default)s)")
+    add("--part", choices=["all", "prompt", "response"], default="all", help="count only these tokens")
+    add = p.add_argument_group("what is noise, and what else it could be").add_argument
+    add("--bootstrap", type=int, default=0, metavar="N", help="intervals of N draws, and the floor; 1000")
+    add("--parallel", action="store_true", help="sequence i says the same in all languages")
+    add("--vocabulary", action="store_true", help="over common tokens, and over a language's own")
+    add("--families", metavar="FILE", help="code, tab, family/branch; over the built-in table")
+    add("--scores", metavar="FILE", help='JSON {"de": 0.9, ...}, correlated with the similarity to')
+    add("--reference", default=REFERENCE, metavar="L", help="this language (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    add = p.add_argument_group("what is written").add_argument
+    add("--out", default=OUT, help="(default: %(default)s)")
+    add("--figures", metavar="DIR", help="heatmaps.png, layers.png, experts.png; needs matplotlib")
+    add = p.add_argument_group("instead: experts that tell two groups of tokens apart").add_argument
+    add("--contrast", nargs=2, metavar=("A", "B"), help="two dumps")
+    add("--tau", type=float, default=TAU, metavar="D", help="select where A has this much more (%(default)s)")
+    add("--top", type=int, metavar="N", help="select the N largest differences, of either sign")
+    add("--selection", default="selection.json", metavar="FILE", help="(default: %(default)s)")
     args = p.parse_args()
-
     for path in (args.selection if args.contrast else args.out, (args.figures or "").rstrip("/")):
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"no such folder: {os.path.dirname(path)}; make it, or give another place")
@@ -924,101 +1049,29 @@ def main():
         raise InputError("--top takes a number above 0, and --contrast A B")
     if args.figures and os.path.isfile(args.figures):
         raise InputError(f"{args.figures} is a file; --figures takes a folder")
+    if args.bootstrap == 1 or args.bootstrap < 0:
+        raise InputError("--bootstrap takes 2 draws or more; 1000 is usual")
+    return args
+
+
+def main():
+    args = parse_arguments()
     if args.contrast:
         return run_contrast(args)
-    if args.bootstrap and args.bootstrap < 2:
-        raise InputError("--bootstrap takes 2 draws or more; 1000 is usual")
     plt = import_matplotlib() if args.figures else None
-    table = read_families(args.families)
+    read_families(args.families)
     dumps = load_languages(args.dumps, args.part)
     languages, layers = [dump["language"] for dump in dumps], dumps[0]["layers"]
+    args.experts_per_language = number_of_experts(args.experts_per_language, dumps[0]["num_experts"])
     bands = parse_bands(args.bands, layers)
     scores = read_scores(args.scores, languages, args.reference) if args.scores else None
-    experts_per_language = args.experts_per_language
-    if experts_per_language is None:
-        experts_per_language = default_experts_per_language(dumps[0]["num_experts"])
-    rng = np.random.default_rng(args.seed)
-    frequency = activation_frequency([dump["counts"] for dump in dumps], [dump["num_tokens"] for dump in dumps])
-    result, intervals, by_sequence = analyze(frequency, experts_per_language, args.threshold), {}, None
-    summary = summarize(result, bands)
-    result["order"] = np.array([linkage_order(matrix) for matrix in summary["band_similarity"]])
-    if args.bootstrap:
-        counts = [sequence_counts(dump, args.part) for dump in tqdm(dumps, desc="reading IDs", leave=False)]
-    if args.parallel:
-        result["divergence_aligned"], by_sequence = aligned_divergence(read_aligned(dumps, args.part))
-        summary["layer_aligned"] = by_sequence.mean(0)
-        summary["mean_aligned"] = np.array([summary["layer_aligned"][rows].mean() for rows in bands.values()])
-    if args.bootstrap:
-        floors = [split_half_floor(c, experts_per_language, rng) for c in counts]
-        result |= {f"floor_{measure}": np.stack([floor[measure] for floor in floors]) for measure in MEASURES}
-        intervals, result["exclusive_stability"], result["shared_stability"] = bootstrap(
-            counts, args.bootstrap, experts_per_language, args.threshold, bands, rng, by_sequence)
-    if args.vocabulary:
-        result |= vocabulary_control(dumps, args.part)
-
-    print(f"{len(dumps)} languages  {len(layers)} MoE layers  {dumps[0]['num_experts']} experts  top_k {dumps[0]['top_k']}  "
-          f"experts_per_language {experts_per_language}  threshold {args.threshold}")
-    print_wrapped("tokens  " + "  ".join(f"{dump['language']} {dump['num_tokens']:,}" for dump in dumps))
-    if len(dumps) > PRINT_LANGUAGES:
-        print(f"note: with more than {PRINT_LANGUAGES} languages, what is as wide as their number is in {args.out} alone")
-    if len(dumps) == 1:
-        print("note: exclusive and shared are about several languages; one alone has all its experts to itself")
-    if args.threshold * len(languages) <= 1:
-        print(f"note: shares add up to 1, so with {len(languages)} languages none is shared at a threshold of {args.threshold}; "
-              "raise --threshold")
-    print_tables(result, summary, intervals, languages, layers, bands)
-    if args.vocabulary and len(languages) > 1:
-        print_vocabulary(result, bands, layers)
-    tests, unknown = families_of_bands(summary, languages, bands, table, np.random.default_rng(args.seed))
-    if any(not np.isnan(test[2]) for test in tests):
-        print("\nsimilarity of languages of the same family or branch, and of others; p: labels dealt out at random")
-        print_table(["", "band", "same", "other", "p"], [[level, band, f"{same:.3f}", f"{other:.3f}", f"{chance:.4f}"]
-                                                        for level, band, same, other, chance in tests if not np.isnan(same)])
-    if unknown:
-        print(f"note: no family known of {', '.join(unknown)}; see --families")
-    if scores:
-        of, values = [languages.index(language) for language in scores], list(scores.values())
-        rng = np.random.default_rng(args.seed)
-        result["score_correlation"] = np.array([rank_correlation(similarity[of], values, rng) for similarity in
-                                                summary["band_similarity"][:, languages.index(args.reference)]])
-        print(f"\nrank correlation of the similarity to {args.reference} with the scores of {len(scores)} languages")
-        print_table(["band", "Spearman", "p"], [[band, f"{rho:+.3f}", f"{chance:.4f}"]
-                                                for band, (rho, chance) in zip(bands, result["score_correlation"])])
-
-    meta = vars(args) | {"experts_per_language": experts_per_language,
-                         "bands": {band: layers[rows].tolist() for band, rows in bands.items()},
-                         "inputs": [{key: dump[key] for key in ("language", "path", "digest", "num_tokens")}
-                                    for dump in dumps]}
-    result |= summary | {f"interval_{key}": value for key, value in intervals.items()}
-    result |= {"languages": np.array(languages), "layers": layers, "meta": np.array(json.dumps(meta, ensure_ascii=False)),
-               "families": np.array([family_of(language, table) or "" for language in languages]),
-               "family_tests": np.array([test[2:] for test in tests]).reshape(-1, len(bands), 3)}
-    write_whole(args.out, lambda file: np.savez(file, **result))
-    print(f"\n{args.out}")
+    result = compute(dumps, bands, args, scores)
+    save_analysis(args.out, result, dumps, bands, args)
+    written = [args.out]
     if plt:
-        os.makedirs(args.figures, exist_ok=True)
-        draw_heatmaps(plt, os.path.join(args.figures, "heatmaps.png"), result, summary, languages, layers, bands)
-        draw_layers(plt, os.path.join(args.figures, "layers.png"), result, summary, intervals, layers)
-        draw_experts(plt, os.path.join(args.figures, "experts.png"), result, languages, layers)
-        print(", ".join(os.path.join(args.figures, f"{name}.png") for name in ("heatmaps", "layers", "experts")))
-
-
-def read_aligned(dumps, part):
-    """mean_probs of each language, (sequences, layers, experts), as many in all."""
-    if part != "all":
-        raise InputError("--parallel takes means over whole sequences; leave out --part")
-    probs = []
-    for dump in dumps:
-        if any(path.endswith(".json") for path in dump["path"]):
-            raise InputError(f"{', '.join(dump['path'])} is a recorder's, without single sequences, which --parallel needs")
-        with_probs = [np.load(path, allow_pickle=False) for path in dump["path"]]
-        if not all("mean_probs" in file for file in with_probs):
-            raise InputError(f"{', '.join(dump['path'])} holds no mean_probs, which --parallel needs")
-        probs.append(np.concatenate([file["mean_probs"] for file in with_probs]))
-    numbers = {dump["language"]: len(p) for dump, p in zip(dumps, probs)}
-    if len(set(numbers.values())) > 1:
-        raise InputError(f"--parallel takes as many sequences in every language; there are {numbers}")
-    return probs
+        written += save_figures(plt, args.figures, result, languages, layers, bands)
+    report(result, dumps, bands, args)
+    print("\n" + ", ".join(written))
 
 
 if __name__ == "__main__":
@@ -1027,4 +1080,4 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        sys.exit("interrupted; nothing was written")
