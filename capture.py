@@ -15,7 +15,6 @@ GPU, about its bare prefill time.
 import argparse
 import hashlib
 import json
-import sys
 import time
 from pathlib import Path
 from zipfile import BadZipFile
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from common import (InputError, add_model_arguments, checkpoint_id, dtype_name, encode_prompt,
                     find_data, length_batches, load_config, load_weights, max_positions, positive,
                     read_examples, record_routing, right_padded, routing_shape, run_batches,
-                    write_whole)
+                    run_script, write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -266,9 +265,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+    run_script(main)

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -55,8 +56,9 @@ class InputError(ValueError):
 def find_routers(model):
     """{decoder layer: router module}, in layer order, of a model's text decoder; dense layers have none.
 
-    A router is a module of a class that the model's classes name as the source of their router_logits
-    (PreTrainedModel._can_record_outputs). InputError if there is none, or one that we cannot read.
+    A router is a module of a class that the model's classes name as the source of their
+    router_logits (PreTrainedModel._can_record_outputs). InputError if there is none, or one whose
+    answer we cannot read.
     """
     return {layer: router for layer, (router, *_) in probe_routers(model).items()}
 
@@ -68,24 +70,22 @@ def routing_shape(model):
 
 
 def probe_routers(model):
-    """{decoder layer: (router, router_logits, selected_experts)}, its answer to two tokens of zeros."""
+    """{decoder layer: (router, router_logits, selected_experts)}: its answer to two tokens of zeros."""
     decoder, family, found = model.get_decoder(), type(model).__name__, {}
     declared = declared_routers(model)
     for name, router in decoder.named_modules():
-        if not isinstance(router, declared):
-            continue
-        kind, layer = type(router).__name__, re.search(r"(?:^|\.)(\d+)\.", name)
-        if layer is None or int(layer[1]) in found:
-            raise InputError(f"{family} is not supported: {kind} routes more than a layer's experts")
-        block = decoder.get_submodule(name.rpartition(".")[0])
-        hidden_size = model.config.get_text_config().hidden_size
-        try:  # AFMoE's router wants three dimensions, the others take them
-            zeros = next(router.parameters()).new_zeros(1, 2, hidden_size)
-            found[int(layer[1])] = router, *probe_router(router, block, zeros)
-        except Exception as error:  # whatever it is, this is no router that we can read
-            raise InputError(
-                f"{family} is not supported: its {kind} does not map hidden states to (router_logits, "
-                "routing_weights, selected_experts) of its experts") from error
+        if isinstance(router, declared):
+            kind, layer = type(router).__name__, re.search(r"(?:^|\.)(\d+)\.", name)
+            if layer is None or int(layer[1]) in found:
+                raise InputError(f"{family} is not supported: {kind} routes more than a layer's experts")
+            block = decoder.get_submodule(name.rpartition(".")[0])
+            try:  # AFMoE's router wants three dimensions, the others take them
+                size = 1, 2, model.config.get_text_config().hidden_size
+                answer = probe_router(router, block, next(router.parameters()).new_zeros(size))
+            except Exception as error:  # whatever it is, this is no router that we can read
+                raise InputError(f"{family} is not supported: its {kind} does not map hidden states to "
+                                 "(router_logits, routing_weights, selected_experts)") from error
+            found[int(layer[1])] = router, *answer
     if not found:
         raise InputError(f"{family} has no routers that transformers declares: a dense model, or a "
                          "family that is not supported")
@@ -94,12 +94,11 @@ def probe_routers(model):
 
 def declared_routers(model):
     """The classes that the model's classes name as the source of their router_logits, as a tuple."""
-    declared = set()
+    declared = []
     for module in model.modules():
         recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for recorder in recorders if isinstance(recorders, list) else [recorders]:
-            declared.add(getattr(recorder, "target_class", recorder))
-    return tuple(declared)
+        declared += recorders if isinstance(recorders, list) else [recorders]
+    return tuple({getattr(recorder, "target_class", recorder) for recorder in declared})
 
 
 @torch.no_grad()
@@ -109,27 +108,21 @@ def probe_router(router, block, hidden):
     names = inspect.signature(type(router).forward).parameters
     given = {name: getattr(block, name) for name in names if hasattr(block, name)}
     # the class's forward: the router as it is, under no edit and no hook
-    output = type(router).forward(router, hidden, **given)
-    router_logits, routing_weights, selected_experts = read_router(router, output)
-    if routing_weights.shape != selected_experts.shape or selected_experts.is_floating_point():
-        raise ValueError("no selections")
+    logits, weights, selected = read_router(router, type(router).forward(router, hidden, **given))
     # Zaya has one class more than experts, to skip them all, and reports it as expert 0
-    num_experts = getattr(getattr(block, "experts", None), "num_experts", router_logits.shape[-1])
-    if num_experts != router_logits.shape[-1]:
-        raise ValueError("a class that is no expert")
-    return router_logits, selected_experts
+    num_experts = getattr(getattr(block, "experts", None), "num_experts", logits.shape[-1])
+    if (weights.shape, logits.shape[-1]) != (selected.shape, num_experts) or selected.is_floating_point():
+        raise ValueError("no selections of experts")
+    return logits, selected
 
 
 def read_router(router, output):
-    """(router_logits, routing_weights, selected_experts) of what a router returned; Zaya adds a fourth."""
-    if not isinstance(output, tuple):
-        raise ValueError("one tensor")
+    """(router_logits, routing_weights, selected_experts) of what a router returned."""
     if len(output) == 2:  # Llama 4: scores of all experts, 0 where one is not selected, and logits
         scores, router_logits = output
-        if scores.shape != router_logits.shape:
-            raise ValueError("neither logits, weights and selections nor scores and logits")
         return router_logits, *scores.topk(router.top_k, -1)
-    return output[:3]
+    router_logits, routing_weights, selected_experts, *_ = output
+    return router_logits, routing_weights, selected_experts
 
 
 @contextlib.contextmanager
@@ -184,12 +177,20 @@ class EditedScoring(TorchFunctionMode):
     well as the logits: a bias that is added to sigmoid scores could bring a masked expert back.
     """
 
-    def __init__(self, router, num_experts, masked, boost, rule):
+    def __init__(self, router, num_experts, mask, boost, rule):
         super().__init__()
-        self.num_experts, self.masked, self.boost, self.rule = num_experts, masked, boost, rule
+        self.num_experts, self.masked, self.boost, self.rule = num_experts, mask, boost, rule
         # Inkling scores its always-on experts along with the others, behind them
         self.width = getattr(router, "n_total_experts", num_experts)
-        self.edits = 0
+        weight = next(router.parameters())  # tallies stay on its device until they are read
+        self.selected = torch.zeros(num_experts, dtype=torch.bool, device=weight.device)
+        self.moved, self.selections, self.edits = torch.zeros_like(self.selected[0], dtype=torch.int64), 0, 0
+        if mask is not None:
+            ids = torch.as_tensor(list(mask), device=weight.device)
+            self.masked = self.selected.index_fill(0, ids, True)
+        if boost is not None:  # in float32 at least
+            self.boost = torch.as_tensor(np.asarray(boost, np.float64)).to(
+                weight.device, torch.promote_types(weight.dtype, torch.float32))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear:
@@ -208,7 +209,7 @@ class EditedScoring(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
     def edited(self, router_logits):
-        if self.boost is not None:  # in float32 at least, and back: a zero boost changes no bit
+        if self.boost is not None:  # in its precision, and back: a zero boost changes no bit
             wide = router_logits.to(self.boost.dtype)
             router_logits = boost_logits(wide, self.boost, self.rule).to(router_logits.dtype)
         if self.masked is not None:
@@ -232,24 +233,25 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     no selection at all.
     """
     masks = {layer: ids for layer, ids in (masks or {}).items() if len(ids)}
-    boosts, moved, proofs = boosts or {}, {}, {}
+    boosts, moved, edits = boosts or {}, {}, {}
     routers, shape = find_routers(model), routing_shape(model)
     check_edit(masks, boosts, rule, routers, shape)
     with contextlib.ExitStack() as undo:
         for layer in sorted(masks.keys() | boosts.keys()):
-            forward, proofs[layer] = edited_forward(routers[layer], shape[layer][0], masks.get(layer),
-                                                    boosts.get(layer), rule, count_moved)
+            edits[layer] = EditedScoring(routers[layer], shape[layer][0], masks.get(layer),
+                                         boosts.get(layer), rule)
+            forward = edited_forward(routers[layer], edits[layer], count_moved)
             undo.enter_context(replaced_forward(routers[layer], forward))
         yield moved
-    for layer, proof in proofs.items():
-        if not proof["selections"]:
+    for layer, edit in edits.items():
+        if not edit.selections:
             raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit did "
                                "not take hold")
-        if proof["mask"] is not None and (proof["mask"] & proof["selected"]).any():
-            experts = (proof["mask"] & proof["selected"]).nonzero().flatten().tolist()
+        if edit.masked is not None and (edit.masked & edit.selected).any():
+            experts = (edit.masked & edit.selected).nonzero().flatten().tolist()
             raise RuntimeError(f"layer {layer}: the experts {experts} were masked and yet selected")
     if boosts and count_moved:
-        moved |= {layer: int(proofs[layer]["moved"]) / proofs[layer]["selections"] for layer in boosts}
+        moved |= {layer: int(edits[layer].moved) / edits[layer].selections for layer in boosts}
         if not any(moved.values()):
             warnings.warn("the boosts moved no selection in any layer")
 
@@ -266,20 +268,9 @@ def replaced_forward(router, forward):
             router.forward = before
 
 
-def edited_forward(router, num_experts, mask, boost, rule, count_moved):
-    """A router's forward under the edit, and the tallies that prove it: they stay on its device."""
-    original, parameter = router.forward, next(router.parameters())
-    device = parameter.device
-    if mask is not None:
-        ids = torch.as_tensor(list(mask), device=device)
-        mask = torch.zeros(num_experts, dtype=torch.bool, device=device).index_fill_(0, ids, True)
-    if boost is not None:
-        boost = torch.as_tensor(np.asarray(boost, np.float64)).to(
-            device, torch.promote_types(parameter.dtype, torch.float32))
-    scoring = EditedScoring(router, num_experts, mask, boost, rule)
-    proof = {"selections": 0, "mask": mask,
-             "selected": torch.zeros(num_experts, dtype=torch.bool, device=device),
-             "moved": torch.zeros((), dtype=torch.int64, device=device)}
+def edited_forward(router, scoring, count_moved):
+    """A router's forward under EditedScoring, which also tallies what proves the edit."""
+    original = router.forward
 
     def forward(*args, **kwargs):
         scoring.edits = 0
@@ -287,17 +278,16 @@ def edited_forward(router, num_experts, mask, boost, rule, count_moved):
             output = original(*args, **kwargs)
         if scoring.edits != 1:
             raise RuntimeError(f"{type(router).__name__} computes its logits in a way that cannot be "
-                               f"edited ({scoring.edits} linear maps to {num_experts} experts)")
+                               f"edited ({scoring.edits} linear maps to {scoring.num_experts} experts)")
         selected = read_router(router, output)[2]
-        proof["selections"] += selected.numel()
-        if mask is not None:
-            proof["selected"].index_fill_(0, selected.flatten(), True)
-        if boost is not None and count_moved:
+        scoring.selections += selected.numel()
+        scoring.selected.index_fill_(0, selected.flatten(), True)
+        if scoring.boost is not None and count_moved:
             plain = read_router(router, original(*args, **kwargs))[2]
-            proof["moved"].add_(number_moved(plain, selected))
+            scoring.moved.add_(number_moved(plain, selected))
         return output
 
-    return forward, proof
+    return forward
 
 
 def number_moved(before, after):
@@ -343,25 +333,25 @@ def load_config(name):
     if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 6):
         raise InputError(f"transformers {transformers.__version__} has other routers; run: "
                          "pip install 'transformers>=5.6'")
-    try:
+    with explained(f"no model '{name}': neither a folder with a config.json, nor to be had from the hub"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model '{name}': neither a folder with a config.json, nor to be had from "
-                         f"the hub ({first_line(error)})") from error
-    try:
+    with explained(f"cannot load a tokenizer for model '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if not tokenizer("a 1")["input_ids"]:  # without its files, some families get an empty one
             raise OSError("its files are missing")
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load a tokenizer for model '{name}': {first_line(error)}") from error
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"model '{name}' cannot be built as a causal language model: "
-                         f"{first_line(error)}") from error
+    with explained(f"model '{name}' cannot be built as a causal language model"), torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
     find_routers(skeleton)
     return config, tokenizer, skeleton
+
+
+@contextlib.contextmanager
+def explained(message):
+    """What goes wrong in the block becomes an InputError, message and the first line of the error."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
+        raise InputError(f"{message} ({str(error).strip().splitlines()[0]})") from error
 
 
 def load_model(name, dtype="auto", device=None, **options):
@@ -384,18 +374,12 @@ def load_weights(name, config, dtype="auto", device=None, **options):
     options = MODEL_OPTIONS | options
     if dtype == "float64":  # grouped_mm knows no float64
         options.setdefault("experts_implementation", "eager")
-    try:
-        import accelerate  # noqa: F401  puts weights on the device as they are read
+    if importlib.util.find_spec("accelerate"):  # puts weights on the device as they are read
         options["device_map"] = device
-    except ImportError as error:
-        if device == "auto":
-            raise InputError("--device auto spreads a model over several GPUs; run: "
-                             "pip install accelerate") from error
-    try:
+    elif device == "auto":
+        raise InputError("--device auto spreads a model over several GPUs; run: pip install accelerate")
+    with explained(f"cannot load the weights of model '{name}' with {options}"):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"cannot load the weights of model '{name}'"
-                         f"{f' with {options}' if options else ''}: {first_line(error)}") from error
     return (model if "device_map" in options else model.to(device)).eval()
 
 
@@ -428,10 +412,6 @@ def max_positions(config):
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-def first_line(error):
-    return str(error).strip().split("\n")[0]
-
-
 # ---------------------------------------------------------------------------- prompts and answers
 
 def find_data(pattern, languages=None):
@@ -443,18 +423,16 @@ def find_data(pattern, languages=None):
     wanted = languages.split(",") if languages else []
     if len(set(wanted)) < len(wanted):
         raise InputError(f"a language is named twice in: {languages}")
-    if "{lang}" not in pattern:
-        if len(wanted) > 1:
-            raise InputError(f"'{pattern}' is one file but {len(wanted)} languages are named; put "
-                             "{lang} into --data")
-        files = {(wanted or [Path(pattern).stem])[0]: pattern}
-    elif wanted:
-        files = {language: pattern.replace("{lang}", language) for language in wanted}
+    if "{lang}" not in pattern and len(wanted) > 1:
+        raise InputError(f"'{pattern}' is one file but {len(wanted)} languages are named; put {{lang}} "
+                         "into --data")
+    if wanted or "{lang}" not in pattern:
+        files = {l: pattern.replace("{lang}", l) for l in wanted or [Path(pattern).stem]}
     else:
         first, *others = map(re.escape, pattern.split("{lang}"))
-        name = re.compile(first + "([^/]+)" + r"\1".join(others))
         paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
-        files = {match[1]: path for path in paths if (match := name.fullmatch(path))}
+        matches = [re.fullmatch(first + "([^/]+)" + r"\1".join(others), path) for path in paths]
+        files = {match[1]: match[0] for match in matches if match}
         if not files:
             raise InputError(f"no file matches '{pattern}' ({{lang}} stands for a language)")
     for language, path in files.items():
@@ -483,18 +461,18 @@ def read_examples(path):
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
-    lines, examples = text.split("\n"), []
-    while lines and not lines[-1].strip():
-        lines.pop()
+    lines, examples = text.rstrip().split("\n"), []
+    lines[-1] = text.split("\n")[len(lines) - 1]  # with its own spaces
     if suffix == ".json":
         lines, examples = [], read_squad(text, path)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if text.strip() else [], 1):
         try:
             examples.append(LINE_READERS[suffix](line.removesuffix("\r")))
             if not examples[-1]["prompt"].strip():
                 raise ValueError("an empty prompt")
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{path}:{number}: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else error
+            raise InputError(f"{path}:{number}: cannot be read: {what}") from error
     if not examples:
         raise InputError(f"{path}: no prompts in it")
     return examples
@@ -512,18 +490,13 @@ def read_tsv_line(line):
 
 
 def read_json_line(line):
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+    row = json.loads(line)
     if "flores_passage" in row:
         return read_belebele(row)
-    key = next((k for k in ("prompt", "question", "text") if isinstance(row.get(k), str)), None)
-    if key is None:
+    prompt = next((row[k] for k in ("prompt", "question", "text") if isinstance(row.get(k), str)), None)
+    if prompt is None:
         raise ValueError('no "prompt", "question" or "text" with a string')
-    example = {"prompt": row[key]}
+    example = {"prompt": prompt}
     if row.get("response") is not None:
         example["response"] = str(row["response"])
     if row.get("answer") is not None:
@@ -533,12 +506,10 @@ def read_json_line(line):
 
 
 def read_belebele(row):
-    options = [f"mc_answer{i}" for i in "1234"]
-    missing = [key for key in ("question", "correct_answer_num", *options) if key not in row]
-    if missing or str(row["correct_answer_num"]) not in "1234":
-        raise ValueError(f"a Belebele row without {missing or 'a correct_answer_num of 1 to 4'}")
-    answers = "\n".join(f"{letter}. {row[option]}" for letter, option in zip("ABCD", options))
-    return {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{answers}\n\n"
+    options = "\n".join(f"{letter}. {row[f'mc_answer{i}']}" for i, letter in enumerate("ABCD", 1))
+    if str(row["correct_answer_num"]) not in "1234":
+        raise ValueError("a Belebele row whose correct_answer_num is not 1 to 4")
+    return {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}\n\n"
                       "Answer with A, B, C or D.",
             "answer": "ABCD"[int(row["correct_answer_num"]) - 1], "kind": "choice"}
 
@@ -548,14 +519,14 @@ LINE_READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".txt": read_te
 
 def read_squad(text, path):
     """SQuAD's layout: data, paragraphs, qas. Every question becomes a prompt behind its paragraph."""
+    with explained(f"{path}: not JSON"):
+        root = json.loads(text)
     try:
         return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}\n\n"
                            "Answer with words from the text.",
                  "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
-                for article in json.loads(text)["data"]
-                for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+                for article in root["data"] for paragraph in article["paragraphs"]
+                for qa in paragraph["qas"]]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: not in SQuAD's layout (no {error})") from error
 
@@ -794,13 +765,13 @@ def choose_letters(model, tokenizer, encoded, batch_tokens, letters="ABCD"):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=None, seed=0):
+def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens=512, sampling=None, seed=0):
     """The model's response to each prompt, as text, and how many were cut off at max_new_tokens.
 
     Greedy unless sampling is given, as {"temperature": .7, "top_p": .8, "top_k": 20}; the same seed
     draws the same. Padding stands on the left.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(seed or 0)
     choice = {"do_sample": True, **sampling} if sampling else {
         "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -826,31 +797,30 @@ def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling=N
     return [responses[i] for i in range(len(encoded))], cut
 
 
-def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, max_new_tokens=512,
-             sampling=None, seed=0):
+def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **generation):
     """Scores of each example, {metric: float64 (examples,)}, the responses (None where none were
-    generated), and how many of them were cut off at max_new_tokens.
+    generated), and how many of them were cut off; generation as in generate().
 
     accuracy is 1 or 0: the number, the letter, or the exact span; spans have f1 beside it.
     """
     scores, responses, cut, kind = {}, None, 0, encoded[0].get("kind")
     if {"prompt_nll", "answer_nll"} & set(metrics):
-        likelihood = negative_log_likelihood(model, encoded, batch_tokens)
-        scores = {metric: values for metric, values in likelihood.items() if metric in metrics}
+        scores = negative_log_likelihood(model, encoded, batch_tokens)
     if "accuracy" in metrics and kind == "choice":
         chosen = choose_letters(model, tokenizer, encoded, batch_tokens)
-        scores["accuracy"] = np.array([float(c == e["answer"]) for c, e in zip(chosen, encoded)])
-    if "language" in metrics or "accuracy" in metrics and kind != "choice":
-        responses, cut = generate(model, tokenizer, encoded, batch_tokens, max_new_tokens, sampling, seed)
-    if "accuracy" in metrics and kind == "number":
-        scores["accuracy"] = np.array([float(last_number(r, language) == last_number(e["answer"]))
-                                       for r, e in zip(responses, encoded)])
-    elif "accuracy" in metrics and kind == "span":
-        scores["accuracy"], scores["f1"] = np.array(
-            [span_scores(r, gold_answers(e), language) for r, e in zip(responses, encoded)]).T
-    if "language" in metrics:
-        scores["language"] = np.array(in_language(responses, language))
-    return {m: scores[m] for m in (*metrics, "f1") if m in scores}, responses, cut
+        scores["accuracy"] = [c == e["answer"] for c, e in zip(chosen, encoded)]
+    elif {"accuracy", "language"} & set(metrics):
+        responses, cut = generate(model, tokenizer, encoded, batch_tokens, **generation)
+        if kind == "number":
+            scores["accuracy"] = [last_number(r, language) == last_number(e["answer"])
+                                  for r, e in zip(responses, encoded)]
+        elif kind == "span":
+            scores["accuracy"], scores["f1"] = zip(*(
+                span_scores(r, gold_answers(e), language) for r, e in zip(responses, encoded)))
+        if "language" in metrics:
+            scores["language"] = in_language(responses, language)
+    wanted = [*metrics, "f1"] if "accuracy" in metrics else metrics
+    return {m: np.array(scores[m], np.float64) for m in wanted if m in scores}, responses, cut
 
 
 def check_metrics(metrics, encoded, path):
@@ -925,11 +895,10 @@ def append_row(path, row):
 
 def save_predictions(path, encoded, responses, scores):
     """JSONL with prompt, response, answer and score, which capture.py reads again; whole or not there."""
-    rows = [{"prompt": e["prompt"], "response": response, "answer": e.get("answer"),
-             "kind": e.get("kind"), "score": score}
-            for e, response, score in zip(encoded, responses, scores)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    rows = [{key: e.get(key) for key in ("prompt", "answer", "kind")} | {"response": r, "score": s}
+            for e, r, s in zip(encoded, responses, scores)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(path, lambda file: file.write(text.encode()))
 
 
@@ -985,7 +954,7 @@ def parse_task_arguments(p, script):
 
 
 def evaluation_settings(args, config):
-    """(what makes two evaluations of one file the same, as a dict; the sampling, {} being greedy)."""
+    """What makes two evaluations of one file the same; greedy without a temperature."""
     limit = args.max_new_tokens
     if limit is None:
         with contextlib.suppress(OSError):
@@ -996,17 +965,16 @@ def evaluation_settings(args, config):
         raise InputError("--top-p and --top-k-sampling need a --temperature")
     return {"revision": checkpoint_id(args.model, config), "dtype": dtype_name(args.dtype, config),
             "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
-            "max_new_tokens": limit or MAX_NEW_TOKENS,
-            "sampling": sampling | {"seed": args.seed} if sampling else "greedy"}, sampling
+            "max_new_tokens": limit or MAX_NEW_TOKENS, "sampling": sampling,
+            "seed": args.seed if sampling else None}
 
 
 def load_tasks(args, tokenizer, config, dumps):
     """{language: (encoded examples, sha256 of their file)}; a warning if experts were chosen on the same."""
-    captured, tasks = {sha for dump in dumps for sha in dump["data_sha256"]}, {}
-    longest = min(args.max_length, max_positions(config))
+    captured, tasks = sum((dump["data_sha256"] for dump in dumps), []), {}
     for language, path in find_data(args.data, args.languages).items():
-        examples = read_examples(path)[:args.limit]
-        encoded = encode_examples(tokenizer, examples, args.chat_template, longest)
+        encoded = encode_examples(tokenizer, read_examples(path)[:args.limit], args.chat_template,
+                                  min(args.max_length, max_positions(config)))
         check_metrics(args.metrics, encoded, path)
         sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         if sha in captured:
@@ -1019,16 +987,14 @@ def load_tasks(args, tokenizer, config, dumps):
 def check_dumps(dumps, shape, revision):
     """InputError if dumps (as analyze.load_languages returns them) were not captured on this model."""
     for dump in dumps:
-        paths, here = ", ".join(dump["path"]), sorted(set(shape.values()))
-        if list(dump["layers"]) != list(shape) or [(dump["num_experts"], dump["top_k"])] != here:
-            raise InputError(
-                f"{paths} has {len(dump['layers'])} layers of {dump['num_experts']} experts, top_k "
-                f"{dump['top_k']}; the model has {len(shape)} of "
-                + " and ".join(f"{e} experts, top_k {k}" for e, k in here) + ": another model")
-        there = dump["meta"].get("revision", revision)  # IDs from elsewhere name no revision
-        if there != revision:
+        paths = ", ".join(dump["path"])
+        there = {int(layer): (dump["num_experts"], dump["top_k"]) for layer in dump["layers"]}
+        if there != shape:
+            raise InputError(f"{paths} is of another model: by layer, its (num_experts, top_k) are {there}, "
+                             f"the model's {shape}")
+        if dump["revision"] not in (None, revision):  # IDs from elsewhere name no revision
             raise InputError(f"{paths} was captured on another model ({dump['meta'].get('model')}, "
-                             f"{there}); capture it again on this one ({revision})")
+                             f"{dump['revision']}); capture it again on this one ({revision})")
 
 
 class Experiment:
@@ -1042,7 +1008,7 @@ class Experiment:
         self.args, self.rows = args, load_rows(args.out)
         self.config, self.tokenizer, skeleton = load_config(args.model)
         self.routers, self.shape = find_routers(skeleton), routing_shape(skeleton)
-        self.settings, self.sampling = evaluation_settings(args, self.config)
+        self.settings = evaluation_settings(args, self.config)
         self.choice = {"experts_per_language": args.experts_per_language, "threshold": args.threshold,
                        "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
@@ -1072,21 +1038,30 @@ class Experiment:
 
 def evaluate_cell(experiment, language, name, edit):
     """A row beyond its settings: scores, mean, edited experts, predictions, how many were cut."""
-    args, (encoded, _) = experiment.args, experiment.tasks[language]
-    limit = experiment.settings["max_new_tokens"]
+    args, encoded = experiment.args, experiment.tasks[language][0]
+    generation = {key: experiment.settings[key] for key in ("max_new_tokens", "sampling", "seed")}
     with edit_routing(experiment.model, **edit, count_moved=False):
-        scores, responses, cut = evaluate(
-            experiment.model, experiment.tokenizer, encoded, args.metrics, language,
-            args.batch_tokens, limit, experiment.sampling, args.seed)
+        scores, responses, cut = evaluate(experiment.model, experiment.tokenizer, encoded, args.metrics,
+                                          language, args.batch_tokens, **generation)
     row = {"scores": {metric: np.round(s, 6).tolist() for metric, s in scores.items()},
            "mean": {metric: float(np.nanmean(s)) for metric, s in scores.items()},
-           "experts": {layer: int(np.count_nonzero(boost)) for layer, boost in edit.get("boosts", {}).items()}
-           | {layer: len(ids) for layer, ids in edit.get("masks", {}).items()}}
+           "experts": {layer: len(ids) for layer, ids in edit.get("masks", {}).items()} | {
+               layer: int(np.count_nonzero(b)) for layer, b in edit.get("boosts", {}).items()}}
     if responses is not None:
         path = Path(args.out).with_suffix("") / name / f"{language}.jsonl"
-        save_predictions(path, encoded, responses, scores.get("accuracy", [None] * len(encoded)))
+        save_predictions(path, encoded, responses, row["scores"].get("accuracy", [None] * len(encoded)))
         row |= {"predictions": str(path), "cut_responses": cut}
         if cut and not edit:
-            tqdm.write(f"{language}: {cut} of {len(encoded)} responses were cut at {limit} tokens; see "
-                       "--max-new-tokens")
+            tqdm.write(f"{language}: {cut} of {len(encoded)} responses were cut at "
+                       f"{generation['max_new_tokens']} tokens; see --max-new-tokens")
     return row
+
+
+def run_script(main, *errors):
+    """main(), with what the user can fix as one line and exit status 1."""
+    try:
+        main()
+    except (InputError, OSError, *errors) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

@@ -20,6 +20,7 @@ was stopped goes on where it stopped. In a notebook:
 """
 
 import argparse
+import collections
 import math
 import sys
 
@@ -110,30 +111,31 @@ def steer(model, coefficients, strength, rule=RULE, **options):
 
 
 @torch.inference_mode()
+def selections(model, sequences, batch_tokens):
+    """{layer: (tokens, top_k)}: the experts selected for all tokens of the sequences, batch by batch."""
+    found = collections.defaultdict(list)
+    for batch in common.length_batches([len(s) for s in sequences], batch_tokens):
+        ids = common.right_padded([sequences[i] for i in batch]).to(model.device)
+        real = torch.cat([torch.arange(ids.shape[1]) < len(sequences[i]) for i in batch])
+
+        def on_router(layer, router_logits, routing_weights, selected_experts):
+            found[layer].append(selected_experts.flatten(0, -2).cpu()[real])
+
+        with common.record_routing(model, on_router):
+            model.get_decoder()(input_ids=ids, use_cache=False)
+    return {layer: torch.cat(selected) for layer, selected in found.items()}
+
+
 def moved_selections(model, sequences, coefficients, strength, rule=RULE, batch_tokens=BATCH_TOKENS):
     """{steered layer: part of the sequences' expert selections that steering changes}.
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
-    moved, total = dict.fromkeys(coefficients, 0), 0
-
-    def selections(ids):
-        found = {}
-        with common.record_routing(model, lambda layer, *answer: found.update({layer: answer[2]})):
-            model.get_decoder()(input_ids=ids, use_cache=False)
-        return found
-
-    for batch in common.length_batches([len(s) for s in sequences], batch_tokens):
-        ids = common.right_padded([sequences[i] for i in batch]).to(model.device)
-        real = torch.cat([torch.arange(ids.shape[1]) < len(sequences[i]) for i in batch])
-        plain = selections(ids)
-        with steer(model, coefficients, strength, rule, count_moved=False):
-            steered = selections(ids)
-        for layer in moved:
-            before, after = (x[layer].flatten(0, -2)[real.to(x[layer].device)] for x in (plain, steered))
-            moved[layer] += int(common.number_moved(before, after))
-        total += int(real.sum()) * before.shape[-1]
-    return {layer: n / total for layer, n in moved.items()}
+    before = selections(model, sequences, batch_tokens)
+    with steer(model, coefficients, strength, rule, count_moved=False):
+        after = selections(model, sequences, batch_tokens)
+    return {layer: int(common.number_moved(before[layer], after[layer])) / after[layer].numel()
+            for layer in coefficients}
 
 
 def choose_lambda(base, steered, metric):
@@ -305,9 +307,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (common.InputError, analyze.InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+    common.run_script(main, analyze.InputError)
