@@ -9,12 +9,12 @@ Mask experts, layer band by layer band, and see which languages it hurts, agains
 reads   routing dumps, and evaluation data, best not what the dumps were captured on
 writes  results/ablate.jsonl    a line per cell: settings, scores of every example, their mean
 
-A cell is band x target x evaluation language: the experts exclusive to the target (arXiv 2601.14050)
-are never selected in the band. In the target's own language there are controls, as many experts each:
-random ones among those that the language uses at all, and those that it uses as often as the masked
-ones without their being exclusive. A language is hurt if it does worse than with every random draw,
-and worse than with the controls by intervals, over examples and draws, that leave out 0. One model
-load; two minutes on the tiny model. A run that was stopped goes on where it stopped.
+A cell is band x target x evaluation language: the experts exclusive to the target (arXiv
+2601.14050) are never selected in the band. In the target's own language there are controls, as many
+experts each: random ones among those that the language uses at all, and those that it uses as
+often as the masked ones without their being exclusive. A language is hurt if it does worse than
+with every random draw, and worse than with the controls by intervals, over examples and draws, that
+leave out 0. One model load; two minutes on the tiny model. A stopped run goes on where it stopped.
 """
 
 import argparse
@@ -38,37 +38,34 @@ METRICS = ["prompt_nll"]             # prompt_nll answer_nll accuracy language
 CONTROL_SEEDS = 5                    # random draws; one alone would mislead
 BATCH_TOKENS = 8192                  # per forward pass, padding included
 MAX_LENGTH = 4096                    # tokens of a prompt
-MAX_NEW_TOKENS = None                # of a response; None: the checkpoint's generation config, or 512
+MAX_NEW_TOKENS = None                # of a response; None: the checkpoint's generation config
 OUT = "results/ablate.jsonl"
 # ------------------------------------------------------------------------------------------------
 OF_ALL = ("shared", "selection")     # targets that are no language: every language has its controls
 
 
 def choose_experts(args, dumps):
-    """{target: bool (layers, experts)}: what is exclusive to a language, or to several as "bn+sw", or
-    what all share, or what a file selects.
+    """{target: bool (layers, experts)}: exclusive to a language, or to several as "bn+sw"; what all
+    share; or what a file selects.
     """
-    names, layers = [dump["language"] for dump in dumps], dumps[0]["layers"]
     share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
+    if args.selection:  # of either sign, those that A's tokens select more
+        return {"selection": analyze.load_selection(args.selection, dumps[0]["layers"],
+                                                    dumps[0]["num_experts"]) > 0}
     if args.experts == "shared":
         return {"shared": analyze.shared_experts(share, args.threshold)}
-    if args.selection:  # of either sign, those that A's tokens select more
-        selected = analyze.load_selection(args.selection, layers, dumps[0]["num_experts"]) > 0
-        if not selected.any():
-            raise common.InputError(f"{args.selection} has no expert that A's tokens select more")
-        return {"selection": selected}
-    chosen = {}
+    names, chosen = [dump["language"] for dump in dumps], {}
     for target in args.targets.split(",") if args.targets else names:
-        of_target = share[[index(names, language) for language in target.split("+")]].sum(0)
-        chosen[target] = analyze.exclusive_experts(of_target, args.threshold)
+        rows = [names.index(known(language, names)) for language in target.split("+")]
+        chosen[target] = analyze.exclusive_experts(share[rows].sum(0), args.threshold)
     return chosen
 
 
-def index(names, language):
+def known(language, names):
     if language not in names:
-        raise common.InputError(f"no routing for '{language}' among the dumps; run: python capture.py "
-                                f"--languages {language}")
-    return names.index(language)
+        raise common.InputError(f"no routing for '{language}' among the dumps; run: python "
+                                f"capture.py --languages {language}")
+    return language
 
 
 def random_control(masked, used, seed):
@@ -84,7 +81,7 @@ def random_control(masked, used, seed):
 
 
 def usage_matched_control(masked, candidates, frequency):
-    """For each masked expert, the most used first, the candidate not yet taken of closest frequency.
+    """For each masked expert, the most used first, the free candidate of closest frequency.
 
     masked, candidates bool (layers, experts), frequency (layers, experts) in the language evaluated
     """
@@ -103,18 +100,18 @@ def is_own(target, language):
 
 
 def plan_cells(args, chosen, bands, dumps, languages):
-    """{(band, target, language): {kind: bool (layers, experts) to mask}}, kind being "masked" for what
-    the experiment is about, and "random-seed0", ..., "usage-matched" for its controls.
+    """{(band, target, language): {kind: bool (layers, experts) to mask}}; kind "masked" is what the
+    experiment is about, "random-seed0", ... and "usage-matched" are its controls.
     """
     names, frequency, plan = [d["language"] for d in dumps], analyze.frequencies(dumps), {}
     for band, target, language in itertools.product(bands, chosen, languages):
         masked = chosen[target] & bands[band][:, None]
         use = frequency[names.index(language)] if language in names else frequency.mean(0)
         if args.experts == "random":
-            used = frequency[[names.index(name) for name in target.split("+")]].sum(0) > 0
+            used = frequency[[names.index(name) for name in target.split("+")]].any(0)
             masked = random_control(masked, used, [zlib.crc32(f"{band} {target}".encode())])
         cell = plan[band, target, language] = {"masked": masked}
-        if is_own(target, language):
+        if target in OF_ALL or language in target.split("+"):
             seed = zlib.crc32(f"{band} {target} {language}".encode())
             for draw in range(args.control_seeds):
                 cell[f"random-seed{draw}"] = random_control(masked, use > 0, [seed, draw])
@@ -124,21 +121,22 @@ def plan_cells(args, chosen, bands, dumps, languages):
 
 def as_masks(chosen, layers):
     """bool (layers, experts) -> {decoder layer: expert ids}, as edit_routing takes it."""
-    return {int(layer): np.flatnonzero(row).tolist() for layer, row in zip(layers, chosen) if row.any()}
+    return {int(layers[row]): np.flatnonzero(chosen[row]).tolist()
+            for row in np.flatnonzero(chosen.any(1))}
 
 
-def run_cells(experiment, plan, bands, layers, experts):
+def run_cells(experiment, plan, bands, layers):
     """plan with {metric: scores (examples,)} for every mask, and for "unmasked" beside them."""
-    results = {}
+    results, experts = {}, experiment.args.experts
     for (band, target, language), masks in tqdm(plan.items(), unit="cell", leave=False):
-        scores = results[band, target, language] = {"unmasked": experiment.cell(language)}
-        for kind, chosen in masks.items():
+        cell = results[band, target, language] = {"unmasked": experiment.cell(language)}
+        for kind, mask in masks.items():
             name = experts if kind == "masked" else kind
-            settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(), "target": target,
-                        "experts": name, "of": experts}
+            settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(),
+                        "target": target, "experts": name, "of": experts}
             # a mask without experts changes nothing: the unmasked model is its result
-            scores[kind] = experiment.cell(language, f"{band}-{name}-{target}", settings,
-                                           masks=as_masks(chosen, layers)) if chosen.any() else scores["unmasked"]
+            cell[kind] = cell["unmasked"] if not mask.any() else experiment.cell(
+                language, f"{band}-{name}-{target}", settings, masks=as_masks(mask, layers))
     return results
 
 
@@ -152,72 +150,76 @@ def is_hurt(masked, random, matched, sign):
     return bool(worst and all(sign * bound < 0 for bound in bounds))
 
 
-def print_band(title, results, plan, metric):
-    """The table of one band, {(target, language): ...} of results and plan: all languages, then own ones."""
-    targets, languages = (list(dict.fromkeys(names)) for names in zip(*results))
-    scores = {cell: {kind: s[metric] for kind, s in r.items()} for cell, r in results.items()}
+def print_band(title, metric, scores, plan):
+    """The table of one band: all languages under all targets, then own ones beside their controls.
+
+    scores {(target, language): {kind: (examples,)}}, plan likewise with the masks
+    """
     print(f"\n{title}  {metric}: change when experts are masked, of")
-    analyze.print_table(["", "unmasked", *targets], [
-        [language, f"{np.nanmean(scores[targets[0], language]['unmasked']):.3f}", *(
-            f"{np.nanmean(s['masked'] - s['unmasked']):+.3f}" for s in (scores[t, language] for t in targets))]
-        for language in languages])
+    columns = {"": list(dict.fromkeys(language for _, language in scores)), "unmasked": [
+        f"{np.nanmean(s['unmasked']):.3f}" for s in scores.values()]}
+    for (target, _), s in scores.items():
+        columns.setdefault(target, []).append(f"{np.nanmean(s['masked'] - s['unmasked']):+.3f}")
+    analyze.print_table(columns)
     own = {cell: s for cell, s in scores.items() if "usage-matched" in s}
     if not own:
         print("no target's own language is evaluated, so there are no controls")
         return
-    print("own      experts  change  random (least  most)    beyond random [95 %]     beyond matched [95 %]")
+    print("own      experts  change  random (least  most)    beyond random [95 %]   beyond matched")
     for cell, s in own.items():
         random = np.array([values for kind, values in s.items() if kind.startswith("random")])
         changes = np.nanmean(random - s["unmasked"], 1)
-        against = random, s["usage-matched"]
-        print(f"{cell[1]:<9}{plan[cell]['masked'].sum():>7}{np.nanmean(s['masked'] - s['unmasked']):>+8.3f}"
-              f"{changes.mean():>+8.3f} ({changes.min():+.3f} {changes.max():+.3f})"
-              + "".join(common.change_text(*common.mean_change(s["masked"], other)) for other in against)
-              + ("  hurt" if is_hurt(s["masked"], *against, common.better(metric)) else ""))
+        controls = random, s["usage-matched"]
+        print(f"{cell[1]:<9}{plan[cell]['masked'].sum():>7}"
+              f"{np.nanmean(s['masked'] - s['unmasked']):>+8.3f}{changes.mean():>+8.3f} "
+              f"({changes.min():+.3f} {changes.max():+.3f})"
+              + "".join(common.change_text(*common.mean_change(s["masked"], c)) for c in controls)
+              + ("  hurt" if is_hurt(s["masked"], *controls, common.better(metric)) else ""))
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = common.add_task_arguments(p)
     add("--experts", choices=["exclusive", "shared", "random"], default="exclusive",
-        help="exclusive to the target, shared among all, or as many random ones (default: %(default)s)")
-    add("--targets", metavar="T", help="whose experts, as bn,de or bn+sw (default: all of the dumps)")
-    add("--bands", nargs="+", metavar="B", help="NAME=A-B, decoder layers, inclusive (default: the first, "
-        "middle and last tenth; all of a selection's)")
-    return common.parse_task_arguments(p, sys.modules[__name__])
+        help="exclusive to the target; shared by all; or random, as many (default: %(default)s)")
+    add("--targets", help="whose experts, as bn,de or bn+sw (default: those of the dumps)")
+    add("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, "
+        "middle and last tenth; those of a selection)")
+    args = common.parse_task_arguments(p, sys.modules[__name__])
+    if args.selection and args.targets:
+        raise common.InputError("--selection takes the place of languages' experts; leave out "
+                                "--targets")
+    args.experts = "selection" if args.selection else args.experts
+    return args
 
 
 def main():
     args = parse_arguments()
     dumps = analyze.load_languages(args.routing)
-    layers = dumps[0]["layers"]
-    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
-                                                          dumps[0]["num_experts"])
-    if args.selection:
-        if args.targets:
-            raise common.InputError("--selection takes the place of languages' experts; leave out --targets")
-        args.experts = "selection"
+    layers, num_experts = dumps[0]["layers"], dumps[0]["num_experts"]
+    args.experts_per_language = analyze.number_of_experts(args.experts_per_language, num_experts)
     bands, chosen = analyze.parse_bands(args.bands, layers), choose_experts(args, dumps)
-    if args.selection:
-        selected = chosen["selection"]
-        bands = bands if args.bands else {"selected": selected.any(1)}
-        outside = (selected & ~np.any(list(bands.values()), 0)[:, None]).sum()
-        if outside:
-            print(f"note: {outside} of the {selected.sum()} experts that A's tokens select more lie outside "
-                  "of the bands")
+    if args.selection and not args.bands:
+        bands = {"selected": chosen["selection"].any(1)}
     experiment = common.Experiment(args, dumps)
     plan = plan_cells(args, chosen, bands, dumps, experiment.tasks)
-    for cell in plan.values():
-        for mask in cell.values():
-            common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.routers, experiment.shape)
-    titles = {band: f"{band} (layers {analyze.describe(layers[rows])})" for band, rows in bands.items()}
+    for mask in itertools.chain(*(masks.values() for masks in plan.values())):
+        common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.routers,
+                          experiment.shape)
     print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-    results = run_cells(experiment, plan, bands, layers, args.experts)
-    for metric in next(iter(results.values()))["unmasked"]:
-        for band, title in titles.items():
-            of_band = [{key[1:]: value for key, value in x.items() if key[0] == band} for x in (results, plan)]
-            print_band(title, *of_band, metric)
+    outside = ~np.any(list(bands.values()), 0)
+    for target in {"selection"} & chosen.keys():
+        if chosen[target][outside].any():
+            print(f"note: {chosen[target][outside].sum()} of the {chosen[target].sum()} experts "
+                  "that A's tokens select more lie outside of the bands")
+    results = run_cells(experiment, plan, bands, layers)
+    for metric, band in itertools.product(next(iter(results.values()))["unmasked"], bands):
+        print_band(f"{band} (layers {analyze.describe(layers[bands[band]])})", metric,
+                   {key[1:]: {kind: s[metric] for kind, s in cell.items()}
+                    for key, cell in results.items() if key[0] == band},
+                   {key[1:]: masks for key, masks in plan.items() if key[0] == band})
     print(f"\n{args.out}")
 
 

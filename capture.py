@@ -8,8 +8,8 @@ reads   data/mgsm_<lang>.tsv     prompts, one file per language (.tsv, .jsonl, .
 writes  routing/<lang>.npz       the routing dump of each language; then: python analyze.py
 
 One forward pass over the prompts; nothing is generated. A dump that is there already is kept, so a
-run that was stopped goes on where it stopped. The tiny model takes a few seconds; a 30B model on one
-GPU, about its bare prefill time.
+run that was stopped goes on where it stopped. The tiny model takes a few seconds; a 30B model,
+about its bare prefill time.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SETTINGS = ("format", "revision", "dtype", "data_sha256", "limit", "max_length",
 
 @torch.inference_mode()
 def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progress=None):
-    """Where the routers send every token of sequences (lists of ids): ({name: array}, padded tokens).
+    """Where the routers send every token of sequences (lists of ids), and how many were padded.
 
     counts, weight_sums, mean_probs  (sequences, layers, experts): selections, the routing weights
                                      given with them, and the mean of softmax(router_logits)
@@ -55,9 +55,10 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progr
     """
     layers, num_experts, top_k = one_shape(routing_shape(model))
     lengths, padded = [len(s) for s in sequences], 0
-    offsets, shape = np.cumsum([0] + lengths), (len(lengths), len(layers), num_experts)
+    offsets, shape = np.cumsum([0, *lengths]), (len(lengths), len(layers), num_experts)
     id_type = (torch.uint8, np.uint8) if num_experts <= 256 else (torch.int16, np.uint16)
-    sums = np.empty(shape, np.int64), np.empty(shape), np.empty(shape, np.float32)
+    sums = {"counts": np.empty(shape, np.int64), "weight_sums": np.empty(shape),
+            "mean_probs": np.empty(shape, np.float32)}
     selected_experts = np.empty((0 if stats_only else offsets[-1], len(layers), top_k), id_type[1])
 
     def run(batch):
@@ -74,37 +75,39 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progr
         with record_routing(model, on_router):
             model.get_decoder()(input_ids=ids, use_cache=False)
         # what leaves the device does so once per batch, all layers in one: (batch, layers, ...)
-        *totals, chosen = [torch.stack(x, 1) for x in zip(*(routing[layer] for layer in layers))]
-        for array, total in zip(sums, totals):
+        *totals, chosen = (torch.stack(x, 1) for x in zip(*(routing[layer] for layer in layers)))
+        for array, total in zip(sums.values(), totals):
             array[batch] = total.cpu().numpy()
-        for i, ids_of_layers in zip(batch, () if stats_only else chosen.cpu().numpy()):
-            selected_experts[offsets[i]:offsets[i + 1]] = ids_of_layers[:, :lengths[i]].swapaxes(0, 1)
-        padded += ids.numel() - sum(lengths[i] for i in batch)
+        for i, experts in zip(batch, () if stats_only else chosen.cpu().numpy()):
+            selected_experts[offsets[i]:offsets[i + 1]] = experts[:, :lengths[i]].swapaxes(0, 1)
+        num_tokens = sum(lengths[i] for i in batch)
+        padded += ids.numel() - num_tokens
         if progress is not None:
-            progress.update(sum(lengths[i] for i in batch))
+            progress.update(num_tokens)
 
     run_batches(run, length_batches(lengths, batch_tokens))
-    arrays = dict(zip(("counts", "weight_sums", "mean_probs"), sums))
-    return arrays | ({} if stats_only else {"selected_experts": selected_experts}), padded
+    return sums | ({} if stats_only else {"selected_experts": selected_experts}), padded
 
 
 def sequence_sums(router_logits, routing_weights, selected_experts, real):
-    """Of each sequence's real tokens, (batch, experts) each: selections, weights, mean probabilities.
+    """Over real tokens, (batch, experts) each: selections, weights, mean probabilities.
 
-    All (batch, tokens, experts or top_k), real (batch, tokens, 1); no step waits for the device.
+    All (batch, tokens, experts or top_k), real (batch, tokens, 1). No step waits for the device.
     """
     weights = routing_weights.to(torch.promote_types(routing_weights.dtype, torch.float32))
     none = torch.zeros(router_logits.shape, dtype=weights.dtype, device=weights.device)
     probs = router_logits.softmax(-1, dtype=torch.float32) / real.sum(1, keepdim=True)
-    each = none.scatter(-1, selected_experts, 1.0), none.scatter(-1, selected_experts, weights), probs
-    return [(values * real).sum(1) for values in each]
+    chosen = none.scatter(-1, selected_experts, 1.0)
+    given = none.scatter(-1, selected_experts, weights)
+    return [(each * real).sum(1) for each in (chosen, given, probs)]
 
 
 def one_shape(shape):
-    """([decoder layers], num_experts, top_k) of routing_shape's answer: a dump holds one of each."""
+    """([decoder layers], num_experts, top_k) of a routing_shape: a dump holds one of each."""
     kinds = set(shape.values())
     if len(kinds) > 1:
-        raise InputError(f"layers differ in (num_experts, top_k): {sorted(kinds)}; a dump cannot hold that")
+        raise InputError(f"layers differ in (num_experts, top_k): {sorted(kinds)}; a dump cannot "
+                         "hold that")
     return list(shape), *kinds.pop()
 
 
@@ -115,11 +118,11 @@ def cut_dumps(arrays, corpora, layers):
     """
     dumps, sequence, token = {}, 0, 0
     for language, (sequences, prompt_lengths) in corpora.items():
-        offsets = np.cumsum([0] + [len(s) for s in sequences])
+        offsets = np.cumsum([0, *map(len, sequences)])
         rows = slice(sequence, sequence + len(sequences))
         dump = dumps[language] = {
-            "counts": arrays["counts"][rows].sum(0), "weight_sums": arrays["weight_sums"][rows].sum(0),
-            "mean_probs": arrays["mean_probs"][rows], "sequence_offsets": offsets,
+            "counts": arrays["counts"][rows].sum(0), "mean_probs": arrays["mean_probs"][rows],
+            "weight_sums": arrays["weight_sums"][rows].sum(0), "sequence_offsets": offsets,
             "prompt_lengths": np.array(prompt_lengths), "layers": np.array(layers, np.int32)}
         if "selected_experts" in arrays:
             dump["selected_experts"] = arrays["selected_experts"][token:token + offsets[-1]]
@@ -130,67 +133,67 @@ def cut_dumps(arrays, corpora, layers):
 
 def pools(num_tokens, pool_tokens):
     """Cut {language: tokens} into lists of languages: up to pool_tokens each, or one language."""
-    together = []
+    together, room = [], 0
     for language, tokens in num_tokens.items():
-        if not together or sum(num_tokens[other] for other in together[-1]) + tokens > pool_tokens:
+        room -= tokens
+        if room < 0:
             together.append([])
+            room = pool_tokens - tokens
         together[-1].append(language)
     return together
 
 
 def save_dump(path, dump, meta):
     """Write a dump, whole or not at all. Every token must be counted top_k times in every layer."""
-    num_tokens = int(dump["sequence_offsets"][-1])
-    finite = np.isfinite(dump["mean_probs"]).all((0, 2))
-    if not finite.all():
-        raise InputError(f"router logits are NaN or infinite in layers {dump['layers'][~finite].tolist()}; "
-                         "try --dtype float32")
-    if not (dump["counts"].sum(1) == num_tokens * meta["top_k"]).all():
-        raise RuntimeError(f"{path}: counts do not add up to {num_tokens} tokens * top_k "
-                           f"{meta['top_k']}; not saved")
+    broken = dump["layers"][~np.isfinite(dump["mean_probs"]).all((0, 2))].tolist()
+    if broken:
+        raise InputError(f"router logits are NaN or infinite in layers {broken}; try --dtype "
+                         "float32")
+    selections = dump["sequence_offsets"][-1] * meta["top_k"]
+    if not (dump["counts"].sum(1) == selections).all():
+        raise RuntimeError(f"{path}: counts do not add up to {selections}, tokens * top_k")
     # not compressed: that saves a third, takes ten times as long, and reading could skip nothing
-    text = np.array(json.dumps(meta, ensure_ascii=False))
-    write_whole(path, lambda file: np.savez(file, **dump, meta=text))
+    write_whole(path, lambda file: np.savez(file, **dump, meta=json.dumps(meta)))
 
 
 def is_done(path, meta, overwrite):
-    """Whether the dump is there with the same settings; with other settings, InputError says which."""
+    """Whether the dump is there with the same settings; InputError says which are others."""
     if overwrite or not path.exists():
         return False
     try:
         with np.load(path, allow_pickle=False) as file:
             there = json.loads(str(file["meta"]))
     except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path} is not a routing dump; move it away or add --overwrite") from error
+        raise InputError(f"{path} is no routing dump; move it away or add --overwrite") from error
     differ = [f"{key} {there.get(key)} there, {meta[key]} now"
               for key in SETTINGS if there.get(key) != meta[key]]
     if differ:
-        raise InputError(f"{path} was made with other settings ({'; '.join(differ)}); add --overwrite "
-                         "or another --out")
+        raise InputError(f"{path} was made with other settings ({'; '.join(differ)}); add "
+                         "--overwrite or another --out")
     return True
 
 
 def plan_dumps(args, config, num_experts, top_k):
-    """{language: (examples, meta, path of the dump)} of what --data names, dumps that are done included."""
+    """{language: (examples, meta, path of the dump)} of what --data names, done ones included."""
     (index, parts), plan = args.shard, {}
-    fixed = {"format": FORMAT, "revision": checkpoint_id(args.model, config), "num_experts": num_experts,
-             "top_k": top_k, "transformers": transformers.__version__, "torch": torch.__version__,
-             **vars(args), "out": str(args.out), "shard": f"{index}/{parts}",
-             "dtype": dtype_name(args.dtype, config)}
+    meta = {**vars(args), "format": FORMAT, "revision": checkpoint_id(args.model, config),
+            "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
+            "out": str(args.out), "shard": f"{index}/{parts}",
+            "transformers": transformers.__version__, "torch": torch.__version__}
     for language, path in find_data(args.data, args.languages).items():
         examples = read_examples(path)[:args.limit]
         examples = examples[len(examples) * (index - 1) // parts:len(examples) * index // parts]
         if not examples:
-            raise InputError(f"{path}: fewer prompts than shards; lower N of --shard {index}/{parts}")
+            raise InputError(f"{path}: fewer prompts than shards; lower N of --shard I/{parts}")
         sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         name = f"{language}.npz" if parts == 1 else f"{language}.{index}of{parts}.npz"
-        plan[language] = (examples, fixed | {"language": language, "data": path, "data_sha256": sha},
+        plan[language] = (examples, meta | {"language": language, "data": path, "data_sha256": sha},
                           args.out / name)
     return plan
 
 
 def encode_corpus(tokenizer, examples, chat_template, longest):
-    """(sequences, prompt_lengths): the ids of prompt and response, cut at longest; and how many were."""
+    """(sequences, prompt_lengths, number cut): ids of prompt and response, cut at longest."""
     prompts = [encode_prompt(tokenizer, e["prompt"], chat_template) for e in examples]
     sequences = [prompt + tokenizer(e.get("response", ""), add_special_tokens=False)["input_ids"]
                  for prompt, e in zip(prompts, examples)]
@@ -207,61 +210,66 @@ def parse_shard(text):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("what is captured").add_argument
     add("--model", default=MODEL, help="folder or hub id (default: %(default)s)")
     add("--data", default=DATA, help="prompts; {lang} is the language (default: %(default)s)")
     add("--languages", help="as bn,de (default: every file that --data matches)")
-    add("--limit", type=positive, metavar="N", help="only the first N prompts of each language")
-    add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="part I of N of each language")
+    add("--limit", type=positive, help="only the first LIMIT prompts of each language")
+    add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="part I of N of each one")
     add = p.add_argument_group("what is written").add_argument
     add("--out", type=Path, default=Path(OUT), help="folder of the dumps (default: %(default)s)")
     add("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
-    add("--pool-tokens", type=positive, default=POOL_TOKENS, metavar="N", help="languages are batched, "
-        "and written, together up to so many tokens (default: %(default)s)")
+    add("--pool-tokens", type=positive, default=POOL_TOKENS,
+        help="languages are batched, and written, together up to so many (default: %(default)s)")
     add_model_arguments(p)
     p.set_defaults(batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
     return p.parse_args()
+
+
+def capture_pool(model, plan, corpora, layers, args):
+    """Capture some languages together, write their dumps, and say how fast."""
+    sequences = [s for corpus in corpora.values() for s in corpus[0]]
+    total, started = sum(map(len, sequences)), time.perf_counter()
+    with tqdm(total=total, desc=" ".join(corpora), unit="tok", unit_scale=True, leave=False) as bar:
+        arrays, padded = capture(model, sequences, args.batch_tokens, args.stats_only, bar)
+    seconds = time.perf_counter() - started
+    for language, dump in cut_dumps(arrays, corpora, layers).items():
+        _, meta, path = plan[language]
+        save_dump(path, dump, meta)
+        print(f"{language:<8} {len(dump['mean_probs']):>6} sequences "
+              f"{dump['sequence_offsets'][-1]:>10,} tokens  {path}")
+        if meta["truncated"]:
+            longest = max(map(len, corpora[language][0]))
+            print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
+                  "--max-length")
+    print(f"{'':<8} {total:,} tokens, {padded / (padded + total):.1%} padding, "
+          f"{total / seconds:,.0f} tokens/s")
 
 
 def main():
     args = parse_arguments()
     config, tokenizer, skeleton = load_config(args.model)
     layers, num_experts, top_k = one_shape(routing_shape(skeleton))
-    plan = plan_dumps(args, config, num_experts, top_k)
-    for language, (_, meta, path) in list(plan.items()):
+    plan, corpora = plan_dumps(args, config, num_experts, top_k), {}
+    longest = min(args.max_length, max_positions(config))
+    for language, (examples, meta, path) in plan.items():
         if is_done(path, meta, args.overwrite):
             print(f"{language:<8} there already  {path}")
-            del plan[language]
-    if not plan:
+        else:
+            *corpora[language], meta["truncated"] = encode_corpus(
+                tokenizer, examples, args.chat_template, longest)
+    if not corpora:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_weights(args.model, config, args.dtype, args.device)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
           f"{model.dtype}  {model.device}")
-    longest, corpora = min(args.max_length, max_positions(config)), {}
-    for language, (examples, meta, _) in plan.items():
-        *corpora[language], meta["truncated"] = encode_corpus(
-            tokenizer, examples, args.chat_template, longest)
     num_tokens = {language: sum(map(len, corpus[0])) for language, corpus in corpora.items()}
     for pool in pools(num_tokens, args.pool_tokens):
-        started, together = time.perf_counter(), {language: corpora[language] for language in pool}
-        total = sum(num_tokens[language] for language in pool)
-        with tqdm(total=total, desc=" ".join(pool), unit="tok", unit_scale=True, leave=False) as progress:
-            sequences = [s for corpus in together.values() for s in corpus[0]]
-            arrays, padded = capture(model, sequences, args.batch_tokens, args.stats_only, progress)
-        seconds = time.perf_counter() - started
-        for language, dump in cut_dumps(arrays, together, layers).items():
-            _, meta, path = plan[language]
-            save_dump(path, dump, meta)
-            print(f"{language:<8} {len(corpora[language][0]):>6} sequences "
-                  f"{num_tokens[language]:>10,} tokens  {path}")
-            if meta["truncated"]:
-                print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
-                      "--max-length")
-        print(f"{'':<8} {total:,} tokens, {padded / (padded + total):.1%} padding, "
-              f"{total / seconds:,.0f} tokens/s")
+        capture_pool(model, plan, {language: corpora[language] for language in pool}, layers, args)
 
 
 if __name__ == "__main__":

@@ -593,9 +593,10 @@ def length_batches(lengths, batch_tokens, fill=0.9):
     A batch takes at most batch_tokens with its padding, or one sequence if that alone is longer; its
     shortest is at least fill of its longest, so that little is padded.
     """
-    batches, longest = [], math.inf
+    batches, longest = [], 0
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        if lengths[i] < fill * longest or (len(batches[-1]) + 1) * longest > batch_tokens:
+        full = not batches or (len(batches[-1]) + 1) * longest > batch_tokens
+        if full or lengths[i] < fill * longest:
             batches, longest = [*batches, []], lengths[i]
         batches[-1].append(i)
     return batches
