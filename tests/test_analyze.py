@@ -1,13 +1,16 @@
-"""The definitions of arXiv 2601.14050 on arrays worked by hand, and what analyze.py reads and refuses."""
+"""The definitions of arXiv 2601.14050 worked by hand, and what analyze.py reads and refuses."""
 
+import ast
 import json
+import sys
 
 import numpy as np
 import pytest
 
 import analyze
-from analyze import (InputError, activation_frequency, exclusive_experts, jensen_shannon_similarity, language_shares,
-                     load_languages, load_routing, parse_bands, shared_experts)
+from analyze import (InputError, activation_frequency, entropy_bits, exclusive_experts,
+                     jensen_shannon_similarity, language_shares, load_languages, load_routing,
+                     mean_of_pairs, number_of_experts, parse_bands, shared_experts)
 
 
 def test_frequency_is_the_part_of_tokens_and_rows_sum_to_top_k():
@@ -28,7 +31,7 @@ def test_of_equally_frequent_experts_the_lower_index_is_kept():
     np.testing.assert_allclose(share[0] > 0, [[True, True, False, False]])
     np.testing.assert_allclose(share[1] > 0, [[False, True, False, True]])
     np.testing.assert_allclose(share[:, 0, 1], [0.25 / 0.65, 0.4 / 0.65])
-    many = np.tile([0.1, 0.2], 64).reshape(1, 1, 128)  # of 64 tied experts the first 15, at 1, 3, 5, ...
+    many = np.tile([0.1, 0.2], 64).reshape(1, 1, 128)  # of 64 tied ones the first 15, at 1, 3, ...
     assert np.flatnonzero(language_shares(many, 15)).tolist() == list(range(1, 30, 2))
 
 
@@ -46,7 +49,8 @@ def test_an_expert_that_is_never_used_is_nobodys():
 
 def test_exclusive_is_above_the_threshold_and_shared_below_it():
     share = np.array([[[0.7, 0.5, 0.4, 0.0]], [[0.3, 0.5, 0.3, 0.0]], [[0.0, 0.0, 0.3, 0.0]]])
-    assert exclusive_experts(share, 0.5).astype(int).tolist() == [[[1, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 0, 0, 0]]]
+    exclusive = exclusive_experts(share, 0.5).astype(int)
+    assert exclusive.tolist() == [[[1, 0, 0, 0]], [[0, 0, 0, 0]], [[0, 0, 0, 0]]]
     assert shared_experts(share, 0.5).astype(int).tolist() == [[0, 0, 1, 0]]  # .5 itself is neither
     together = exclusive_experts(share[[0, 1]].sum(0), 0.65)
     assert together.astype(int).tolist() == [[1, 1, 1, 0]]
@@ -54,10 +58,20 @@ def test_exclusive_is_above_the_threshold_and_shared_below_it():
 
 def test_similarity_by_hand():
     half = np.array([0.5, 0.5, 0.0])
+    assert entropy_bits(half) == 1 and entropy_bits(np.full(8, 1 / 8)) == 3
     assert jensen_shannon_similarity(half, half) == pytest.approx(1)
     assert jensen_shannon_similarity(half, np.array([0, 0, 1.0])) == pytest.approx(0)
     # middle (.25, .5, .25): entropy 1.5 bits; both have 1 bit; JSD = 1.5 - 1
     assert jensen_shannon_similarity(half, np.array([0, 0.5, 0.5])) == pytest.approx(0.5)
+    assert jensen_shannon_similarity(half, np.array([0, 0.5, 0.5]), 1) == pytest.approx(0.5)
+
+
+def test_the_mean_of_pairs_leaves_out_a_language_with_itself_and_pairs_that_are_nan():
+    matrix = np.array([[9, 1, 2], [1, 9, 6], [2, 6, 9.0]])
+    assert mean_of_pairs(matrix) == 3
+    matrix[0, 1] = matrix[1, 0] = np.nan
+    assert mean_of_pairs(np.stack([matrix, matrix + 1])).tolist() == [4, 5]
+    assert np.isnan(mean_of_pairs(np.ones((2, 1, 1)))).tolist() == [True, True]  # no pair
 
 
 @pytest.mark.parametrize("n, early, middle, late", [
@@ -89,13 +103,26 @@ def test_a_threshold_out_of_range_is_refused(threshold):
         shared_experts(np.zeros((2, 1, 4)), threshold)
 
 
-@pytest.mark.parametrize("experts", [0, 5])
-def test_experts_per_language_out_of_range_is_refused(experts):
-    with pytest.raises(InputError, match="experts_per_language"):
-        language_shares(np.zeros((2, 1, 4)), experts)
+@pytest.mark.parametrize("given, num_experts, number", [
+    (15 / 128, 32, 4), (15 / 128, 128, 15), (0.5, 4, 2), (0.01, 4, 1), (15, 32, 15), (1, 4, 1),
+    (32, 32, 32), (4.0, 32, 4)])
+def test_experts_per_language_is_a_part_below_one_and_else_a_number(given, num_experts, number):
+    assert number_of_experts(given, num_experts) == number
+    frequency = np.random.default_rng(0).random((2, 3, num_experts))
+    kept = language_shares(frequency, given) > 0
+    assert (kept.sum(-1) == number).all()
+    assert (analyze.most_frequent(frequency, given) == kept).all()
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
+@pytest.mark.parametrize("given", [4.5, 33, 0, -0.5, float("nan")])
+def test_experts_per_language_that_are_no_number_of_the_experts_are_refused(given):
+    with pytest.raises(InputError, match=f"experts_per_language {given}"):
+        number_of_experts(given, 32)
+    with pytest.raises(InputError, match=f"experts_per_language {given}"):
+        language_shares(np.zeros((2, 1, 32)), given)
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 def write(path, selected, language="xx", num_experts=4, **more):
     meta = json.dumps({"language": language, "num_experts": num_experts} | more.pop("meta", {}))
@@ -106,10 +133,20 @@ def write(path, selected, language="xx", num_experts=4, **more):
 IDS = [[[0, 1], [2, 3]], [[1, 0], [2, 1]], [[0, 3], [2, 0]]]  # 3 tokens, 2 layers, top_k 2
 
 
+def run(monkeypatch, folder, *arguments):
+    """analyze.py as from the shell in a folder, in this process; what it wrote."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["analyze.py", *arguments])
+    analyze.main()
+    with np.load("analysis.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
 def test_a_dump_with_only_ids_and_meta_is_counted(tmp_path):
     dump = load_routing(write(tmp_path / "a.npz", IDS))
     assert dump["counts"].tolist() == [[3, 2, 0, 1], [1, 1, 3, 1]]
-    assert (dump["num_tokens"], dump["top_k"], dump["num_experts"], dump["language"]) == (3, 2, 4, "xx")
+    assert [dump[key] for key in ("num_tokens", "top_k", "num_experts")] == [3, 2, 4]
+    assert dump["language"] == "xx" and dump["revision"] is None
     assert dump["layers"].tolist() == [0, 1]
 
 
@@ -126,43 +163,51 @@ def test_prompt_and_response_add_up_to_all(tmp_path):
 
 
 def test_recorder_json_is_read(tmp_path):
-    layer = {"1": {"activation_tokens": 2}, "0": {"activation_tokens": 4}, "10": {"activation_tokens": 0},
-             "2": {"activation_tokens": 1}, "total_tokens": 4}
+    counts = {"1": 2, "0": 4, "10": 0, "2": 1}
+    layer = {expert: {"activation_tokens": n} for expert, n in counts.items()} | {"total_tokens": 4}
     path = tmp_path / "mgsm_sw.json"
     path.write_text(json.dumps({"10": layer, "2": layer}))
     dump = load_routing(str(path))
     assert dump["counts"].tolist() == [[4, 2, 1, 0]] * 2
-    assert dump["layers"].tolist() == [2, 10] and dump["language"] == "mgsm_sw" and dump["top_k"] == 2
+    assert dump["layers"].tolist() == [2, 10] and dump["top_k"] == 2
+    assert dump["language"] == "mgsm_sw"
 
 
-def test_shards_add_up(tmp_path):
-    one = write(tmp_path / "1.npz", IDS[:1], meta={"shard": "1/2"})
-    two = write(tmp_path / "2.npz", IDS[1:], meta={"shard": "2/2"})
-    whole = load_languages([write(tmp_path / "w.npz", IDS)])[0]
+def test_shards_add_up_and_keep_their_sources_in_their_order(tmp_path):
+    one = write(tmp_path / "1.npz", IDS[:1], meta={"shard": "1/2", "data_sha256": "d"})
+    two = write(tmp_path / "2.npz", IDS[1:], meta={"shard": "2/2", "data_sha256": "d"})
+    whole = load_languages([write(tmp_path / "w.npz", IDS, meta={"data_sha256": "d"})])[0]
     added = load_languages([two, one])[0]
-    assert np.array_equal(added["counts"], whole["counts"]) and added["num_tokens"] == whole["num_tokens"]
+    assert np.array_equal(added["counts"], whole["counts"])
+    assert added["num_tokens"] == whole["num_tokens"]
+    assert whole["path"] == [str(tmp_path / "w.npz")] and added["path"] == [one, two]
+    assert whole["data_sha256"] == ["d"] and added["data_sha256"] == ["d", "d"]
+    assert added["digest"] == [load_routing(path)["digest"][0] for path in (one, two)]
 
 
 @pytest.mark.parametrize("shards", [["1/1", "1/1"], ["1/3", "2/3"], ["1/2", "1/2"], ["1/2"]])
 def test_a_language_twice_or_shards_that_are_no_whole_are_refused(tmp_path, shards):
-    paths = [write(tmp_path / f"{i}.npz", IDS, meta={"shard": shard}) for i, shard in enumerate(shards)]
+    paths = [write(tmp_path / f"{i}.npz", IDS, meta={"shard": s}) for i, s in enumerate(shards)]
     with pytest.raises(InputError, match="not one whole"):
         load_languages(paths)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(num_experts=5), "num_experts 5"),
-    (dict(meta={"revision": "r2"}), "different models"),
-    (dict(layers=np.array([3, 4])), "other layers"),
+@pytest.mark.parametrize("ids, change, other", [
+    (IDS, dict(num_experts=5), "num_experts"),
+    (IDS, dict(meta={"revision": "r2"}), "revision"),
+    (IDS, dict(layers=np.array([3, 4])), "layers"),
+    ([[[0], [2]]], dict(), "top_k"),
 ])
-def test_dumps_of_different_models_are_refused(tmp_path, change, message):
-    first, second = write(tmp_path / "a.npz", IDS, "aa", meta={"revision": "r1"}), write(tmp_path / "b.npz", IDS, "bb", **change)
-    with pytest.raises(InputError, match=message):
+def test_dumps_of_different_models_are_refused(tmp_path, ids, change, other):
+    first = write(tmp_path / "a.npz", IDS, "aa", meta={"revision": "r1"})
+    second = write(tmp_path / "b.npz", ids, "bb", **change)
+    with pytest.raises(InputError, match=rf"b\.npz and .*a\.npz have other {other}"):
         load_languages([first, second])
 
 
 def test_counts_that_do_not_add_up_are_refused(tmp_path):
-    path = write(tmp_path / "a.npz", IDS, counts=[[3, 2, 0, 2], [1, 1, 3, 1]], sequence_offsets=[0, 3], meta={"top_k": 2})
+    path = write(tmp_path / "a.npz", IDS, counts=[[3, 2, 0, 2], [1, 1, 3, 1]],
+                 sequence_offsets=[0, 3], meta={"top_k": 2})
     with pytest.raises(InputError, match="do not add up"):
         load_routing(path)
 
@@ -188,37 +233,49 @@ def test_pickles_are_never_loaded(tmp_path):
 
 
 def test_analysis_holds_what_is_printed(tmp_path, monkeypatch, capsys):
-    rng = np.random.default_rng(0)
-    for language in ("aa", "bb", "cc"):
+    rng, names = np.random.default_rng(0), ["aa", "bb", "cc"]
+    for language in names:
         ids = np.stack([rng.permutation(16)[:2] for _ in range(50 * 4)]).reshape(50, 4, 2)
         write(tmp_path / f"{language}.npz", ids, language, 16)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["analyze.py", "aa.npz", "bb.npz", "cc.npz", "--bands", "low=0-1", "--threshold", "0.6"])
-    analyze.main()
-    printed = capsys.readouterr().out
-    with np.load("analysis.npz", allow_pickle=False) as result:
-        assert result["languages"].tolist() == ["aa", "bb", "cc"] and result["layers"].tolist() == [0, 1, 2, 3]
-        assert result["similarity"].shape == (4, 3, 3) and result["entropy"].shape == (3, 4)
-        assert result["frequency"].shape == result["share"].shape == result["exclusive"].shape == (3, 4, 16)
-        assert result["shared"].shape == (4, 16)
-        np.testing.assert_allclose(result["frequency"].sum(-1), 2)
-        meta = json.loads(str(result["meta"]))
-        last = next(line for line in printed.splitlines() if line.startswith("all")).split()
-        assert last[3:] == [str(n) for n in (result["shared"].sum(), result["exclusive"].sum(), *result["exclusive"].sum((1, 2)))]
-    assert meta["bands"] == {"low": [0, 1]} and meta["experts_per_language"] == 2
-    assert [i["language"] for i in meta["inputs"]] == ["aa", "bb", "cc"] and len(meta["inputs"][0]["digest"][0]) == 16
+    result = run(monkeypatch, tmp_path, "aa.npz", "bb.npz", "cc.npz", "--bands", "low=0-1",
+                 "--threshold", "0.6")
+    assert result["languages"].tolist() == names and result["layers"].tolist() == [0, 1, 2, 3]
+    assert result["similarity"].shape == (4, 3, 3) and result["entropy"].shape == (3, 4)
+    for key in ("frequency", "share", "exclusive"):
+        assert result[key].shape == (3, 4, 16)
+    assert result["shared"].shape == (4, 16)
+    np.testing.assert_allclose(result["frequency"].sum(-1), 2)
+    lines = capsys.readouterr().out.splitlines()
+    number, exclusive = result["shared"].sum(), result["exclusive"]
+    printed = next(line for line in lines if line.startswith("all")).split()
+    assert printed[3:] == [str(n) for n in (number, exclusive.sum(), *exclusive.sum((1, 2)))]
+    meta = json.loads(str(result["meta"]))
+    assert meta["bands"] == {"low": [0, 1]}
+    assert [i["language"] for i in meta["inputs"]] == names
+    assert len(meta["inputs"][0]["digest"][0]) == 16
+
+
+@pytest.mark.parametrize("flag, number", [([], 2), (["0.25"], 4), (["3"], 3)])
+def test_the_flag_for_experts_per_language_takes_a_part_or_a_number(tmp_path, monkeypatch, capsys,
+                                                                    flag, number):
+    ids = np.stack([np.random.default_rng(t).permutation(16)[:2] for t in range(50)])[:, None]
+    write(tmp_path / "a.npz", ids, num_experts=16)
+    flags = [part for value in flag for part in ("--experts-per-language", value)]
+    result = run(monkeypatch, tmp_path, "a.npz", *flags)  # by default 15/128 of 16, 1.9
+    assert (result["share"] > 0).sum() == number
+    assert json.loads(str(result["meta"]))["experts_per_language"] == number
+    assert f"experts_per_language {number} " in capsys.readouterr().out
 
 
 def test_one_language_alone_is_analyzed(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["analyze.py", write("a.npz", IDS)])
-    analyze.main()
+    run(monkeypatch, tmp_path, write(tmp_path / "a.npz", IDS))
     assert "nan" in capsys.readouterr().out  # no pair to compare
 
 
-def test_analyze_needs_nothing_but_numpy_and_tqdm():
-    import ast
-    tree = ast.parse(open(analyze.__file__, encoding="utf-8").read())
-    imported = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split(".")[0]
-                for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-    assert not imported & {"torch", "transformers", "common", "capture"} and {"numpy", "tqdm"} <= imported
+def test_analyze_needs_nothing_but_numpy_and_tqdm_and_for_pictures_matplotlib():
+    with open(analyze.__file__, encoding="utf-8") as file:
+        nodes = list(ast.walk(ast.parse(file.read())))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {module.split(".")[0] for module in modules} - sys.stdlib_module_names
+    assert packages == {"numpy", "tqdm", "matplotlib"}

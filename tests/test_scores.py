@@ -1,7 +1,6 @@
 """Answers are read, and scored, as a careful person would; hand-made cases in each language."""
 
 import json
-import math
 from decimal import Decimal
 
 import numpy as np
@@ -9,8 +8,9 @@ import pytest
 import torch
 
 import common
-from common import (InputError, bootstrap_interval, encode_examples, last_number, load_model, load_rows, mcnemar_p,
-                    read_examples, span_scores)
+from common import (InputError, bootstrap_interval, encode_examples, last_number, load_model,
+                    load_rows, mean_change, read_examples, span_scores)
+from steer import mcnemar_p
 
 
 @pytest.mark.parametrize("language, text, number", [
@@ -33,6 +33,7 @@ from common import (InputError, bootstrap_interval, encode_examples, last_number
     ("zh", "所以，她每天赚18美元。", "18"),
     ("zh", "小明有3个，小红有－12个", "-12"),
     ("ar", "الجواب ٢٬١٢٥", "2125"),
+    (None, "114,200", "114200"),  # a gold answer of MGSM
     ("en", r"First 7, so \boxed{12}, not 13.", "12"),
     ("en", r"\boxed{1} then \boxed{\$2{,}125}", "2125"),
 ])
@@ -45,15 +46,9 @@ def test_no_number_is_none_and_equality_is_exact():
     assert last_number("18.0") == last_number("18") != last_number("18.01")
 
 
-def test_gold_answers_of_mgsm_may_hold_a_comma(tmp_path):
-    (tmp_path / "a.tsv").write_text("How much?\t114,200\n")
-    example = read_examples(str(tmp_path / "a.tsv"))[0]
-    assert example["kind"] == "number" and last_number(example["answer"]) == 114200
-
-
 def test_spans_are_scored_as_squad_does():
     assert span_scores("The Eiffel Tower!", ["eiffel tower"], "en") == (1, 1)
-    exact, f1 = span_scores("in the old town", ["town hall", "old town"], "en")  # in old town | old town
+    exact, f1 = span_scores("in the old town", ["old town", "town hall"], "en")  # in old town
     assert exact == 0 and f1 == pytest.approx(2 * 2 / (3 + 2))
     assert span_scores("北京市", ["北京"], "zh") == (0, pytest.approx(2 * 2 / 5))  # by character
     assert span_scores("กรุงเทพ", ["กรุงเทพ"], "th") == (1, 1)
@@ -64,8 +59,8 @@ def test_an_empty_prediction_scores_zero():
 
 
 def test_belebele_rows_become_a_question_with_options(tmp_path):
-    row = {"flores_passage": "P.", "question": "Q?", "mc_answer1": "w", "mc_answer2": "x", "mc_answer3": "y",
-           "mc_answer4": "z", "correct_answer_num": "3"}
+    row = {"flores_passage": "P.", "question": "Q?", "correct_answer_num": "3", "mc_answer1": "w",
+           "mc_answer2": "x", "mc_answer3": "y", "mc_answer4": "z"}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     example = read_examples(str(tmp_path / "a.jsonl"))[0]
     assert example["prompt"] == "P.\n\nQ?\nA. w\nB. x\nC. y\nD. z\n\nAnswer with A, B, C or D."
@@ -76,37 +71,54 @@ def test_belebele_rows_become_a_question_with_options(tmp_path):
 
 
 def test_squad_questions_come_behind_their_paragraph(tmp_path):
-    qa = {"question": "Who?", "id": "1", "answers": [{"text": "Ada", "answer_start": 0}, {"text": "Ada L."}]}
-    (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "Ada wrote.", "qas": [qa]}]}]}))
-    assert read_examples(str(tmp_path / "a.json")) == [
-        {"prompt": "Ada wrote.\n\nWho?\n\nAnswer with words from the text.", "answer": ["Ada", "Ada L."], "kind": "span"}]
+    answers = [{"text": "Ada", "answer_start": 0}, {"text": "Ada L."}]
+    question = {"question": "Who?", "id": "1", "answers": answers}
+    paragraph = {"context": "Ada wrote.", "qas": [question]}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}))
+    assert read_examples(str(tmp_path / "a.json")) == [{
+        "prompt": "Ada wrote.\n\nWho?\n\nAnswer with words from the text.",
+        "answer": ["Ada", "Ada L."], "kind": "span"}]
     (tmp_path / "b.json").write_text('{"data": [{}]}')
     with pytest.raises(InputError, match="SQuAD"):
         read_examples(str(tmp_path / "b.json"))
 
 
-# ------------------------------------------------------------------------------------------------------------ on a model
+# ------------------------------------------------------------------------------------- on a model
 
 @pytest.fixture(scope="module")
 def tiny():
     return load_model("tests/tiny_moe", dtype="float64", device="cpu")
 
 
+def nats(model, ids):
+    """Of each token but the first, one sequence at a time."""
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [-log_probs[t - 1, ids[t]].item() for t in range(1, len(ids))]
+
+
+def test_examples_are_encoded_with_the_span_of_the_users_text(tiny):
+    prompt, answer = "Anna has 14 apples.", ["29", "thirty"]
+    e, = encode_examples(tiny[1], [{"prompt": prompt, "answer": answer, "kind": "span"}])
+    assert e["ids"] == tiny[1](f"<bos><|user|>{prompt}<|assistant|>")["input_ids"]
+    start, stop = e["text_span"]
+    assert tiny[1].decode(e["ids"][start:stop]) == prompt
+    assert tiny[1].decode(e["answer_ids"]) == "29" and e["answer"] == answer
+
+
 def test_nll_is_what_one_sequence_at_a_time_gives(tiny):
     model, tokenizer = tiny
-    examples = read_examples("tests/data/eval_de.tsv")[:3] + read_examples("tests/data/eval_bn.tsv")[:2]
-    result = common.negative_log_likelihood(model, encode_examples(tokenizer, examples), batch_tokens=150)
+    examples = [example for language in ("de", "bn")
+                for example in read_examples(f"tests/data/eval_{language}.tsv")[:3]]
+    encoded = encode_examples(tokenizer, examples)
+    result = common.negative_log_likelihood(model, encoded, batch_tokens=150)
+    assert result.keys() == {"prompt_nll", "answer_nll"}
     for i, e in enumerate(examples):
         prompt = tokenizer(f"<bos><|user|>{e['prompt']}<|assistant|>")["input_ids"]
-        ids = prompt + tokenizer(e["answer"])["input_ids"]
-        with torch.no_grad():
-            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        nats = [-log_probs[t - 1, ids[t]].item() for t in range(1, len(ids))]
-        own, answer = nats[1:len(prompt) - 2], nats[len(prompt) - 1:]  # neither <bos>, <|user|> nor <|assistant|>
-        assert result["prompt_nll"][i] == pytest.approx(np.mean(own))
-        assert result["answer_nll"][i] == pytest.approx(np.mean(answer))
-        assert result["prompt_bits_per_byte"][i] == pytest.approx(sum(own) / math.log(2) / len(e["prompt"].encode()))
-        assert result["answer_bits_per_byte"][i] == pytest.approx(sum(answer) / math.log(2) / len(e["answer"]))
+        each = nats(model, prompt + tokenizer(e["answer"])["input_ids"])
+        # neither <bos>, <|user|> nor <|assistant|>
+        assert result["prompt_nll"][i] == pytest.approx(np.mean(each[1:len(prompt) - 2]))
+        assert result["answer_nll"][i] == pytest.approx(np.mean(each[len(prompt) - 1:]))
 
 
 def test_logits_that_are_no_numbers_stop_the_run(tiny):
@@ -116,7 +128,8 @@ def test_logits_that_are_no_numbers_stop_the_run(tiny):
     try:
         weight.data.fill_(float("nan"))
         with pytest.raises(InputError, match="NaN or infinite"):
-            common.negative_log_likelihood(model, encode_examples(tokenizer, [{"prompt": "Anna has 14 apples."}]), 100)
+            encoded = encode_examples(tokenizer, [{"prompt": "Anna has 14 apples."}])
+            common.negative_log_likelihood(model, encoded, 100)
     finally:
         weight.data.copy_(before)
 
@@ -124,11 +137,9 @@ def test_logits_that_are_no_numbers_stop_the_run(tiny):
 def test_nll_without_a_chat_template_skips_what_nothing_precedes(tiny):
     model, tokenizer = tiny
     encoded = encode_examples(tokenizer, [{"prompt": "Anna has 14 apples."}], chat_template="never")
-    ids = tokenizer("Anna has 14 apples.")["input_ids"]
-    with torch.no_grad():
-        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     result = common.negative_log_likelihood(model, encoded, 100)
-    assert result["prompt_nll"][0] == pytest.approx(np.mean([-log_probs[t - 1, ids[t]].item() for t in range(1, len(ids))]))
+    each = nats(model, tokenizer("Anna has 14 apples.")["input_ids"])
+    assert result["prompt_nll"][0] == pytest.approx(np.mean(each))
     assert np.isnan(result["answer_nll"][0])
 
 
@@ -143,35 +154,53 @@ def test_generation_is_what_one_prompt_at_a_time_gives(tiny):
 
 def test_sampling_repeats_with_its_seed(tiny):
     encoded = encode_examples(tiny[1], read_examples("tests/data/eval_sw.tsv")[:8])
-    draw = [common.generate(*tiny, encoded, 999, 8, {"temperature": 3.0, "top_k": 50}, seed)[0] for seed in (1, 1, 2)]
+    sampling = {"temperature": 3.0, "top_k": 50}
+    draw = [common.generate(*tiny, encoded, 999, 8, sampling, seed)[0] for seed in (1, 1, 2)]
     assert draw[0] == draw[1] != draw[2]
 
 
 def test_responses_that_are_cut_off_are_counted(tiny):
     encoded = encode_examples(tiny[1], read_examples("tests/data/eval_en.tsv")[:4])
-    assert common.generate(*tiny, encoded, 999, 2)[1] == 4 and common.generate(*tiny, encoded, 999, 32)[1] == 0
+    assert common.generate(*tiny, encoded, 999, 2)[1] == 4
+    assert common.generate(*tiny, encoded, 999, 32)[1] == 0
 
 
 def test_a_letter_is_chosen_by_its_probability(tiny):
     model, tokenizer = tiny
-    encoded = encode_examples(tokenizer, [{"prompt": p, "answer": "A", "kind": "choice"} for p in ("How many?", "Anna", "9 + 4")])
+    prompts = ("How many?", "Anna", "9 + 4")
+    encoded = encode_examples(
+        tokenizer, [{"prompt": prompt, "answer": "A", "kind": "choice"} for prompt in prompts])
     letters = [tokenizer(letter)["input_ids"][0] for letter in "ABCD"]
     expected = []
     for e in encoded:
         with torch.no_grad():
-            expected.append("ABCD"[model(torch.tensor([e["ids"]])).logits[0, -1, letters].argmax()])
+            logits = model(torch.tensor([e["ids"]])).logits[0, -1]
+        expected.append("ABCD"[logits[letters].argmax()])
     assert common.choose_letters(model, tokenizer, encoded, 20) == expected
     scores, responses, _ = common.evaluate(model, tokenizer, encoded, ["accuracy"], "en")
     assert scores["accuracy"].tolist() == [float(c == "A") for c in expected] and responses is None
 
 
-def test_the_tiny_model_answers_held_out_problems(tiny):
-    """The README's line on the checkpoint: at least 85 % in its large languages, less in the two it hardly saw."""
+def test_a_span_is_scored_by_exact_match_and_f1_beside_it(tiny, monkeypatch):
+    model, tokenizer = tiny
+    examples = [{"prompt": "Who?", "answer": ["Ada L.", "Ada"], "kind": "span"}] * 2
+    said = ["Ada!", "Ada and Bob"], 1
+    monkeypatch.setattr(common, "generate", lambda *arguments: said)
+    scores, responses, cut = common.evaluate(
+        model, tokenizer, encode_examples(tokenizer, examples), ["accuracy"], "en")
+    assert (responses, cut) == said and list(scores) == ["accuracy", "f1"]
+    assert scores["accuracy"].tolist() == [1, 0]
+    assert scores["f1"] == pytest.approx([1, 2 * 1 / (3 + 1)])
+
+
+def test_the_tiny_model_answers_held_out_problems():
+    """At least 85 % in its large languages, less in the two that it hardly saw."""
     model, tokenizer = load_model("tests/tiny_moe", device="cpu")
     right = {}
     for language in ("en", "zh", "bn", "sw"):
         encoded = encode_examples(tokenizer, read_examples(f"tests/data/eval_{language}.tsv"))
-        scores, *_ = common.evaluate(model, tokenizer, encoded, ["accuracy"], language, max_new_tokens=32)
+        scores, *_ = common.evaluate(model, tokenizer, encoded, ["accuracy"], language,
+                                     max_new_tokens=32)
         right[language] = scores["accuracy"].mean()
     assert right["en"] > 0.85 and right["zh"] > 0.85
     assert 0.3 < right["bn"] < right["en"] and 0.3 < right["sw"] < right["en"]
@@ -196,25 +225,39 @@ def test_langdetect_finds_the_language_or_says_what_to_install():
         with pytest.raises(InputError, match="pip install langdetect"):
             common.in_language(["hello"], "en")
         return
-    texts = ["The answer to the question is the number four.", "这个问题的答案是四。因为二加二等于四。", "14+9=23"]
-    assert common.in_language(texts, "en") == [1, 0, 0] and common.in_language(texts, "zh-Hans")[1] == 1
+    texts = ["The answer to the question is the number four.",
+             "这个问题的答案是四。因为二加二等于四。", "14+9=23"]
+    assert common.in_language(texts, "en") == [1, 0, 0]
+    assert common.in_language(texts, "zh-Hans")[1] == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------------------- statistics and results
 
 def test_bootstrap_interval_of_a_constant_is_the_constant_and_of_noise_holds_its_mean():
     assert bootstrap_interval([0.25] * 40) == pytest.approx([0.25, 0.25])
     noise = np.random.default_rng(0).normal(0.3, 1, 400)
     low, high = bootstrap_interval(noise)
     assert low < noise.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * noise.std() / 20, rel=0.1)  # the normal approximation
-    several = bootstrap_interval([noise, noise + 1])  # two controls, a nat apart: their choice is the larger doubt
+    # the normal approximation
+    assert high - low == pytest.approx(2 * 1.96 * noise.std() / 20, rel=0.1)
+    # of two controls, a nat apart, the choice is the larger doubt
+    several = bootstrap_interval([noise, noise + 1])
     assert several[1] - several[0] > 0.9
+
+
+def test_a_change_is_that_of_the_same_examples_and_leaves_out_those_without_a_score():
+    before = np.array([3.0, 1.0, np.nan, 7.0])
+    assert mean_change(before + 0.5, before) == pytest.approx((0.5, 0.5, 0.5))  # whatever is drawn
+    after = np.array([4.0, 1.0, 9.0, 9.0])
+    mean, low, high = mean_change(after, before)
+    assert mean == pytest.approx(1) and 0 <= low < mean < high <= 2  # +1, 0, +2
+    controls = np.stack([before, before + 2])
+    assert mean_change(after, controls)[0] == pytest.approx(0)
 
 
 def test_mcnemar_by_hand():
     before = [0] * 6 + [1] * 4
-    after = [1] * 5 + [0] + [0] * 1 + [1] * 3  # 5 fixed, 1 broken: p = 2 * (1 + 6) / 2**6
+    after = [1] * 5 + [0] * 2 + [1] * 3  # 5 fixed, 1 broken: p = 2 * (1 + 6) / 2**6
     assert mcnemar_p(before, after) == (5, 1, pytest.approx(14 / 64))
     assert mcnemar_p([1, 0], [1, 0]) == (0, 0, 1)
 
@@ -227,3 +270,15 @@ def test_a_results_line_that_a_kill_cut_short_is_taken_off(tmp_path):
     assert list(load_rows(path)) == ['{"a": 1}'] and path.read_text().count("\n") == 1
     common.append_row(path, {"settings": {"a": 2}})
     assert list(load_rows(path)) == ['{"a": 1}', '{"a": 2}']
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "a.txt"
+    common.write_whole(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise OSError("no space left")
+    with pytest.raises(OSError, match="no space left"):
+        common.write_whole(path, fail)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
