@@ -18,10 +18,8 @@ import contextlib
 import functools
 import glob
 import hashlib
-import importlib.util
 import inspect
 import json
-import math
 import os
 import re
 import string
@@ -31,6 +29,7 @@ import warnings
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -53,8 +52,24 @@ class InputError(ValueError):
     """Something the user can fix: the scripts print it as one line and exit with status 1."""
 
 
+def require(condition, message):
+    """InputError unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+@contextlib.contextmanager
+def explained(message):
+    """What goes wrong in the block becomes an InputError: message and the error's first line."""
+    try:
+        yield
+    except Exception as error:  # libraries raise every kind for a broken file
+        what = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
+        raise InputError(f"{message}: " + what.partition("\n")[0]) from error
+
+
 def find_routers(model):
-    """{decoder layer: router module}, in layer order, of a model's text decoder; dense layers have none.
+    """{decoder layer: router module} of a text decoder, in layer order; dense layers have none.
 
     A router is a module of a class that the model's classes name as the source of their
     router_logits (PreTrainedModel._can_record_outputs). InputError if there is none, or one whose
@@ -64,46 +79,44 @@ def find_routers(model):
 
 
 def routing_shape(model):
-    """{decoder layer: (num_experts, top_k)}, as the routers themselves have it; meta device, too."""
+    """{decoder layer: (num_experts, top_k)}, as the routers have it; on the meta device, too."""
     return {layer: (router_logits.shape[-1], selected_experts.shape[-1])
             for layer, (_, router_logits, selected_experts) in probe_routers(model).items()}
 
 
 def probe_routers(model):
-    """{decoder layer: (router, router_logits, selected_experts)}: its answer to two tokens of zeros."""
+    """{decoder layer: (router, router_logits, selected_experts)}, given two tokens of zeros."""
     decoder, family, found = model.get_decoder(), type(model).__name__, {}
     declared = declared_routers(model)
     for name, router in decoder.named_modules():
         if isinstance(router, declared):
-            kind, layer = type(router).__name__, re.search(r"(?:^|\.)(\d+)\.", name)
-            if layer is None or int(layer[1]) in found:
-                raise InputError(f"{family} is not supported: {kind} routes more than a layer's experts")
+            kind, layer = type(router).__name__, re.search(r"\b(\d+)\.", name)
+            require(layer and int(layer[1]) not in found,
+                    f"{family} is not supported: {kind} routes more than a layer's experts")
             block = decoder.get_submodule(name.rpartition(".")[0])
-            try:  # AFMoE's router wants three dimensions, the others take them
+            with explained(f"{family} is not supported: its {kind} does not map hidden states to "
+                           "(router_logits, routing_weights, selected_experts)"):
+                # AFMoE's router wants three dimensions, the others take them
                 size = 1, 2, model.config.get_text_config().hidden_size
-                answer = probe_router(router, block, next(router.parameters()).new_zeros(size))
-            except Exception as error:  # whatever it is, this is no router that we can read
-                raise InputError(f"{family} is not supported: its {kind} does not map hidden states to "
-                                 "(router_logits, routing_weights, selected_experts)") from error
-            found[int(layer[1])] = router, *answer
-    if not found:
-        raise InputError(f"{family} has no routers that transformers declares: a dense model, or a "
-                         "family that is not supported")
+                hidden = next(router.parameters()).new_zeros(size)
+                found[int(layer[1])] = router, *probe_router(router, block, hidden)
+    require(found, f"{family} has no routers that transformers declares: a dense model, or a "
+                   "family that is not supported")
     return dict(sorted(found.items()))
 
 
 def declared_routers(model):
-    """The classes that the model's classes name as the source of their router_logits, as a tuple."""
+    """The classes that a model's classes name as the source of their router_logits, as a tuple."""
     declared = []
     for module in model.modules():
         recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
         declared += recorders if isinstance(recorders, list) else [recorders]
-    return tuple({getattr(recorder, "target_class", recorder) for recorder in declared})
+    return tuple(getattr(recorder, "target_class", recorder) for recorder in declared)
 
 
 @torch.no_grad()
 def probe_router(router, block, hidden):
-    """(router_logits, selected_experts) for hidden states; ValueError if they are something else."""
+    """(router_logits, selected_experts) for hidden states; InputError if they are anything else."""
     # AFMoE, LFM2, MiniMax-M2 and HunYuan-V3 hand their router a bias that the block has
     names = inspect.signature(type(router).forward).parameters
     given = {name: getattr(block, name) for name in names if hasattr(block, name)}
@@ -111,8 +124,8 @@ def probe_router(router, block, hidden):
     logits, weights, selected = read_router(router, type(router).forward(router, hidden, **given))
     # Zaya has one class more than experts, to skip them all, and reports it as expert 0
     num_experts = getattr(getattr(block, "experts", None), "num_experts", logits.shape[-1])
-    if (weights.shape, logits.shape[-1]) != (selected.shape, num_experts) or selected.is_floating_point():
-        raise ValueError("no selections of experts")
+    require(weights.shape == selected.shape and logits.shape[-1] == num_experts
+            and not selected.is_floating_point(), "no selections of experts")
     return logits, selected
 
 
@@ -121,8 +134,7 @@ def read_router(router, output):
     if len(output) == 2:  # Llama 4: scores of all experts, 0 where one is not selected, and logits
         scores, router_logits = output
         return router_logits, *scores.topk(router.top_k, -1)
-    router_logits, routing_weights, selected_experts, *_ = output
-    return router_logits, routing_weights, selected_experts
+    return output[:3]
 
 
 @contextlib.contextmanager
@@ -133,27 +145,27 @@ def record_routing(model, on_router):
 
     Padding is in there: the caller knows which tokens are real.
     """
-    with contextlib.ExitStack() as undo:
+    def hook(layer, probabilities, router, args, output):
+        router_logits, *selection = read_router(router, output)
+        on_router(layer, router_logits.log() if probabilities else router_logits, *selection)
+
+    with contextlib.ExitStack() as hooks:
         for layer, (router, logits, _) in probe_routers(model).items():
             # Gemma 4 gives probabilities for logits; their log is as good as logits
-            probabilities = bool((logits > 0).all() and torch.allclose(
-                logits.float().sum(-1), torch.ones_like(logits[..., 0]).float()))
-
-            def hook(module, args, output, layer=layer, probabilities=probabilities):
-                router_logits, routing_weights, selected_experts = read_router(module, output)
-                on_router(layer, router_logits.log() if probabilities else router_logits,
-                          routing_weights, selected_experts)
-            undo.callback(router.register_forward_hook(hook).remove)
+            total = logits.float().sum(-1)
+            probabilities = logits.min() > 0 and total.allclose(torch.ones_like(total))
+            hooks.enter_context(router.register_forward_hook(
+                functools.partial(hook, layer, probabilities)))
         yield
 
 
 RULES = ("proportional", "soft", "hard")
-CHOICES = {torch.topk, torch.max, torch.argmax, torch.sort,
-           torch.Tensor.topk, torch.Tensor.max, torch.Tensor.argmax, torch.Tensor.sort}
+CHOICES = {getattr(place, name) for place in (torch, torch.Tensor)
+           for name in ("topk", "max", "argmax", "sort")}
 
 
 def boost_logits(router_logits, boost, rule="proportional"):
-    """Router logits z (tokens, num_experts) after a boost b (num_experts,); where b = 0, as they were.
+    """Router logits z (tokens, num_experts) after a boost b (num_experts,); unchanged where b = 0.
 
     proportional  z + b * |z|                                      arXiv 2601.14050
     soft          z + b * std(z), over a token's experts           arXiv 2510.04694
@@ -163,131 +175,120 @@ def boost_logits(router_logits, boost, rule="proportional"):
         return torch.addcmul(router_logits, boost, router_logits.abs())
     if rule == "soft":
         return router_logits + boost * router_logits.std(-1, keepdim=True)
-    top, bottom = router_logits.amax(-1, keepdim=True), router_logits.amin(-1, keepdim=True)
+    bottom, top = router_logits.aminmax(dim=-1, keepdim=True)
+    edge = torch.where(boost > 0, top, bottom)
     # a hundredth, relative above 1, is the least step that bfloat16 never rounds away
-    top = top + 0.01 * top.abs().clamp(min=1)
-    bottom = bottom - 0.01 * bottom.abs().clamp(min=1)
-    return torch.where(boost > 0, top, torch.where(boost < 0, bottom, router_logits))
+    beyond = edge + 0.01 * boost.sign() * edge.abs().clamp(min=1)
+    return torch.where(boost == 0, router_logits, beyond)
 
 
 class EditedScoring(TorchFunctionMode):
-    """While a router's own forward runs, its logits are edited, and no choice sees a masked expert.
+    """While a router's own forward runs, its logits are edited; no choice sees a masked expert.
 
-    The router goes on to score the edited logits as its family does. A mask has to reach the choice as
-    well as the logits: a bias that is added to sigmoid scores could bring a masked expert back.
+    The router goes on to score the edited logits as its family does. A mask has to reach the
+    choice as well: a bias that is added to sigmoid scores could bring a masked expert back. The
+    edits that are around this one are taken in: first all boosts, then all masks.
     """
 
     def __init__(self, router, num_experts, mask, boost, rule):
         super().__init__()
-        self.num_experts, self.masked, self.boost, self.rule = num_experts, mask, boost, rule
         # Inkling scores its always-on experts along with the others, behind them
-        self.width = getattr(router, "n_total_experts", num_experts)
-        weight = next(router.parameters())  # tallies stay on its device until they are read
-        self.selected = torch.zeros(num_experts, dtype=torch.bool, device=weight.device)
-        self.moved, self.selections, self.edits = torch.zeros_like(self.selected[0], dtype=torch.int64), 0, 0
-        if mask is not None:
-            ids = torch.as_tensor(list(mask), device=weight.device)
-            self.masked = self.selected.index_fill(0, ids, True)
+        self.num_experts, self.width = num_experts, getattr(router, "n_total_experts", num_experts)
+        outer = getattr(router.forward, "edit", (router.forward, [], []))
+        self.unedited, self.mask, self.boosts = outer[0], outer[1] + mask, outer[2]
+        weight = next(router.parameters())
         if boost is not None:  # in float32 at least
-            self.boost = torch.as_tensor(np.asarray(boost, np.float64)).to(
-                weight.device, torch.promote_types(weight.dtype, torch.float32))
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            boost = torch.as_tensor(boost, dtype=dtype, device=weight.device)
+            self.boosts = [*self.boosts, (boost, rule)]
+        self.edits, self.moved, self.selections = 0, 0, 0
+        self.masked, self.selected = torch.zeros(  # stay on the device until they are read
+            2, num_experts, dtype=torch.bool, device=weight.device)
+        self.masked[self.mask] = True
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear:
-            logits = func(*args, **kwargs or {})
-            if logits.shape[-1] != self.width:
-                return logits
+        if func in CHOICES and self.mask:
+            # (num_experts,), or (groups, experts of a group) of a router that limits groups
+            shape = args[0].shape[1:]
+            if shape.numel() == self.num_experts:
+                args = args[0].masked_fill(self.masked.view(shape), -torch.inf), *args[1:]
+        output = func(*args, **kwargs or {})
+        if func is F.linear and output.shape[-1] == self.width:
             self.edits += 1
-            routed, always_on = logits[..., :self.num_experts], logits[..., self.num_experts:]
-            edited = self.edited(routed)
-            return torch.cat([edited, always_on], -1) if always_on.shape[-1] else edited
-        if func in CHOICES and self.masked is not None:
-            # (..., num_experts), or (..., groups, experts of a group) where a router limits groups
-            shape = args[0].shape[-1:] if args[0].shape[-1] == self.num_experts else args[0].shape[-2:]
-            if math.prod(shape) == self.num_experts:
-                args = args[0].masked_fill(self.masked.view(shape), -math.inf), *args[1:]
-        return func(*args, **kwargs or {})
+            routed, always_on = output.tensor_split([self.num_experts], -1)
+            return torch.cat([self.edited(routed), always_on], -1)
+        return output
 
     def edited(self, router_logits):
-        if self.boost is not None:  # in its precision, and back: a zero boost changes no bit
-            wide = router_logits.to(self.boost.dtype)
-            router_logits = boost_logits(wide, self.boost, self.rule).to(router_logits.dtype)
-        if self.masked is not None:
-            lowest = max(-1e9, torch.finfo(router_logits.dtype).min)
+        dtype = router_logits.dtype
+        for boost, rule in self.boosts:  # in its precision, and back: zero changes no bit
+            router_logits = boost_logits(router_logits.to(boost.dtype), boost, rule).to(dtype)
+        if self.mask:
+            lowest = max(-1e9, torch.finfo(dtype).min)
             router_logits = router_logits.masked_fill(self.masked, lowest)
         return router_logits
 
 
+def edited_forward(router, scoring, count_moved):
+    """A router's forward under EditedScoring, which also tallies what proves the edit."""
+    before = router.forward
+
+    def forward(*args, **kwargs):
+        scoring.edits = 0
+        with scoring:
+            output = scoring.unedited(*args, **kwargs)
+        if scoring.edits != 1:
+            raise RuntimeError(
+                f"{type(router).__name__} computes its logits in a way that cannot be edited "
+                f"({scoring.edits} linear maps to {scoring.num_experts} experts)")
+        selected = read_router(router, output)[2]
+        scoring.selections += selected.numel()
+        scoring.selected.index_fill_(0, selected.flatten(), True)
+        if count_moved or hasattr(before, "edit"):  # an edit around this one tallies for itself
+            plain = read_router(router, before(*args, **kwargs))[2]
+            scoring.moved = scoring.moved + number_moved(plain, selected)
+        return output
+
+    forward.edit = scoring.unedited, scoring.mask, scoring.boosts
+    return forward
+
+
 @contextlib.contextmanager
 def edit_routing(model, masks=None, boosts=None, rule="proportional", count_moved=True):
-    """Inside the block, routers score edited logits; afterwards, exception or not, the model is what it was.
+    """Inside the block, routers score edited logits; afterwards, in any case, as they did before.
 
-    masks   {decoder layer: expert ids}: never selected
+    masks   {decoder layer: expert ids, or bool (num_experts,)}: never selected
     boosts  {decoder layer: (num_experts,) floats}, lambda included; see boost_logits for the rule
-    Yields a dict that on leaving holds {layer: part of the selections that the boosts moved there, given
-    the same hidden states}; for it each boosted router runs twice, which count_moved=False saves.
+    Yields a dict that on leaving holds {layer: part of the selections that the boosts moved there,
+    given the same hidden states}; for it each boosted router runs twice, which count_moved=False
+    saves. Edits nest: inside two, all their boosts apply, then all their masks.
 
-    The edit proves itself. InputError before anything runs: a layer without a router, an expert that is
-    not there, a mask that leaves fewer than top_k. RuntimeError: logits that are computed in another
-    way, a masked expert that was selected, a router that was never called. A warning: boosts that moved
-    no selection at all.
+    The edit proves itself. InputError before anything runs: a layer without a router, an expert
+    that is not there, a mask that leaves fewer than top_k. RuntimeError: logits that are computed
+    in another way, a masked expert that was selected, a router that was never called. A warning:
+    boosts that moved no selection at all.
     """
-    masks = {layer: ids for layer, ids in (masks or {}).items() if len(ids)}
     boosts, moved, edits = boosts or {}, {}, {}
     routers, shape = find_routers(model), routing_shape(model)
-    check_edit(masks, boosts, rule, routers, shape)
-    with contextlib.ExitStack() as undo:
+    masks = check_edit(masks or {}, boosts, rule, routers, shape)
+    with contextlib.ExitStack() as patches:
         for layer in sorted(masks.keys() | boosts.keys()):
-            edits[layer] = EditedScoring(routers[layer], shape[layer][0], masks.get(layer),
+            edits[layer] = EditedScoring(routers[layer], shape[layer][0], masks.get(layer, []),
                                          boosts.get(layer), rule)
-            forward = edited_forward(routers[layer], edits[layer], count_moved)
-            undo.enter_context(replaced_forward(routers[layer], forward))
+            forward = edited_forward(routers[layer], edits[layer], count_moved and layer in boosts)
+            patches.enter_context(patch.object(routers[layer], "forward", forward))
         yield moved
     for layer, edit in edits.items():
         if not edit.selections:
-            raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit did "
-                               "not take hold")
-        if edit.masked is not None and (edit.masked & edit.selected).any():
-            experts = (edit.masked & edit.selected).nonzero().flatten().tolist()
+            raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit "
+                               "did not take hold")
+        experts = (edit.masked & edit.selected).nonzero().flatten().tolist()
+        if experts:
             raise RuntimeError(f"layer {layer}: the experts {experts} were masked and yet selected")
     if boosts and count_moved:
         moved |= {layer: int(edits[layer].moved) / edits[layer].selections for layer in boosts}
         if not any(moved.values()):
             warnings.warn("the boosts moved no selection in any layer")
-
-
-@contextlib.contextmanager
-def replaced_forward(router, forward):
-    before = router.__dict__.get("forward")  # that of an edit around this one
-    router.forward = forward
-    try:
-        yield
-    finally:
-        del router.forward
-        if before is not None:
-            router.forward = before
-
-
-def edited_forward(router, scoring, count_moved):
-    """A router's forward under EditedScoring, which also tallies what proves the edit."""
-    original = router.forward
-
-    def forward(*args, **kwargs):
-        scoring.edits = 0
-        with scoring:
-            output = original(*args, **kwargs)
-        if scoring.edits != 1:
-            raise RuntimeError(f"{type(router).__name__} computes its logits in a way that cannot be "
-                               f"edited ({scoring.edits} linear maps to {scoring.num_experts} experts)")
-        selected = read_router(router, output)[2]
-        scoring.selections += selected.numel()
-        scoring.selected.index_fill_(0, selected.flatten(), True)
-        if scoring.boost is not None and count_moved:
-            plain = read_router(router, original(*args, **kwargs))[2]
-            scoring.moved.add_(number_moved(plain, selected))
-        return output
-
-    return forward
 
 
 def number_moved(before, after):
@@ -296,30 +297,43 @@ def number_moved(before, after):
 
 
 def check_edit(masks, boosts, rule, routers, shape):
-    """InputError if an edit does not fit a model with these find_routers and routing_shape."""
-    if rule not in RULES:
-        raise InputError(f"rule '{rule}' is none of {', '.join(RULES)}")
+    """InputError if an edit does not fit a model with these find_routers and routing_shape.
+
+    Returns masks as {layer: expert ids}, without those that mask nothing.
+    """
+    require(rule in RULES, f"rule '{rule}' is none of {', '.join(RULES)}")
+    checked = {}
     for layer in masks.keys() | boosts.keys():
-        if layer not in shape:
-            raise InputError(f"layer {layer} has no router; MoE layers are {list(shape)}")
+        require(layer in shape, f"layer {layer} has no router; MoE layers are {list(shape)}")
         num_experts, top_k = shape[layer]
-        ids = {int(e) for e in masks.get(layer, ())}
-        if not all(0 <= e < num_experts for e in ids):
-            raise InputError(f"layer {layer} has the experts 0 to {num_experts - 1}; the mask names "
-                             f"{sorted(ids)}")
-        if num_experts - len(ids) < top_k:
-            raise InputError(f"layer {layer}: masking {len(ids)} of {num_experts} experts leaves fewer "
-                             f"than top_k {top_k}")
-        groups = getattr(routers[layer], "num_group", None) or 1
-        if groups > 1 and ids:  # the router may settle on the groups that are left with the fewest
-            size, limit = num_experts // groups, routers[layer].topk_group
-            left = sorted(size - sum(e // size == g for e in ids) for g in range(groups))
-            if sum(left[:limit]) < top_k:
-                raise InputError(f"layer {layer}: the router chooses within {limit} of {groups} groups, "
-                                 f"and the mask leaves some such choice fewer than top_k {top_k} experts")
-        boost = np.asarray(boosts.get(layer, np.zeros(num_experts)))
-        if boost.shape != (num_experts,) or not np.isfinite(boost).all():
-            raise InputError(f"layer {layer}: a boost is {num_experts} finite numbers, one per expert")
+        with explained(f"layer {layer}"):
+            ids = expert_ids(masks.get(layer, []), num_experts)
+            free = ~np.isin(np.arange(num_experts), ids)
+            require(free.sum() >= top_k,
+                    f"masking {len(ids)} of {num_experts} experts leaves fewer than top_k {top_k}")
+            # the router may settle on the groups that are left with the fewest
+            groups, limit = (getattr(routers[layer], name, None) or 1
+                             for name in ("num_group", "topk_group"))
+            require(np.sort(free.reshape(groups, -1).sum(1))[:limit].sum() >= top_k,
+                    f"the router chooses within {limit} of {groups} groups, and the mask leaves "
+                    f"some such choice fewer than top_k {top_k} experts")
+            boost = torch.as_tensor(boosts.get(layer, [0] * num_experts))
+            require(boost.shape == (num_experts,) and boost.isfinite().all(),
+                    f"a boost is {num_experts} finite numbers, one per expert")
+        if ids:
+            checked[layer] = ids
+    return checked
+
+
+def expert_ids(mask, num_experts):
+    """Sorted expert ids of a mask: ids already, or bool (num_experts,), of numpy or torch."""
+    mask = torch.as_tensor(list(mask))
+    if mask.dtype == torch.bool and len(mask) == num_experts:
+        mask = mask.nonzero().flatten()
+    ids = sorted(set(mask.tolist()))
+    require(mask.dtype != torch.bool and set(ids) <= set(range(num_experts)),
+            f"a mask is some of the experts 0 to {num_experts - 1}, or {num_experts} booleans")
+    return ids
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -330,35 +344,27 @@ def load_config(name):
     name is a folder or a hub id. InputError if it is neither, if the model is dense, or if its
     routers are unknown.
     """
-    if tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 6):
-        raise InputError(f"transformers {transformers.__version__} has other routers; run: "
-                         "pip install 'transformers>=5.6'")
-    with explained(f"no model '{name}': neither a folder with a config.json, nor to be had from the hub"):
+    require([int(n) for n in transformers.__version__.split(".")[:2]] >= [5, 6],
+            f"transformers {transformers.__version__} has other routers; run: "
+            "pip install 'transformers>=5.6'")
+    with explained(f"no model '{name}': neither a folder with a config.json, nor to be had from "
+                   "the hub"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with explained(f"cannot load a tokenizer for model '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if not tokenizer("a 1")["input_ids"]:  # without its files, some families get an empty one
-            raise OSError("its files are missing")
-    with explained(f"model '{name}' cannot be built as a causal language model"), torch.device("meta"):
+        # without its files, some families get an empty one
+        require(tokenizer("a 1")["input_ids"], "its files are missing")
+    with explained(f"model '{name}' is no causal language model"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     find_routers(skeleton)
     return config, tokenizer, skeleton
 
 
-@contextlib.contextmanager
-def explained(message):
-    """What goes wrong in the block becomes an InputError, message and the first line of the error."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, AttributeError, TypeError) as error:
-        raise InputError(f"{message} ({str(error).strip().splitlines()[0]})") from error
-
-
 def load_model(name, dtype="auto", device=None, **options):
-    """(model, tokenizer), ready for inference; a dense or unknown model is refused before its weights are read.
+    """(model, tokenizer), ready for inference; what is no MoE is refused before weights are read.
 
     dtype    "auto" (the checkpoint's own), "float32", "bfloat16", ...
-    device   "cuda", "cpu", ..., or "auto" for all GPUs, layer by layer; None: CUDA where there is one
+    device   "cuda", "cpu", ..., or "auto" for all GPUs, layer by layer; None: CUDA if there is one
     options  over MODEL_OPTIONS, for from_pretrained, such as attn_implementation
     """
     config, tokenizer, _ = load_config(name)
@@ -366,25 +372,25 @@ def load_model(name, dtype="auto", device=None, **options):
 
 
 def load_weights(name, config, dtype="auto", device=None, **options):
-    """The model alone, where load_config has been called already."""
+    """The model alone, if load_config has been called already."""
     dtype_name(dtype, config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device; leave out --device, or give cpu")
+    require(torch.cuda.is_available() or not device.startswith("cuda"),
+            "there is no CUDA device; leave out --device, or give cpu")
     options = MODEL_OPTIONS | options
     if dtype == "float64":  # grouped_mm knows no float64
         options.setdefault("experts_implementation", "eager")
-    if importlib.util.find_spec("accelerate"):  # puts weights on the device as they are read
+    if transformers.utils.is_accelerate_available():  # weights go to the device as they are read
         options["device_map"] = device
-    elif device == "auto":
-        raise InputError("--device auto spreads a model over several GPUs; run: pip install accelerate")
+    require(device != "auto" or "device_map" in options,
+            "--device auto spreads a model over several GPUs; run: pip install accelerate")
     with explained(f"cannot load the weights of model '{name}' with {options}"):
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **options)
     return (model if "device_map" in options else model.to(device)).eval()
 
 
 def checkpoint_id(name, config):
-    """What tells two checkpoints of one name apart: the hub's commit, or a hash over a folder's weights.
+    """What tells checkpoints of one name apart: the hub's commit, or a hash of a folder's weights.
 
     Of each file the size and the first and last MiB count, so that 60 GB need not be read.
     """
@@ -401,10 +407,12 @@ def checkpoint_id(name, config):
 
 
 def dtype_name(dtype, config):
-    """What "auto" stands for: the dtype that a checkpoint's config names. InputError if it is none."""
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or float64")
-    return str(config.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+    """"float32", ...; what "auto" stands for is in the checkpoint's config. InputError if none."""
+    if dtype == "auto":
+        return str(config.dtype).removeprefix("torch.")
+    require(isinstance(getattr(torch, dtype, None), torch.dtype),
+            f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or float64")
+    return dtype
 
 
 def max_positions(config):
@@ -421,31 +429,27 @@ def find_data(pattern, languages=None):
     pattern it is one file, called by the one language given or else by its stem.
     """
     wanted = languages.split(",") if languages else []
-    if len(set(wanted)) < len(wanted):
-        raise InputError(f"a language is named twice in: {languages}")
-    if "{lang}" not in pattern and len(wanted) > 1:
-        raise InputError(f"'{pattern}' is one file but {len(wanted)} languages are named; put {{lang}} "
-                         "into --data")
-    if wanted or "{lang}" not in pattern:
-        files = {l: pattern.replace("{lang}", l) for l in wanted or [Path(pattern).stem]}
-    else:
-        first, *others = map(re.escape, pattern.split("{lang}"))
+    require(len(set(wanted)) == len(wanted), f"a language is named twice in: {languages}")
+    first, *others = map(re.escape, pattern.split("{lang}"))
+    if not others:
+        require(len(wanted) < 2, f"'{pattern}' is one file but {len(wanted)} languages are named; "
+                                 "put {lang} into --data")
+        wanted = wanted or [Path(pattern).stem]
+    if not wanted:
+        expression = first + "([^/]+)" + r"\1".join(others)
         paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
-        matches = [re.fullmatch(first + "([^/]+)" + r"\1".join(others), path) for path in paths]
-        files = {match[1]: match[0] for match in matches if match}
-        if not files:
-            raise InputError(f"no file matches '{pattern}' ({{lang}} stands for a language)")
+        wanted = [match[1] for path in paths if (match := re.fullmatch(expression, path))]
+        require(wanted, f"no file matches '{pattern}' ({{lang}} stands for a language)")
+    files = {language: pattern.replace("{lang}", language) for language in wanted}
     for language, path in files.items():
-        if not re.fullmatch(r"\w[\w.-]*", language):
-            raise InputError(f"'{language}' cannot name a file: a language is letters, digits, '_', "
-                             "'-' and '.'")
-        if not os.path.isfile(path):
-            raise InputError(f"no such file: {path} (for language '{language}')")
+        require(re.fullmatch(r"\w[\w.-]*", language), f"'{language}' cannot name a file: a "
+                "language is letters, digits, '_', '-' and '.'")
+        require(os.path.isfile(path), f"no such file: {path} (for language '{language}')")
     return files
 
 
 def read_examples(path):
-    """[{"prompt": str, "response": str?, "answer": str or [str, ...]?, "kind": str?}] of a prompts file.
+    """[{"prompt": str, "response": str?, "answer": str or [str, ...]?, "kind": str?}] of a file.
 
     .tsv    question, tab, answer (MGSM); no header
     .jsonl  "prompt", "question" or "text"; optionally "response" and "answer"; or rows of Belebele
@@ -455,26 +459,23 @@ def read_examples(path):
     texts). Prompts keep their spaces. InputError names the file and line that cannot be read.
     """
     suffix = Path(path).suffix
-    if suffix not in (".json", *LINE_READERS):
-        raise InputError(f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
+    require(suffix in (".json", *LINE_READERS),
+            f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
-    lines, examples = text.rstrip().split("\n"), []
-    lines[-1] = text.split("\n")[len(lines) - 1]  # with its own spaces
     if suffix == ".json":
-        lines, examples = [], read_squad(text, path)
-    for number, line in enumerate(lines if text.strip() else [], 1):
-        try:
+        with explained(f"{path}: not JSON in SQuAD's layout"):
+            return read_squad(json.loads(text))
+    lines, examples = text.split("\n"), []  # no splitlines: JSON strings may hold other line ends
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        with explained(f"{path}:{number}: cannot be read"):
             examples.append(LINE_READERS[suffix](line.removesuffix("\r")))
-            if not examples[-1]["prompt"].strip():
-                raise ValueError("an empty prompt")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else error
-            raise InputError(f"{path}:{number}: cannot be read: {what}") from error
-    if not examples:
-        raise InputError(f"{path}: no prompts in it")
+            require(examples[-1]["prompt"].strip(), "an empty prompt")
+    require(examples, f"{path}: no prompts in it")
     return examples
 
 
@@ -484,8 +485,7 @@ def read_text_line(line):
 
 def read_tsv_line(line):
     prompt, tab, answer = line.rpartition("\t")
-    if not tab:
-        raise ValueError("no tab between question and answer" if line.strip() else "an empty line")
+    require(tab, "no tab between question and answer" if line.strip() else "an empty line")
     return {"prompt": prompt, "answer": answer, "kind": answer_kind(answer)}
 
 
@@ -493,42 +493,37 @@ def read_json_line(line):
     row = json.loads(line)
     if "flores_passage" in row:
         return read_belebele(row)
-    prompt = next((row[k] for k in ("prompt", "question", "text") if isinstance(row.get(k), str)), None)
-    if prompt is None:
-        raise ValueError('no "prompt", "question" or "text" with a string')
-    example = {"prompt": prompt}
+    prompts = [row[key] for key in ("prompt", "question", "text") if isinstance(row.get(key), str)]
+    require(prompts, 'no "prompt", "question" or "text" with a string')
+    example, answer = {"prompt": prompts[0]}, row.get("answer")
     if row.get("response") is not None:
         example["response"] = str(row["response"])
-    if row.get("answer") is not None:
-        answer = row["answer"] if isinstance(row["answer"], list) else str(row["answer"])
+    if answer is not None:
+        answer = answer if isinstance(answer, list) else str(answer)
         example |= {"answer": answer, "kind": row.get("kind") or answer_kind(answer)}
     return example
 
 
 def read_belebele(row):
+    answer = dict(zip("1234", "ABCD")).get(str(row["correct_answer_num"]))
+    require(answer, "a Belebele row whose correct_answer_num is not 1 to 4")
     options = "\n".join(f"{letter}. {row[f'mc_answer{i}']}" for i, letter in enumerate("ABCD", 1))
-    if str(row["correct_answer_num"]) not in "1234":
-        raise ValueError("a Belebele row whose correct_answer_num is not 1 to 4")
     return {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}\n\n"
-                      "Answer with A, B, C or D.",
-            "answer": "ABCD"[int(row["correct_answer_num"]) - 1], "kind": "choice"}
+                      "Answer with A, B, C or D.", "answer": answer, "kind": "choice"}
 
 
 LINE_READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".txt": read_text_line}
 
 
-def read_squad(text, path):
-    """SQuAD's layout: data, paragraphs, qas. Every question becomes a prompt behind its paragraph."""
-    with explained(f"{path}: not JSON"):
-        root = json.loads(text)
-    try:
-        return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}\n\n"
+def read_squad(root):
+    """Every question of SQuAD's data, paragraphs and qas becomes a prompt behind its paragraph."""
+    examples = [{"prompt": f"{paragraph['context']}\n\n{qa['question']}\n\n"
                            "Answer with words from the text.",
                  "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
                 for article in root["data"] for paragraph in article["paragraphs"]
                 for qa in paragraph["qas"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: not in SQuAD's layout (no {error})") from error
+    require(examples, "no questions in it")
+    return examples
 
 
 def answer_kind(answer):
@@ -552,27 +547,25 @@ def encode_prompt(tokenizer, prompt, chat_template="auto"):
     """
     if chat_template == "auto" and tokenizer.chat_template:
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, enable_thinking=False,
-            tokenize=True, return_dict=False)
+            [{"role": "user", "content": prompt}], add_generation_prompt=True,
+            enable_thinking=False, return_dict=False)
     return tokenizer(prompt)["input_ids"]
 
 
 def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
-    """Examples with the "ids" of their prompt, the "text_span" (start, stop) in it of the user's text,
-    between what the chat template puts around it, and "answer_ids" of the (first) gold answer.
+    """Examples with the "ids" of their prompt, the "text_span" (start, stop) in it of the user's
+    text, between what the chat template puts around it, and "answer_ids" of the first gold answer.
 
-    A prompt of more than max_length tokens is refused: half a question has no answer.
+    InputError for a prompt of more than max_length tokens: half a question has no answer.
     """
     # what the template puts around the text is what two texts have in common
     a, b = (encode_prompt(tokenizer, text, chat_template) for text in ("a", "1"))
-    before = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-    after = next(i for i, (x, y) in enumerate(zip(a[::-1], b[::-1])) if x != y)
+    before, after = (len(os.path.commonprefix(ids)) for ids in ([a, b], [a[::-1], b[::-1]]))
     encoded = []
     for number, example in enumerate(examples, 1):
         ids = encode_prompt(tokenizer, example["prompt"], chat_template)
-        if len(ids) > max_length:
-            raise InputError(f"prompt {number} has {len(ids)} tokens, more than {max_length}; take it "
-                             "out, or raise --max-length as far as the model's positions go")
+        require(len(ids) <= max_length, f"prompt {number} has {len(ids)} tokens, more than "
+                f"{max_length}; take it out, or raise --max-length, up to the model's positions")
         encoded.append(example | {"ids": ids, "text_span": (before, len(ids) - after)})
         if "answer" in example:
             encoded[-1]["answer_ids"] = tokenizer(
@@ -583,54 +576,60 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
 # ---------------------------------------------------------------------------------------- batches
 
 def right_padded(sequences):
-    """int64 (sequences, longest). No mask: attention is causal, so padding reaches nothing before it."""
-    return pad_sequence([torch.as_tensor(s, dtype=torch.int64) for s in sequences], batch_first=True)
+    """int64 (sequences, longest). It needs no mask: attention is causal, and padding comes last."""
+    tensors = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    return pad_sequence(tensors, batch_first=True)
+
 
 
 def length_batches(lengths, batch_tokens, fill=0.9):
-    """Cut sequences into batches: lists of indices, the longest first, so that memory runs out at once.
+    """Cut sequences into batches, lists of indices; the longest first: memory runs out at once.
 
-    A batch takes at most batch_tokens with its padding, or one sequence if that alone is longer; its
-    shortest is at least fill of its longest, so that little is padded.
+    A batch takes at most batch_tokens with its padding, or one sequence if that alone is longer;
+    its shortest is at least fill of its longest, so that little is padded.
     """
-    batches, longest = [], 0
+    batches = []
     for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        full = not batches or (len(batches[-1]) + 1) * longest > batch_tokens
-        if full or lengths[i] < fill * longest:
-            batches, longest = [*batches, []], lengths[i]
+        if (not batches or lengths[i] < fill * longest
+                or (len(batches[-1]) + 1) * longest > batch_tokens):
+            batches.append([])
+            longest = lengths[i]
         batches[-1].append(i)
     return batches
 
 
 def run_batches(run, batches):
-    """run(batch) for each batch; one that does not fit into memory is halved, which is said once."""
-    todo, said = list(batches), False
+    """What run(batch) returns, a list for each batch or None, as a list in the order of indices.
+
+    A batch that does not fit into memory is halved, which is said once.
+    """
+    todo, results, said = list(batches), {}, False
     while todo:
         batch = todo.pop(0)
         try:
-            run(batch)
+            results.update(zip(batch, run(batch) or []))
             continue
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                raise InputError("out of memory on a single sequence; lower --max-length, or give "
-                                 "--device auto") from error
+        except torch.OutOfMemoryError:  # what it holds is freed only behind this block
+            require(len(batch) > 1, "out of memory on a single sequence; lower --max-length, or "
+                                    "give --device auto")
         torch.cuda.empty_cache()
         if not said:
             tqdm.write(f"out of memory on {len(batch)} sequences at once: halving such batches; "
                        "--batch-tokens sets their size")
             said = True
         todo[:0] = batch[:len(batch) // 2], batch[len(batch) // 2:]
+    return [results[i] for i in sorted(results)]
 
 
 @torch.inference_mode()
-def logits_of(model, sequences, batch_tokens, use):
-    """use(i, logits (tokens, vocabulary)) for every sequence, in no particular order."""
+def from_logits(read, model, sequences, batch_tokens):
+    """[read(i, logits (tokens, vocabulary))] of every sequence."""
     def run(batch):
         ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        for i, logits in zip(batch, model(input_ids=ids, use_cache=False).logits):
-            use(i, logits[:len(sequences[i])].float())
+        return [read(i, logits[:len(sequences[i])].float())
+                for i, logits in zip(batch, model(input_ids=ids, use_cache=False).logits)]
 
-    run_batches(run, length_batches([len(s) for s in sequences], batch_tokens))
+    return run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
 
 
 # ----------------------------------------------------------------------------------------- scores
@@ -657,17 +656,17 @@ def plain_digits(text):
 
     "−২,১২৫" -> "-2,125"
     """
-    digits = (unicodedata.decimal(c, None) for c in text)
-    text = "".join(c if digit is None else str(digit) for c, digit in zip(text, digits))
-    return text.translate(str.maketrans("−–－﹣，٬．٫\u00a0\u202f\u2009", "----,,..\x1f\x1f\x1f"))
+    text = "".join(str(unicodedata.decimal(c, c)) for c in text)
+    return text.translate(
+        str.maketrans("−–－﹣，٬．٫\u00a0\u202f\u2009", "----,,..\x1f\x1f\x1f"))
 
 
 def last_number(text, language=None):
-    r"""The last number in the last \boxed{} of a text, or else in the text, as an exact Decimal, or None.
+    r"""The last number in a text's last \boxed{}, or else in the text: an exact Decimal, or None.
 
-    Separators of thousands go: "2,125", "1,00,000", and "2.125" or "2 125" in languages that write a
-    decimal comma. A minus counts unless a digit, a Latin letter or a parenthesis stands before it:
-    "14-9" ends in 9.
+    Separators of thousands go: "2,125", "1,00,000", and "2.125" or "2 125" in languages that write
+    a decimal comma. A minus counts unless a digit, a Latin letter or a parenthesis stands before
+    it: "14-9" ends in 9.
     """
     text = plain_digits(text)
     boxed = re.findall(r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}", text)
@@ -688,81 +687,68 @@ def last_number(text, language=None):
 
 
 def span_scores(prediction, golds, language=None):
-    """(exact match, F1) of SQuAD, the best over the golds; by character in languages without spaces.
+    """(exact match, F1) of SQuAD, the best over the golds; by character if words have no spaces.
 
     An empty prediction scores 0, whatever the gold.
     """
     def units(text):
         text = "".join(c for c in text.lower()
-                       if not unicodedata.category(c).startswith("P") and c not in string.punctuation)
+                       if unicodedata.category(c)[0] != "P" and c not in string.punctuation)
         if base_language(language) in NO_SPACES:
             return [c for c in text if not c.isspace()]
         return [word for word in text.split() if word not in ("a", "an", "the")]
 
-    said, best = units(prediction), (0.0, 0.0)
-    for gold in map(units, golds):
-        overlap = (Counter(said) & Counter(gold)).total()
-        if overlap:
-            best = max(best, (float(said == gold), 2 * overlap / (len(said) + len(gold))))
-    return best
+    said = units(prediction)
+    scores = [(float(said == gold), 2 * overlap / (len(said) + len(gold)))
+              for gold in map(units, golds)
+              if (overlap := (Counter(said) & Counter(gold)).total())]
+    return max(scores, default=(0.0, 0.0))
 
 
 def import_langdetect():
-    try:
+    with explained("the metric 'language' needs langdetect; run: pip install langdetect"):
         import langdetect
-    except ImportError as error:
-        raise InputError("the metric 'language' needs langdetect; run: pip install langdetect") from error
     langdetect.DetectorFactory.seed = 0
     return langdetect
 
 
 def in_language(responses, language):
     """1 for each response in the language, as langdetect finds, else 0; Chinese variants are zh."""
-    langdetect, found = import_langdetect(), []
-    for response in responses:
-        try:
-            detected = langdetect.detect(response)
-            found.append(float(base_language(detected) == base_language(language)))
-        except langdetect.LangDetectException:  # nothing but digits, say
-            found.append(0.0)
+    langdetect, found = import_langdetect(), [0.0] * len(responses)
+    for i, response in enumerate(responses):
+        with contextlib.suppress(langdetect.LangDetectException):  # nothing but digits, say
+            detected = base_language(langdetect.detect(response))
+            found[i] = float(detected == base_language(language))
     return found
 
 
 def negative_log_likelihood(model, encoded, batch_tokens):
     """Nats per token of each prompt's own text, and of its gold answer given the prompt.
 
-    -> {"prompt_nll", "answer_nll"}: float64 (examples,), nan where there is no answer; one forward
+    -> {"prompt_nll", "answer_nll"}: float64 (examples,), nan if there is no answer; one forward
     pass gives both. A first token that nothing precedes is not scored.
     """
     sequences = [e["ids"] + e.get("answer_ids", []) for e in encoded]
-    result = {metric: np.full(len(encoded), np.nan) for metric in ("prompt_nll", "answer_nll")}
 
-    def use(i, logits):
-        targets = torch.tensor(sequences[i][1:], device=logits.device)
-        nll = F.cross_entropy(logits[:-1], targets, reduction="none").double().cpu().numpy()
-        if not np.isfinite(nll).all():
-            raise InputError("the model's logits are NaN or infinite; try --dtype float32")
-        spans = encoded[i]["text_span"], (len(encoded[i]["ids"]), len(sequences[i]))
-        for values, (start, stop) in zip(result.values(), spans):
-            if stop > max(start, 1):
-                values[i] = nll[max(start, 1) - 1:stop - 1].mean()
+    def read(i, logits):
+        targets = torch.tensor(sequences[i], device=logits.device)[1:]
+        nll = F.cross_entropy(logits[:-1], targets, reduction="none").double().cpu()
+        require(nll.isfinite().all(), "the model's logits are NaN or infinite; try --dtype float32")
+        nll = F.pad(nll, (1, 0), value=torch.nan)  # nll[t] is token t's
+        (start, stop), prompt = encoded[i]["text_span"], len(encoded[i]["ids"])
+        return nll[start:stop].nanmean().item(), nll[prompt:].nanmean().item()
 
-    logits_of(model, sequences, batch_tokens, use)
-    return result
+    prompt_nll, answer_nll = np.transpose(from_logits(read, model, sequences, batch_tokens))
+    return {"prompt_nll": prompt_nll, "answer_nll": answer_nll}
 
 
 def choose_letters(model, tokenizer, encoded, batch_tokens, letters="ABCD"):
-    """The letter with the highest probability as the first token of each answer; nothing is generated."""
+    """The most probable letter as the first token of each answer; nothing is generated."""
     first = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in letters]
-    if len(set(first)) < len(letters):
-        raise InputError(f"this tokenizer does not tell {letters} apart by their first token")
-    chosen = {}
-
-    def use(i, logits):
-        chosen[i] = letters[logits[-1, first].argmax()]
-
-    logits_of(model, [e["ids"] for e in encoded], batch_tokens, use)
-    return [chosen[i] for i in range(len(encoded))]
+    require(len(set(first)) == len(letters),
+            f"this tokenizer does not tell {letters} apart by their first token")
+    return from_logits(lambda i, logits: letters[logits[-1, first].argmax()], model,
+                       [e["ids"] for e in encoded], batch_tokens)
 
 
 @torch.inference_mode()
@@ -773,29 +759,24 @@ def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens=512, sampli
     draws the same. Padding stands on the left.
     """
     torch.manual_seed(seed or 0)
-    choice = {"do_sample": True, **sampling} if sampling else {
-        "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor(tokenizer.eos_token_id if ends is None else ends)
-    prompts, responses, cut = [torch.tensor(e["ids"]) for e in encoded], {}, 0
+    choice = sampling or dict.fromkeys(["temperature", "top_p", "top_k"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    ends = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id)
 
     def run(batch):
-        nonlocal cut
-        ids, mask = (pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
-                     for rows, value in (([prompts[i] for i in batch], pad),
-                                         ([torch.ones_like(prompts[i]) for i in batch], 0)))
-        new = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens, pad_token_id=pad, **choice)[:, ids.shape[1]:].cpu()
-        if new.shape[1] == max_new_tokens:
-            cut += int((~torch.isin(new, ends).any(1)).sum())
-        responses.update(zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True)))
+        inputs = tokenizer.pad({"input_ids": [encoded[i]["ids"] for i in batch]},
+                               padding_side="left", return_tensors="pt").to(model.device)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=bool(sampling),
+                                pad_token_id=tokenizer.pad_token_id, **choice)
+        new = output[:, inputs.input_ids.shape[1]:].cpu()
+        ended = torch.isin(new, ends).any(1).tolist()
+        return zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended)
 
     # as few batches as there can be: each takes max_new_tokens steps
-    sizes = [len(prompt) + max_new_tokens for prompt in prompts]
-    run_batches(run, length_batches(sizes, batch_tokens, fill=0))
-    return [responses[i] for i in range(len(encoded))], cut
+    sizes = [len(e["ids"]) + max_new_tokens for e in encoded]
+    responses, ended = zip(*run_batches(run, length_batches(sizes, batch_tokens, fill=0)))
+    return list(responses), ended.count(False)
 
 
 def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **generation):
@@ -827,10 +808,10 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **
 def check_metrics(metrics, encoded, path):
     """InputError if a file's examples cannot give the metrics that are asked for."""
     kinds = {e.get("kind") for e in encoded}
-    if {"accuracy", "answer_nll"} & set(metrics) and None in kinds:
-        raise InputError(f"{path} has prompts without an answer; --metrics prompt_nll needs none")
-    if "accuracy" in metrics and len(kinds) > 1:
-        raise InputError(f"{path} mixes kinds of answers: {', '.join(sorted(kinds))}")
+    require(None not in kinds or not {"accuracy", "answer_nll"} & set(metrics),
+            f"{path} has prompts without an answer; --metrics prompt_nll needs none")
+    require(len(kinds) == 1 or "accuracy" not in metrics,
+            f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
     if "language" in metrics:
         import_langdetect()
 
@@ -852,7 +833,7 @@ def bootstrap_interval(differences, draws=2000, seed=0):
 
 
 def mean_change(scores, against):
-    """(mean, low, high): how far scores (examples,) are from others, (examples,) or (controls, examples)."""
+    """(mean, low, high) of scores (examples,) minus others, (examples,) or (controls, examples)."""
     return float(np.nanmean(scores - against)), *bootstrap_interval(scores - against)
 
 
@@ -872,18 +853,16 @@ def write_whole(path, write):
 
 
 def load_rows(path):
-    """{settings as JSON: row} of a results file. A last line that a kill cut short is taken off the file."""
+    """{settings as JSON: row} of a results file; a last line that a kill cut short is taken off."""
     if not os.path.exists(path):
         return {}
     content = Path(path).read_bytes()
     whole = content[:content.rfind(b"\n") + 1]
-    if whole != content:
-        write_whole(path, lambda file: file.write(whole))
-    try:
-        rows = [json.loads(line) for line in whole.decode().splitlines()]
-        return {json.dumps(row["settings"], sort_keys=True): row for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a results file; move it away or give another --out") from error
+    with explained(f"{path} is not a results file; move it away or give another --out"):
+        rows = [json.loads(line) for line in whole.splitlines()]
+        rows = {json.dumps(row["settings"], sort_keys=True): row for row in rows}
+    os.truncate(path, len(whole))
+    return rows
 
 
 def append_row(path, row):
@@ -895,7 +874,7 @@ def append_row(path, row):
 
 
 def save_predictions(path, encoded, responses, scores):
-    """JSONL with prompt, response, answer and score, which capture.py reads again; whole or not there."""
+    """JSONL of prompt, response, answer and score, which capture.py reads; whole or not there."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     rows = [{key: e.get(key) for key in ("prompt", "answer", "kind")} | {"response": r, "score": s}
             for e, r, s in zip(encoded, responses, scores)]
@@ -909,48 +888,52 @@ def positive(text):
     return int(text)
 
 
+NUMBER = {"type": positive, "metavar": "N"}
+
+
 def add_model_arguments(p):
     """The flags of all scripts that run a model."""
     add = p.add_argument_group("running the model").add_argument
-    add("--batch-tokens", type=positive, metavar="N", help="per forward pass (default: %(default)s)")
-    add("--max-length", type=positive, metavar="N", help="tokens of a sequence (default: %(default)s)")
+    add("--batch-tokens", **NUMBER, help="per forward pass (default: %(default)s)")
+    add("--max-length", **NUMBER, help="tokens of a sequence (default: %(default)s)")
     add("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
     add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
     add("--device", help="cuda, cpu, or auto: all GPUs, needs accelerate (default: a GPU)")
 
 
 def add_task_arguments(p):
-    """The first flags of ablate.py and steer.py; returns what adds theirs, on which experts they edit."""
+    """The first flags of ablate.py and steer.py; returns what adds theirs, on which experts."""
     add = p.add_argument_group("what is run").add_argument
     add("--model", help="folder or hub id (default: %(default)s)")
-    add("--routing", nargs="+", metavar="DUMP", help="where experts are chosen from: path or label=path")
+    add("--routing", nargs="+", metavar="DUMP", help="to choose experts from: path or label=path")
     add("--data", help="what is evaluated; {lang} is the language (default: %(default)s)")
     add("--languages", help="as bn,de (default: every file that --data matches)")
     add("--metrics", nargs="+", choices=METRICS, metavar="M", help=f"of {', '.join(METRICS)}")
-    add("--limit", type=positive, metavar="N", help="only the first N examples of each language")
-    add("--out", help="a line of JSON per cell; what is there is not run again (default: %(default)s)")
+    add("--limit", **NUMBER, help="only the first N examples of each language")
+    add("--out", help="JSON line by line; a cell in it is not run again (default: %(default)s)")
     add = p.add_argument_group("which experts").add_argument
-    add("--experts-per-language", type=float, metavar="N", help="the most frequent ones: a number, or a "
-        "part below 1 (default: %(default).3g)")
-    add("--threshold", type=float, metavar="T", help="exclusive above this share (default: %(default)s)")
+    add("--experts-per-language", type=float, metavar="N", help="the most frequent ones: a number, "
+        "or a part below 1 (default: %(default).3g)")
+    add("--threshold", type=float, metavar="T", help="exclusive above this share (default: "
+        "%(default)s)")
     add("--selection", metavar="FILE", help="instead, those that analyze.py --contrast selected")
-    add("--control-seeds", type=positive, metavar="N", help="random draws (default: %(default)s)")
+    add("--control-seeds", **NUMBER, help="random draws (default: %(default)s)")
     return add
 
 
 def parse_task_arguments(p, script):
-    """The last flags of ablate.py and steer.py; the script's constants are the defaults of its flags."""
+    """The last flags of ablate.py and steer.py, and a script's constants as its flags' defaults."""
     add = p.add_argument_group("generating answers").add_argument
-    add("--max-new-tokens", type=positive, metavar="N", help="(default: the checkpoint's generation "
-        f"config, or {MAX_NEW_TOKENS})")
+    add("--max-new-tokens", **NUMBER, help="(default: the checkpoint's generation config, or "
+        f"{MAX_NEW_TOKENS})")
     add("--temperature", type=float, metavar="T", help="sample; the paper: 0.7 (default: greedy)")
     add("--top-p", type=float, metavar="P", help="with --temperature; the paper: 0.8")
-    add("--top-k-sampling", type=positive, metavar="K", help="with --temperature; the paper: 20")
+    add("--top-k-sampling", dest="top_k", type=positive, metavar="K",
+        help="with --temperature; the paper: 20")
     add("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
     add_model_arguments(p)
-    flags = [action.dest for action in p._actions]
     p.set_defaults(**{name.lower(): value for name, value in vars(script).items()
-                      if name.isupper() and name.lower() in flags})
+                      if name.isupper()})
     return p.parse_args()
 
 
@@ -960,10 +943,9 @@ def evaluation_settings(args, config):
     if limit is None:
         with contextlib.suppress(OSError):
             limit = GenerationConfig.from_pretrained(args.model).max_new_tokens
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k_sampling}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    if sampling and not args.temperature:
-        raise InputError("--top-p and --top-k-sampling need a --temperature")
+    sampling = {name: vars(args)[name] for name in ("temperature", "top_p", "top_k")
+                if vars(args)[name] is not None}
+    require(args.temperature or not sampling, "--top-p and --top-k-sampling need a --temperature")
     return {"revision": checkpoint_id(args.model, config), "dtype": dtype_name(args.dtype, config),
             "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
             "max_new_tokens": limit or MAX_NEW_TOKENS, "sampling": sampling,
@@ -971,31 +953,29 @@ def evaluation_settings(args, config):
 
 
 def load_tasks(args, tokenizer, config, dumps):
-    """{language: (encoded examples, sha256 of their file)}; a warning if experts were chosen on the same."""
+    """{language: (encoded examples, their file's sha256)}; a warning if dumps are of the same."""
     captured, tasks = sum((dump["data_sha256"] for dump in dumps), []), {}
     for language, path in find_data(args.data, args.languages).items():
         encoded = encode_examples(tokenizer, read_examples(path)[:args.limit], args.chat_template,
                                   min(args.max_length, max_positions(config)))
         check_metrics(args.metrics, encoded, path)
-        sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        if sha in captured:
-            print(f"warning: {path} is what the routing was captured on: experts are chosen on what "
-                  "they are judged by")
-        tasks[language] = encoded, sha
+        tasks[language] = encoded, hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if tasks[language][1] in captured:
+            print(f"warning: {path} is what the routing was captured on: experts are chosen on "
+                  "what they are judged by")
     return tasks
 
 
 def check_dumps(dumps, shape, revision):
-    """InputError if dumps (as analyze.load_languages returns them) were not captured on this model."""
+    """InputError if dumps, analyze.load_languages' answer, were not captured on this model."""
     for dump in dumps:
         paths = ", ".join(dump["path"])
-        there = {int(layer): (dump["num_experts"], dump["top_k"]) for layer in dump["layers"]}
-        if there != shape:
-            raise InputError(f"{paths} is of another model: by layer, its (num_experts, top_k) are {there}, "
-                             f"the model's {shape}")
-        if dump["revision"] not in (None, revision):  # IDs from elsewhere name no revision
-            raise InputError(f"{paths} was captured on another model ({dump['meta'].get('model')}, "
-                             f"{dump['revision']}); capture it again on this one ({revision})")
+        found = dict.fromkeys(map(int, dump["layers"]), (dump["num_experts"], dump["top_k"]))
+        require(found == shape, f"{paths} is of another model: by layer, its (num_experts, top_k) "
+                                f"are {found}, the model's {shape}")
+        require(dump["revision"] in (None, revision),  # IDs from elsewhere name no revision
+                f"{paths} was captured on another model ({dump['meta'].get('model')}, "
+                f"{dump['revision']}); capture it again on this one ({revision})")
 
 
 class Experiment:
@@ -1010,8 +990,9 @@ class Experiment:
         self.config, self.tokenizer, skeleton = load_config(args.model)
         self.routers, self.shape = find_routers(skeleton), routing_shape(skeleton)
         self.settings = evaluation_settings(args, self.config)
-        self.choice = {"experts_per_language": args.experts_per_language, "threshold": args.threshold,
-                       "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
+        self.choice = {"experts_per_language": args.experts_per_language,
+                       "threshold": args.threshold, "dumps": {
+                           dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
 
@@ -1042,15 +1023,18 @@ def evaluate_cell(experiment, language, name, edit):
     args, encoded = experiment.args, experiment.tasks[language][0]
     generation = {key: experiment.settings[key] for key in ("max_new_tokens", "sampling", "seed")}
     with edit_routing(experiment.model, **edit, count_moved=False):
-        scores, responses, cut = evaluate(experiment.model, experiment.tokenizer, encoded, args.metrics,
-                                          language, args.batch_tokens, **generation)
+        scores, responses, cut = evaluate(
+            experiment.model, experiment.tokenizer, encoded, args.metrics, language,
+            args.batch_tokens, **generation)
     row = {"scores": {metric: np.round(s, 6).tolist() for metric, s in scores.items()},
            "mean": {metric: float(np.nanmean(s)) for metric, s in scores.items()},
-           "experts": {layer: len(ids) for layer, ids in edit.get("masks", {}).items()} | {
-               layer: int(np.count_nonzero(b)) for layer, b in edit.get("boosts", {}).items()}}
+           "experts": {layer: len(expert_ids(mask, experiment.shape[layer][0]))
+                       for layer, mask in edit.get("masks", {}).items()}
+           | {layer: int(np.count_nonzero(b)) for layer, b in edit.get("boosts", {}).items()}}
     if responses is not None:
         path = Path(args.out).with_suffix("") / name / f"{language}.jsonl"
-        save_predictions(path, encoded, responses, row["scores"].get("accuracy", [None] * len(encoded)))
+        right = row["scores"].get("accuracy", [None] * len(encoded))
+        save_predictions(path, encoded, responses, right)
         row |= {"predictions": str(path), "cut_responses": cut}
         if cut and not edit:
             tqdm.write(f"{language}: {cut} of {len(encoded)} responses were cut at "
