@@ -178,7 +178,7 @@ def print_band(title, metric, scores, plan):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = common.add_task_arguments(p)
     add("--experts", choices=["exclusive", "shared", "random"], default="exclusive",

@@ -210,7 +210,7 @@ def parse_shard(text):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("what is captured").add_argument
     add("--model", default=MODEL, help="folder or hub id (default: %(default)s)")

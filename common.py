@@ -208,8 +208,9 @@ class EditedScoring(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in CHOICES and self.mask:
-            # (num_experts,), or (groups, experts of a group) of a router that limits groups
-            shape = args[0].shape[1:]
+            # (..., num_experts), or (..., groups, experts of a group) of a router with groups
+            ungrouped = args[0].shape[-1] == self.num_experts
+            shape = args[0].shape[-1 if ungrouped else -2:]
             if shape.numel() == self.num_experts:
                 args = args[0].masked_fill(self.masked.view(shape), -torch.inf), *args[1:]
         output = func(*args, **kwargs or {})
@@ -472,7 +473,7 @@ def read_examples(path):
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
-        with explained(f"{path}:{number}: cannot be read"):
+        with explained(f"{path}:{number}"):
             examples.append(LINE_READERS[suffix](line.removesuffix("\r")))
             require(examples[-1]["prompt"].strip(), "an empty prompt")
     require(examples, f"{path}: no prompts in it")
@@ -490,7 +491,8 @@ def read_tsv_line(line):
 
 
 def read_json_line(line):
-    row = json.loads(line)
+    with explained("not JSON"):
+        row = json.loads(line)
     if "flores_passage" in row:
         return read_belebele(row)
     prompts = [row[key] for key in ("prompt", "question", "text") if isinstance(row.get(key), str)]
@@ -579,7 +581,6 @@ def right_padded(sequences):
     """int64 (sequences, longest). It needs no mask: attention is causal, and padding comes last."""
     tensors = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
     return pad_sequence(tensors, batch_first=True)
-
 
 
 def length_batches(lengths, batch_tokens, fill=0.9):
@@ -793,16 +794,16 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **
         scores["accuracy"] = [c == e["answer"] for c, e in zip(chosen, encoded)]
     elif {"accuracy", "language"} & set(metrics):
         responses, cut = generate(model, tokenizer, encoded, batch_tokens, **generation)
-        if kind == "number":
+        if "accuracy" in metrics and kind == "number":
             scores["accuracy"] = [last_number(r, language) == last_number(e["answer"])
                                   for r, e in zip(responses, encoded)]
-        elif kind == "span":
+        elif "accuracy" in metrics:
             scores["accuracy"], scores["f1"] = zip(*(
                 span_scores(r, gold_answers(e), language) for r, e in zip(responses, encoded)))
         if "language" in metrics:
             scores["language"] = in_language(responses, language)
-    wanted = [*metrics, "f1"] if "accuracy" in metrics else metrics
-    return {m: np.array(scores[m], np.float64) for m in wanted if m in scores}, responses, cut
+    wanted = [metric for metric in (*metrics, "f1") if metric in scores]
+    return {metric: np.array(scores[metric], float) for metric in wanted}, responses, cut
 
 
 def check_metrics(metrics, encoded, path):

@@ -224,7 +224,7 @@ def values(results, metric, part):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = common.add_task_arguments(p)
     add("--sources", help="languages whose shared experts are boosted (default: %(default)s)")
