@@ -1,10 +1,10 @@
 """
-Which experts are a language's own, which are shared, how alike languages are routed, and what is noise.
+Which experts are a language's own, which are shared, how alike languages are routed; what is noise.
 
-    python analyze.py                                      # what capture.py wrote for the tiny model
+    python analyze.py                                     # what capture.py wrote for the tiny model
     python analyze.py routing/*.npz --bootstrap 1000 --vocabulary --figures figures
     python analyze.py bn=mgsm_bn.json en=mgsm_en.json --bands early=0-4 middle=22-26 late=43-47
-    python analyze.py --contrast math.npz chat.npz         # experts for ablate.py and steer.py
+    python analyze.py --contrast math.npz chat.npz        # experts for ablate.py and steer.py
 
 reads   routing dumps      .npz of capture.py, or .json of the paper's recorder; needs numpy, tqdm
 writes  analysis.npz       the same figures as arrays, listed at save_analysis; --figures: pictures
@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
@@ -41,35 +42,47 @@ STABLE = 0.95          # a stable expert stays exclusive, or shared, in so many 
 PERMUTATIONS = 10_000  # of labels or scores, at random; up to 8 languages, all there are
 # ------------------------------------------------------------------------------------------------
 MEASURES = ("similarity", "divergence", "jaccard", "cosine")  # of two languages: pair_measures
-# family/branch of the most studied languages, by ISO 639-1 and FLORES codes; --families for others
-FAMILIES = {
-    "Afro-Asiatic/Chadic": "ha hau", "Afro-Asiatic/Cushitic": "gaz om so som",
-    "Afro-Asiatic/Semitic": "am amh ar ara arb he heb mlt mt",
-    "Atlantic-Congo/Bantu": "kin lg lin ln lug ny nya rw sn sna sot st sw swa swh tn ts tsn tso xh "
-                            "xho zu zul",
-    "Atlantic-Congo/Kwa": "ak aka tw twi", "Atlantic-Congo/Senegambian": "ff fuv wo wol",
-    "Atlantic-Congo/Volta-Niger": "ibo ig yo yor", "Austroasiatic/Khmer": "khm km",
-    "Austroasiatic/Vietic": "vi vie",
-    "Austronesian/Malayo-Polynesian": "ceb fil id ind jav jv mg mi mri ms msa plt su sun tgl tl zsm",
-    "Basque": "eu eus", "Creole": "hat ht", "Dravidian": "kan kn mal ml ta tam te tel",
-    "Indo-European/Albanian": "als sq", "Indo-European/Armenian": "hy hye",
-    "Indo-European/Baltic": "lit lt lv lvs", "Indo-European/Celtic": "cy cym ga gle",
-    "Indo-European/Germanic": "af afr da dan de deu en eng is isl nb nl nld no nob nor sv swe",
-    "Indo-European/Hellenic": "el ell",
-    "Indo-European/Indo-Aryan": "as asm ben bn gu guj hi hin mar mr ne npi or ory pa pan si sin ur urd",
-    "Indo-European/Iranian": "fa kmr ku pbt pes ps tg tgk",
-    "Indo-European/Romance": "ca cat es fr fra gl glg it ita por pt ro ron spa",
-    "Indo-European/Slavic": "be bel bg bos bs bul ces cs hr hrv mk mkd pl pol ru rus sk sl slk slv sr "
-                            "srp uk ukr",
-    "Japonic": "ja jpn", "Kartvelian": "ka kat", "Koreanic": "ko kor", "Mongolic": "khk mn",
-    "Sino-Tibetan/Sinitic": "cmn yue zh zho", "Sino-Tibetan/Tibeto-Burman": "bo bod my mya",
-    "Tai-Kadai": "lao lo th tha",
-    "Turkic": "az azj kaz kir kk ky tat tr tt tur ug uig uz uzn",
-    "Uralic/Finnic": "est et fi fin", "Uralic/Hungarian": "hu hun",
-}
+# {family/branch: ISO 639-1 and FLORES codes} of the most studied languages; --families for others
+FAMILIES = dict(line.split(maxsplit=1) for line in """\
+Afro-Asiatic/Chadic ha hau
+Afro-Asiatic/Cushitic gaz om so som
+Afro-Asiatic/Semitic am amh ar ara arb he heb mlt mt
+Atlantic-Congo/Bantu kin lg lin ln lug ny nya rw sn sna sot st sw swa swh tn ts tsn tso xh xho zu \
+    zul
+Atlantic-Congo/Kwa ak aka tw twi
+Atlantic-Congo/Senegambian ff fuv wo wol
+Atlantic-Congo/Volta-Niger ibo ig yo yor
+Austroasiatic/Khmer khm km
+Austroasiatic/Vietic vi vie
+Austronesian/Malayo-Polynesian ceb fil id ind jav jv mg mi mri ms msa plt su sun tgl tl zsm
+Basque eu eus
+Creole hat ht
+Dravidian kan kn mal ml ta tam te tel
+Indo-European/Albanian als sq
+Indo-European/Armenian hy hye
+Indo-European/Baltic lit lt lv lvs
+Indo-European/Celtic cy cym ga gle
+Indo-European/Germanic af afr da dan de deu en eng is isl nb nl nld no nob nor sv swe
+Indo-European/Hellenic el ell
+Indo-European/Indo-Aryan as asm ben bn gu guj hi hin mar mr ne npi or ory pa pan si sin ur urd
+Indo-European/Iranian fa kmr ku pbt pes ps tg tgk
+Indo-European/Romance ca cat es fr fra gl glg it ita por pt ro ron spa
+Indo-European/Slavic be bel bg bos bs bul ces cs hr hrv mk mkd pl pol ru rus sk sl slk slv sr srp \
+    uk ukr
+Japonic ja jpn
+Kartvelian ka kat
+Koreanic ko kor
+Mongolic khk mn
+Sino-Tibetan/Sinitic cmn yue zh zho
+Sino-Tibetan/Tibeto-Burman bo bod my mya
+Tai-Kadai lao lo th tha
+Turkic az azj kaz kir kk ky tat tr tt tur ug uig uz uzn
+Uralic/Finnic est et fi fin
+Uralic/Hungarian hu hun
+""".splitlines())
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Something the user can fix: printed as one line, exit status 1."""
 
 
@@ -86,25 +99,24 @@ def load_languages(paths, part="all"):
     Returns a list of dicts like load_routing's, one per language, in the order in which they are
     named.
     """
-    shards = {}
-    for path in tqdm(paths, desc="dumps", leave=False, disable=len(paths) < 20):
-        dump = load_routing(path, part)
-        shards.setdefault(dump["language"], []).append(dump)
-    first, *others = itertools.chain(*shards.values())
-    for dump, key in itertools.product(others, ("num_experts", "top_k", "layers", "revision")):
-        here, there = dump[key], first[key]
-        require(here is None or there is None or np.array_equal(here, there),
-                f"{dump['path'][0]} and {first['path'][0]} have other {key} ({here}, {there}): "
-                "different models")
-    return [add_shards(language, group) for language, group in shards.items()]
+    dumps = [load_routing(path, part) for path in tqdm(paths, desc="dumps", leave=False, delay=1)]
+    first, languages = dumps[0], {}
+    for dump in dumps:
+        languages.setdefault(dump["language"], []).append(dump)
+        for key in ("num_experts", "top_k", "layers", "revision"):
+            value, expected = dump[key], first[key]
+            require(value is None or expected is None or np.array_equal(value, expected),
+                    f"{dump['path'][0]} and {first['path'][0]} have other {key} ({value}, "
+                    f"{expected}): different models")
+    return [add_shards(shards) for shards in languages.values()]
 
 
 def load_routing(path, part="all"):
-    """One dump as a dict: language, counts (layers, experts), num_tokens, num_experts, top_k, layers,
-    revision, meta, and, with an entry for each shard, path, digest, data_sha256.
+    """One dump as a dict: language, meta, layers, counts (layers, experts), num_tokens, top_k,
+    num_experts, revision, and, with an entry for each shard, path, digest, data_sha256.
 
-    path  an .npz of capture.py; an .npz with only selected_experts (tokens, layers, top_k) and meta;
-          a recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
+    path  an .npz of capture.py; an .npz with selected_experts (tokens, layers, top_k) and meta; a
+          recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
           or any of them as label=path
     part  "prompt" or "response" counts only those tokens of each sequence: takes selected_experts
     """
@@ -112,18 +124,18 @@ def load_routing(path, part="all"):
     require(not os.path.isdir(path), f"{path} is a folder; name the dumps, as in {path}/*.npz")
     require(os.path.isfile(path), f"no such dump: {path}; run: python capture.py")
     try:
-        dump = read_recorder_json(path) if path.endswith(".json") else read_dump(path, part)
-        dump["digest"] = [dump_digest(path)]
-    except InputError:
-        raise
-    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, BadZipFile) as error:
-        raise InputError(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json "
-                         "of the paper's recorder") from error
-    require(dump["num_tokens"], f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
-    meta = dump["meta"]
-    return dump | {"language": label or meta["language"], "num_experts": dump["counts"].shape[1],
-                   "revision": meta.get("revision"), "data_sha256": [meta.get("data_sha256")],
-                   "path": [path]}
+        recorder = path.endswith(".json") and part == "all"
+        meta, layers, counts, num_tokens, top_k = (
+            read_recorder_json(path) if recorder else read_dump(path, part))
+        require(num_tokens, f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
+        return {"language": label or meta["language"], "meta": meta, "layers": layers,
+                "counts": counts, "num_tokens": num_tokens, "num_experts": counts.shape[1],
+                "top_k": top_k, "revision": meta.get("revision"), "path": [path],
+                "digest": [dump_digest(path)], "data_sha256": [meta.get("data_sha256")]}
+    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+            BadZipFile) as error:
+        raise InputError(f"{path} is not a whole routing dump; give an .npz of capture.py or the "
+                         ".json of the paper's recorder") from error
 
 
 def split_label(path):
@@ -133,8 +145,8 @@ def split_label(path):
 
 
 def dump_digest(path):
-    """What tells dumps apart. Of an .npz a hash of its table of contents, which has a checksum of each
-    array: gigabytes of IDs need not be read for it.
+    """What tells dumps apart: a hash, of an .npz only of its table of contents, which has checksums
+    of the arrays: gigabytes of IDs need not be read for it.
     """
     if path.endswith(".json"):
         content = Path(path).read_bytes()
@@ -145,54 +157,70 @@ def dump_digest(path):
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def read_dump(path, part):
-    with np.load(path, allow_pickle=False) as file:
-        meta, layers = json.loads(str(file["meta"])), file.get("layers")
-        require(meta.get("format", 1) == 1, f"{path} is of format {meta.get('format')}; this analyze.py "
-                                            "reads format 1")
-        if part == "all" and "counts" in file:
-            counts, num_tokens, top_k = file["counts"], int(file["sequence_offsets"][-1]), meta["top_k"]
-        else:
-            selected = read_tokens(path, part, f"--part {part}")[0]
-            num_tokens, _, top_k = selected.shape
-            require(selected.max(initial=0) < meta["num_experts"], f"{path}: expert ID "
-                    f"{selected.max(initial=0)}, but num_experts in its meta is {meta['num_experts']}")
-            counts = grouped_counts(selected, np.zeros(num_tokens, int), 1, meta["num_experts"])[0]
-    require((counts.sum(1) == num_tokens * top_k).all(), f"{path}: counts do not add up to {num_tokens} "
-            f"tokens * top_k {top_k}; capture it again")
-    return {"meta": meta, "counts": counts, "num_tokens": num_tokens, "top_k": top_k,
-            "layers": np.arange(len(counts)) if layers is None else layers}
-
-
 def read_recorder_json(path):
-    """The paper's recorder summed in bfloat16: the counts are near, and need not add up to whole tokens."""
-    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    """(meta, layers, counts, num_tokens, top_k). The paper's recorder summed in bfloat16: counts are
+    near, and need not add up to whole tokens.
+    """
+    record = json.loads(Path(path).read_bytes())
     layers = sorted(record, key=int)
-    experts = sorted(record[layers[0]].keys() - {"total_tokens"}, key=int)
-    counts = np.array([[record[layer][expert]["activation_tokens"] for expert in experts]
-                       for layer in layers], np.int64)
-    totals = {int(record[layer]["total_tokens"]) for layer in layers}
+    rows = [record[layer] for layer in layers]
+    experts = sorted(rows[0].keys() - {"total_tokens"}, key=int)
+    counts = np.array([[row[expert]["activation_tokens"] for expert in experts] for row in rows], int)
+    totals = {int(row["total_tokens"]) for row in rows}
     require(len(totals) == 1, f"{path}: total_tokens differs between layers: {sorted(totals)}")
-    top_k = round(counts.sum() / len(layers) / max(*totals, 1))
-    return {"meta": {"language": Path(path).stem}, "counts": counts, "num_tokens": totals.pop(),
-            "top_k": top_k, "layers": np.array(layers, np.int32)}
+    num_tokens = totals.pop()
+    top_k = round(counts.sum(1).mean() / max(num_tokens, 1))
+    return {"language": Path(path).stem}, np.array(layers, np.int32), counts, num_tokens, top_k
 
 
-def read_tokens(path, part, flag):
-    """(selected_experts (tokens, layers, top_k), token_ids (tokens,) or None, sequence of each token)."""
-    require(not path.endswith(".json"), f"{path} is a recorder's, without single tokens, which {flag} "
-                                        "needs")
-    with np.load(path, allow_pickle=False) as file:
-        require("selected_experts" in file, f"{path} holds no selected_experts, which {flag} needs; "
-                                            "capture without --stats-only")
-        selected, token_ids = file["selected_experts"], file.get("token_ids")
-        offsets, prompt = file.get("sequence_offsets", [0, len(selected)]), file.get("prompt_lengths")
-    sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    if part == "all":
-        return selected, token_ids, sequence
-    require(prompt is not None, f"{path} holds no prompt_lengths, which --part {part} needs")
-    keep = (np.arange(len(selected)) - offsets[sequence] < prompt[sequence]) == (part == "prompt")
-    return selected[keep], None if token_ids is None else token_ids[keep], sequence[keep]
+def read_dump(path, part):
+    """(meta, layers, counts, num_tokens, top_k) of an .npz."""
+    file = open_dump(path)
+    meta = json.loads(str(file["meta"]))
+    require(meta.get("format", 1) == 1, f"{path} is of format {meta.get('format')}; this "
+                                        "analyze.py reads format 1")
+    if part == "all" and "counts" in file:
+        counts, num_tokens, top_k = file["counts"], int(file["sequence_offsets"][-1]), meta["top_k"]
+    else:
+        selected = read_tokens([path], part, "selected_experts")[0]
+        num_tokens, _, top_k = selected.shape
+        require(selected.max(initial=0) < meta["num_experts"], f"{path}: expert ID "
+                f"{selected.max(initial=0)}, but num_experts in its meta is {meta['num_experts']}")
+        counts = grouped_counts(selected, np.zeros(num_tokens, int), 1, meta["num_experts"])[0]
+    require((counts.sum(1) == num_tokens * top_k).all(), f"{path}: counts do not add up to "
+            f"{num_tokens} tokens * top_k {top_k}; capture it again")
+    return meta, file.get("layers", np.arange(len(counts))), counts, num_tokens, top_k
+
+
+def open_dump(path, *keys):
+    """The arrays of an .npz, each read when it is asked for; InputError if one of the keys is not
+    there.
+    """
+    require(not path.endswith(".json"), f"{path} is a recorder's, without single tokens, which "
+            "--part, --bootstrap, --parallel and --vocabulary need")
+    file = np.load(path)
+    for key in keys:
+        require(key in file, f"{path} holds no {key}; --part, --bootstrap, --parallel and "
+                             "--vocabulary need what capture.py writes without --stats-only")
+    return file
+
+
+def read_tokens(paths, part, *keys):
+    """Arrays with a row for each token of the part, and the sequence of each token (tokens,)."""
+    shards, num_sequences = [], 0
+    for path in paths:
+        file = open_dump(path, *keys)
+        arrays = [file[key] for key in keys]
+        offsets = file.get("sequence_offsets", [0, len(arrays[0])])
+        sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        arrays.append(sequence + num_sequences)
+        if part != "all":
+            prompt_lengths = open_dump(path, "prompt_lengths")["prompt_lengths"]
+            in_prompt = np.arange(len(sequence)) - offsets[sequence] < prompt_lengths[sequence]
+            arrays = [array[in_prompt == (part == "prompt")] for array in arrays]
+        shards.append(arrays)
+        num_sequences += len(offsets) - 1
+    return [np.concatenate(arrays) for arrays in zip(*shards)]
 
 
 def grouped_counts(selected_experts, group, num_groups, num_experts):
@@ -206,52 +234,39 @@ def grouped_counts(selected_experts, group, num_groups, num_experts):
     return np.stack(counts).reshape(-1, num_groups, num_experts).swapaxes(0, 1)
 
 
-def add_shards(language, group):
+def add_shards(dumps):
     """The dumps of one language as one: a whole, or all shards of it, in order."""
-    shards = {dump["meta"].get("shard", "1/1"): dump for dump in group}
-    parts = [f"{i}/{len(group)}" for i in range(1, len(group) + 1)]
-    require(shards.keys() == set(parts) and len({dump["data_sha256"][0] for dump in group}) == 1,
-            f"'{language}' has the dumps {', '.join(dump['path'][0] for dump in group)} (shards "
+    shards = {dump["meta"].get("shard", "1/1"): dump for dump in dumps}
+    names = [f"{i}/{len(dumps)}" for i in range(1, len(dumps) + 1)]
+    require(shards.keys() == set(names) and len({dump["data_sha256"][0] for dump in dumps}) == 1,
+            f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} (shards "
             f"{', '.join(shards)}): not one whole, nor all the shards of one; label=path tells "
             "languages apart")
-    whole = shards[parts[0]]
-    for part in parts[1:]:
-        whole = whole | {key: whole[key] + shards[part][key]
-                         for key in ("counts", "num_tokens", "path", "digest", "data_sha256")}
+    whole, *others = [shards[name] for name in names]
+    for shard in others:
+        for key in ("counts", "num_tokens", "path", "digest", "data_sha256"):
+            whole[key] = whole[key] + shard[key]
     return whole
 
 
-def all_tokens(dump, part, flag):
-    """read_tokens of all shards of a language as one."""
-    shards, first = [read_tokens(path, part, flag) for path in dump["path"]], 0
-    for selected, token_ids, sequence in shards:
-        sequence += first
-        first = sequence.max(initial=first - 1) + 1
-    require(flag != "--vocabulary" or all(ids is not None for _, ids, _ in shards),
-            f"{', '.join(dump['path'])} holds no token_ids, which {flag} needs")
-    return [np.concatenate(arrays) if arrays[0] is not None else None for arrays in zip(*shards)]
-
-
 def sequence_counts(dump, part):
-    """float32 (sequences, layers, experts) of a language; sequences without such tokens are left out."""
-    selected, _, sequence = all_tokens(dump, part, "--bootstrap")
+    """float32 (sequences, layers, experts) of a language, but for sequences without such tokens."""
+    selected, sequence = read_tokens(dump["path"], part, "selected_experts")
     present, group = np.unique(sequence, return_inverse=True)
-    require(len(present) > 1, f"'{dump['language']}' has one sequence; --bootstrap resamples sequences")
-    return grouped_counts(selected, group, len(present), dump["num_experts"]).astype(np.float32)
+    require(len(present) > 1, f"'{dump['language']}' has one sequence; --bootstrap resamples "
+                              "sequences")
+    counts = grouped_counts(selected, group, len(present), dump["num_experts"])
+    return counts.astype(np.float32)
 
 
 def read_aligned(dumps, part):
     """mean_probs of each language, (sequences, layers, experts), as many in all."""
     require(part == "all", "--parallel takes means over whole sequences; leave out --part")
-    probs = []
-    for dump in dumps:
-        files = [{} if path.endswith(".json") else np.load(path, allow_pickle=False)
-                 for path in dump["path"]]
-        require(all("mean_probs" in file for file in files),
-                f"{', '.join(dump['path'])} holds no mean_probs, which --parallel needs")
-        probs.append(np.concatenate([file["mean_probs"] for file in files]))
-    require(len({len(p) for p in probs}) == 1, "--parallel takes as many sequences in every language; "
-            f"there are {[len(p) for p in probs]}")
+    probs = [np.concatenate([open_dump(path, "mean_probs")["mean_probs"] for path in dump["path"]])
+             for dump in dumps]
+    numbers = [len(p) for p in probs]
+    require(len(set(numbers)) == 1, "--parallel takes as many sequences in every language; there "
+                                    f"are {numbers}")
     return probs
 
 
@@ -263,37 +278,35 @@ def activation_frequency(counts, num_tokens):
     counts (..., layers, experts), num_tokens a number or (...) -> float64 (..., layers, experts)
     [[3, 1]] of 4 tokens -> [[.75, .25]]
     """
-    return np.asarray(counts, np.float64) / np.asarray(num_tokens, np.float64)[..., None, None]
+    return np.asarray(counts) / np.asarray(num_tokens)[..., None, None]
 
 
 def number_of_experts(experts_per_language, num_experts):
     """experts_per_language as a number: 15 is 15; 15/128, being below 1, is 4 of 32 experts."""
-    part = 0 < experts_per_language < 1
-    number = max(1, round(experts_per_language * num_experts)) if part else experts_per_language
-    require(number in range(1, num_experts + 1), f"experts_per_language {experts_per_language:g} is "
-            f"neither a number from 1 to the {num_experts} experts nor a part of them below 1")
+    number = experts_per_language
+    if 0 < number < 1:
+        number = max(1, round(number * num_experts))
+    require(number in range(1, num_experts + 1), f"experts_per_language {number:g} is neither a "
+            f"number from 1 to the {num_experts} experts nor a part of them below 1")
     return int(number)
 
 
 def most_frequent(frequency, experts_per_language):
-    """bool (languages, layers, experts): each language's most frequent experts; of ties the lower index."""
-    number = number_of_experts(experts_per_language, frequency.shape[-1])
-    kept = np.zeros(frequency.shape, bool)
-    order = np.argsort(-frequency, axis=-1, kind="stable")
-    np.put_along_axis(kept, order[..., :number], True, -1)
-    return kept
+    """Each language's most frequent experts, of ties the lower index; bool like frequency."""
+    order = np.argsort(-frequency, kind="stable")
+    return np.argsort(order) < number_of_experts(experts_per_language, frequency.shape[-1])
 
 
 def language_shares(frequency, experts_per_language):
     """Each language's part in an expert's use, over the experts that rank among its most frequent.
 
-    frequency (languages, layers, experts) -> (languages, layers, experts); sums over languages are 1,
-    or 0 where no language keeps the expert. experts_per_language: a number, or a part below 1.
+    frequency (languages, layers, experts) -> (languages, layers, experts); sums over languages are
+    1, or 0 where no language keeps the expert. experts_per_language: a number, or a part below 1.
     [[[.6, .4]], [[.2, .8]]] with 1 expert each -> [[[1, 0]], [[0, 1]]]
     """
-    kept = np.where(most_frequent(frequency, experts_per_language), frequency, 0)
+    kept = frequency * most_frequent(frequency, experts_per_language)
     total = kept.sum(0)
-    return np.divide(kept, total, out=np.zeros_like(kept), where=total > 0)
+    return kept / np.where(total, total, 1)
 
 
 def exclusive_experts(share, threshold):
@@ -354,22 +367,21 @@ def pair_measures(frequency, experts_per_language):
     """
     n, layers, num_experts = frequency.shape
     p = frequency / frequency.sum(-1, keepdims=True)
-    entropy, similarity = entropy_bits(p), np.ones((layers, n, n))
-    mean_entropy = (entropy.T[:, :, None] + entropy.T[:, None]) / 2
-    for i in range(n - 1):
-        others = jensen_shannon_similarity(p[i], p[i + 1:], mean_entropy[:, i, i + 1:].T).T
-        similarity[:, i, i + 1:] = similarity[:, i + 1:, i] = others
-    kept = most_frequent(frequency, experts_per_language).swapaxes(0, 1).astype(np.float64)
-    in_both = kept @ kept.swapaxes(1, 2)
-    unit = (frequency / np.linalg.norm(frequency, axis=-1, keepdims=True)).swapaxes(0, 1)
+    entropy, similarity = entropy_bits(p).T, np.ones((layers, n, n))
+    mean_entropy = (entropy[:, :, None] + entropy[:, None]) / 2
+    for i, j in itertools.combinations(range(n), 2):
+        similarity[:, i, j] = similarity[:, j, i] = jensen_shannon_similarity(
+            p[i], p[j], mean_entropy[:, i, j])
+    unit = frequency / np.linalg.norm(frequency, axis=-1, keepdims=True)
+    kept = most_frequent(frequency, experts_per_language).astype(float)
+    in_both, cosine = (np.einsum("ile,jle->lij", x, x) for x in (kept, unit))
     return {"similarity": similarity,
             "divergence": normalized_divergence(similarity, mean_entropy, num_experts),
-            "jaccard": in_both / (2 * kept[0, 0].sum() - in_both),
-            "cosine": unit @ unit.swapaxes(1, 2)}
+            "jaccard": in_both / (2 * kept[0, 0].sum() - in_both), "cosine": cosine}
 
 
 def aligned_divergence(mean_probs):
-    """normalized_divergence averaged over aligned sequences, as 2510.04694 has it for parallel data.
+    """normalized_divergence averaged over aligned sequences, as in 2510.04694 for parallel data.
 
     mean_probs: of each language (sequences, layers, experts) -> (layers, languages, languages), and
     the mean over pairs sequence by sequence (sequences, layers)
@@ -378,7 +390,7 @@ def aligned_divergence(mean_probs):
     divergence, by_sequence = np.zeros((layers, n, n)), np.zeros((sequences, layers))
     pairs = list(itertools.combinations(range(n), 2))
     for i, j in tqdm(pairs, desc="parallel", unit="pair", leave=False):
-        p, q = (mean_probs[k].astype(np.float64) for k in (i, j))
+        p, q = mean_probs[i].astype(float), mean_probs[j].astype(float)
         mean_entropy = (entropy_bits(p) + entropy_bits(q)) / 2
         similarity = jensen_shannon_similarity(p, q, mean_entropy)
         each = normalized_divergence(similarity, mean_entropy, num_experts)
@@ -390,8 +402,7 @@ def aligned_divergence(mean_probs):
 def mean_of_pairs(matrix):
     """Mean over pairs of different languages that are not nan: (..., n, n) -> (...), or nan."""
     pairs = matrix[..., ~np.eye(matrix.shape[-1], dtype=bool)]
-    number = (~np.isnan(pairs)).sum(-1)
-    return np.where(number, np.nansum(pairs, -1) / np.maximum(number, 1), np.nan)
+    return np.ma.filled(np.ma.masked_invalid(pairs).mean(-1), np.nan)
 
 
 def analyze(frequency, experts_per_language, threshold):
@@ -408,7 +419,7 @@ def analyze(frequency, experts_per_language, threshold):
 
 
 def summarize(result, bands):
-    """The figures that get an interval: means over bands and pairs, parts of the routing, numbers."""
+    """Figures that get an interval: means over bands and pairs, parts of the routing, numbers."""
     exclusive, shared = result["exclusive"], result["shared"]
     summary = {
         "entropy": result["entropy"], "mean_entropy": result["entropy"].mean(0),
@@ -419,6 +430,9 @@ def summarize(result, bands):
         summary[f"band_{measure}"] = band_means(result[measure], bands)
         summary[f"mean_{measure}"] = mean_of_pairs(summary[f"band_{measure}"])
         summary[f"layer_{measure}"] = mean_of_pairs(result[measure])
+    if "layer_aligned" in result:
+        summary["layer_aligned"] = result["layer_aligned"]
+        summary["mean_aligned"] = band_means(result["layer_aligned"], bands)
     return summary
 
 
@@ -429,39 +443,41 @@ def band_means(values, bands):
 
 def linkage_order(similarity):
     """Languages by average-linkage clustering (UPGMA) of similarity (n, n), nearest ends joined."""
-    clusters = [[i] for i in range(len(similarity))]
+    clusters, unit = [[i] for i in range(len(similarity))], np.eye(len(similarity))
     while len(clusters) > 1:
-        member = np.stack([np.isin(range(len(similarity)), c) / len(c) for c in clusters])
+        member = np.stack([unit[cluster].mean(0) for cluster in clusters])
         near = member @ similarity @ member.T - 2 * np.eye(len(clusters))
-        a, b = sorted(divmod(int(near.argmax()), len(near)))
+        a, b = sorted(divmod(near.argmax(), len(near)))
         first, second = clusters[a], clusters.pop(b)
         # of the four ways to put them side by side, the one in which the most alike touch
-        clusters[a] = max((x + y for x in (first, first[::-1]) for y in (second, second[::-1])),
-                          key=lambda order: similarity[order[len(first) - 1], order[len(first)]])
+        left, right = max(itertools.product((first, first[::-1]), (second, second[::-1])),
+                          key=lambda sides: similarity[sides[0][-1], sides[1][0]])
+        clusters[a] = left + right
     return clusters[0]
 
 
 def vocabulary_control(tokens, num_experts):
-    """Is it the words? Similarity over tokens whose ids the other language has, too, and over others.
+    """Is it the words? Similarity over tokens whose ids the other language has too, and over others.
 
-    tokens  all_tokens of each language
+    tokens  of each language selected_experts (tokens, layers, top_k), token_ids (tokens,), ...
     -> similarity_own_tokens, similarity_common_tokens (layers, languages, languages), nan without
     such tokens; common_tokens (languages, languages), the part of the row's that the column has
     """
-    n, layers = len(tokens), tokens[0][0].shape[1]
-    vocabularies = [np.unique(ids) for _, ids, _ in tokens]
-    both = np.zeros((n, n, layers, num_experts))  # selections of the row's tokens that both have
-    for a, (selected, ids, _) in enumerate(tqdm(tokens, desc="vocabulary", leave=False)):
-        in_other = np.array([np.isin(vocabularies[a], v) for v in vocabularies], np.float64)
-        kind, kinds = np.searchsorted(vocabularies[a], ids), len(vocabularies[a])
-        for layer in range(layers):  # kinds of tokens times experts are many: a layer at a time
-            by_kind = grouped_counts(selected[:, [layer]], kind, kinds, num_experts)[:, 0]
-            both[a, :, layer] = in_other @ by_kind
-    every = both[range(n), range(n)][:, None]
+    both = []  # of each language (languages, layers, experts): selections of tokens that both have
+    for selected, ids, _ in tqdm(tokens, desc="vocabulary", leave=False):
+        kinds, kind = np.unique(ids, return_inverse=True)
+        in_other = [np.isin(kinds, other) for _, other, _ in tokens]
+        # tokens that the same languages have are counted together
+        patterns, pattern = np.unique(in_other, axis=1, return_inverse=True)
+        group, num_groups = pattern.ravel()[kind], patterns.shape[1]
+        by_pattern = grouped_counts(selected, group, num_groups, num_experts)
+        both.append(np.tensordot(patterns, by_pattern, 1))
+    both, languages = np.stack(both), range(len(tokens))
+    every = both[languages, languages][:, None]
     result = {"common_tokens": both.sum((2, 3)) / every.sum((2, 3))}
     for name, counts in (("own", every - both), ("common", both)):
-        total = counts.sum(-1, keepdims=True)
-        p = np.where(total, counts / np.maximum(total, 1), np.nan)
+        with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+            p = counts / counts.sum(-1, keepdims=True)
         similarity = jensen_shannon_similarity(p, p.swapaxes(0, 1))
         result[f"similarity_{name}_tokens"] = similarity.transpose(2, 0, 1)
     return result
@@ -476,22 +492,21 @@ def select_contrast(frequency_a, frequency_b, tau=TAU, top=None):
     difference = frequency_a - frequency_b
     if top is None:
         return difference, difference > tau
-    chosen = np.zeros(difference.size, bool)
-    chosen[np.argsort(-np.abs(difference).ravel(), kind="stable")[:top]] = True
-    return difference, chosen.reshape(difference.shape)
+    order = np.argsort(-np.abs(difference), axis=None, kind="stable")
+    return difference, np.argsort(order).reshape(difference.shape) < top
 
 
 def load_selection(path, layers, num_experts):
     """What --contrast wrote: float64 (layers, experts), a selected expert's difference, else 0."""
     differences, rows = np.zeros((len(layers), num_experts)), list(layers)
     try:
-        for layer, row in json.loads(Path(path).read_text(encoding="utf-8"))["experts"].items():
+        for layer, row in json.loads(Path(path).read_bytes())["experts"].items():
             for expert, difference in row.items():
                 expert = range(num_experts).index(int(expert))
                 differences[rows.index(int(layer)), expert] = difference
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no selection of experts of this model, {num_experts} in layers "
-                         f"{describe(layers)} ({error}); run: python analyze.py --contrast A.npz "
+        raise InputError(f"{path} is no selection of experts of this model, {num_experts} in layers"
+                         f" {describe(layers)} ({error}); run: python analyze.py --contrast A.npz "
                          "B.npz") from error
     return differences
 
@@ -506,9 +521,9 @@ def split_half_floor(counts, experts_per_language, rng):
     """
     floors = []
     for _ in range(HALVINGS):
-        order = np.array_split(rng.permutation(len(counts)), 2)
-        halves = np.stack([counts[half].sum(0, dtype=np.float64) for half in order])
-        floors.append(pair_measures(halves / halves.sum(-1, keepdims=True), experts_per_language))
+        halves = np.array_split(rng.permutation(len(counts)), 2)
+        totals = np.stack([counts[half].sum(0, dtype=float) for half in halves])
+        floors.append(pair_measures(totals, experts_per_language))
     return {m: np.mean([floor[m][:, 0, 1] for floor in floors], 0) for m in MEASURES}
 
 
@@ -522,45 +537,37 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     estimate less the draws' bias, 1.96 of their standard deviations to both sides (the normal
     bootstrap interval): samples of few tokens look less alike than what they were taken from.
     """
-    drawn, exclusive, shared = [], 0, 0
+    parallel = by_sequence is not None
 
     def figures(totals, weights):
-        totals = totals.reshape(len(counts), *counts[0].shape[1:])
-        result = analyze(totals / totals.sum(-1, keepdims=True), experts_per_language, threshold)
-        aligned = {} if by_sequence is None else summarize_aligned(by_sequence, bands, weights)
-        return result, summarize(result, bands) | aligned
+        frequency = totals / totals.sum(-1, keepdims=True)
+        result = analyze(frequency, experts_per_language, threshold)
+        if parallel:
+            result["layer_aligned"] = np.average(by_sequence, 0, weights)
+        return result, summarize(result, bands)
 
+    drawn, exclusive, shared = [], 0, 0
     for start in tqdm(range(0, draws, 50), desc="bootstrap", unit="50 draws", leave=False):
-        n = min(50, draws - start)
-        weights = [resample(len(c), n, rng) for c in counts[:1 if by_sequence is not None else None]]
-        weights *= len(counts) // len(weights)
-        totals = [w @ c.reshape(len(c), -1) for w, c in zip(weights, counts)]
-        for total, weight in zip(np.stack(totals, 1, dtype=np.float64), weights[0]):
+        size = min(50, draws - start)
+        weights = [rng.multinomial(len(c), np.full(len(c), 1 / len(c)), size).astype(np.float32)
+                   for c in counts[:1 if parallel else None]]  # how often each sequence is drawn
+        totals = [np.tensordot(w, c, 1) for w, c in zip(itertools.cycle(weights), counts)]
+        for total, weight in zip(np.stack(totals, 1, dtype=float), weights[0]):
             result, summary = figures(total, weight)
             drawn.append(summary)
-            exclusive, shared = exclusive + result["exclusive"], shared + result["shared"]
-    whole, intervals = np.stack([c.sum(0, dtype=np.float64) for c in counts]), {}
+            exclusive += result["exclusive"]
+            shared += result["shared"]
+    whole, intervals = np.stack([c.sum(0, dtype=float) for c in counts]), {}
     for key, value in figures(whole, np.ones(len(counts[0])))[1].items():
         values = np.array([summary[key] for summary in drawn])
         middle, half = 2 * value - values.mean(0), 1.96 * values.std(0, ddof=1)
-        most = 1 if value.dtype.kind == "f" else np.inf  # a part, or a number of experts
+        most = 1 if value.dtype == float else np.inf  # a part, or a number of experts
         intervals[key] = np.clip([middle - half, middle + half], 0, most)
     return intervals, exclusive / draws, shared / draws
 
 
-def resample(n, draws, rng):
-    """How often each of n sequences is drawn, float32 (draws, n), n with replacement."""
-    return rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32)
-
-
-def summarize_aligned(by_sequence, bands, weights):
-    """Mean aligned divergence by layer and by band, of sequences with weights."""
-    layers = weights @ by_sequence / len(by_sequence)
-    return {"layer_aligned": layers, "mean_aligned": band_means(layers, bands)}
-
-
 def permutations(n, rng):
-    """(permutations, n), the identity first: up to n = 8 all of them, else PERMUTATIONS random ones."""
+    """(permutations, n), identity first: up to n = 8 all of them, else PERMUTATIONS random ones."""
     if n <= 8:
         return np.array(list(itertools.permutations(range(n))))
     return np.stack([np.arange(n)] + [rng.permutation(n) for _ in range(PERMUTATIONS)])
@@ -574,8 +581,8 @@ def family_test(similarity, labels, rng):
     i, j = np.triu_indices(len(labels), 1)
     groups, values = np.unique(labels, return_inverse=True)[1], similarity[i, j]
     same = groups[i] == groups[j]
-    if same.all() or not same.any():
-        return np.nan, np.nan, np.nan
+    if len(set(same)) < 2:
+        return np.full(3, np.nan)
     dealt = groups[permutations(len(labels), rng)]
     # the number of pairs within groups being the same, the gap grows with their sum
     sums = [(part[:, i] == part[:, j]) @ values for part in np.array_split(dealt, 50)]
@@ -584,27 +591,25 @@ def family_test(similarity, labels, rng):
 
 
 def family_tests(similarities, families, rng):
-    """family_test of similarities (bands, n, n): (levels, bands, 3), by family and, if other, branch.
+    """family_test of similarities (bands, n, n): (levels, bands, 3), by family and by branch.
 
     families: "family/branch" of each language, or "" where none is known: those are left out.
     """
-    known = [family != "" for family in families]
-    branches = [family for family in families if family]
-    levels = [[family.split("/")[0] for family in branches], branches]
+    known = np.flatnonzero(families)
+    branches = [families[i] for i in known]
+    levels = [[branch.split("/")[0] for branch in branches], branches]
     if levels[0] == levels[1]:
         levels.pop()
-    return np.array([[family_test(similarity[known][:, known], labels, rng)
+    return np.array([[family_test(similarity[np.ix_(known, known)], labels, rng)
                       for similarity in similarities] for labels in levels])
 
 
 def rank_correlation(x, y, rng):
     """(Spearman's rho, two-sided permutation p) of two series; ties get their mean rank."""
-    def centred_ranks(values):
-        values = np.asarray(values, float)
-        ranks = (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
-        return (ranks - ranks.mean()) / max(np.linalg.norm(ranks - ranks.mean()), 1e-300)
-    x, y = centred_ranks(x), centred_ranks(y)
-    rho = y[permutations(len(y), rng)] @ x
+    # how many are less, minus how many are more: twice the rank, less its mean
+    x, y = (np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y))
+    norm = np.linalg.norm(x) * np.linalg.norm(y)
+    rho = y[permutations(len(y), rng)] @ x / max(norm, 1)
     return rho[0], np.mean(np.abs(rho) >= abs(rho[0]) - 1e-12)
 
 
@@ -612,129 +617,123 @@ def rank_correlation(x, y, rng):
 
 def texts(result, key, *index, scale=1, digits=3):
     """["0.776 [.772 .781]", ...]: a series of figures and, after a bootstrap, their intervals."""
-    series = [value[index] for value in (result[key], *result.get(f"interval_{key}", ()))]
-    rows = [[f"{scale * value:.{digits}f}" for value in values] for values in zip(*series)]
+    series = [scale * value[index] for value in (result[key], *result.get(f"interval_{key}", ()))]
+    rows = [[f"{value:.{digits}f}" for value in values] for values in zip(*series)]
     return [f"{value} [{' '.join(b.lstrip('0') for b in bounds)}]" if bounds else value
             for value, *bounds in rows]
 
 
 def print_table(columns, first=9):
-    """{title: cells} as wide as their widest entry, right-aligned but for the first column."""
-    rows = [[str(cell) for cell in row] for row in (columns, *zip(*columns.values()))]
+    """{title: cells} as wide as their widest entry, right-aligned but for the first column; of
+    floats, three decimals.
+    """
+    rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
+            for row in (columns, *zip(*columns.values()))]
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     for name, *cells in rows:
         print(f"{name:<{max(first, widths[0])}}" + "".join(map(str.rjust, cells, widths[1:])))
 
 
 def print_wrapped(text):
-    print(textwrap.fill(text, 100, subsequent_indent="        ", break_long_words=False,
-                        break_on_hyphens=False))
+    print(textwrap.fill(text, 100, subsequent_indent="        ", break_on_hyphens=False))
 
 
 def print_bands(result, bands):
     """Means over pairs; the matrix of every band, or of many languages their order alone."""
-    languages, floor, aligned = result["languages"], "band_floor" in result, "mean_aligned" in result
+    languages, few = result["languages"], len(result["languages"]) <= PRINT_LANGUAGES
+    titles = {measure: f"mean_{measure}" for measure in MEASURES} | {"floor": "band_floor"}
+    print("\nmeans over pairs of languages")
+    if "band_floor" in result:
+        print("[95 % interval]; floor: similarity of random halves of a language")
+    if "mean_aligned" in result:
+        print("the divergence is that of aligned sequences")
+        titles["divergence"] = "mean_aligned"
     layers = [describe(result["layers"][rows]) for rows in bands.values()]
-    print("\nmeans over pairs of languages" + " [95 % interval]; floor: similarity of random halves "
-          "of a language" * floor + "\nthe divergence is that of aligned sequences" * aligned)
-    columns = {"band": bands, "layers": layers, "similarity": texts(result, "mean_similarity")}
-    if floor:
-        columns["floor"] = texts(result, "band_floor")
-    columns |= {measure: texts(result, f"mean_{measure}") for measure in MEASURES[1:]}
-    if aligned:
-        columns["divergence"] = texts(result, "mean_aligned")
-    print_table(columns)
-    few = len(languages) <= PRINT_LANGUAGES
-    for i, band in enumerate(bands):
+    print_table({"band": bands, "layers": layers} | {
+        title: texts(result, key) for title, key in titles.items() if key in result})
+    for band, rows, order, matrix in zip(bands, layers, result["order"], result["band_similarity"]):
         print()
-        print_wrapped(f"{'similarity' if few else 'languages'}, {band} (layers {layers[i]}); in order "
-                      f"of average linkage: {' '.join(languages[result['order'][i]])}")
+        print_wrapped(f"{'similarity' if few else 'languages'}, {band} (layers {rows}); in order "
+                      f"of average linkage: {' '.join(languages[order])}")
         if few:
-            columns = {"": languages}
-            for language, values in zip(languages, result["band_similarity"][i]):
-                columns[language] = [f"{value:.2f}" for value in values]
-            print_table(columns)
+            columns = [[f"{value:.2f}" for value in column] for column in matrix]
+            print_table({"": languages} | dict(zip(languages, columns)))
 
 
 def print_layers(result):
-    series = {"similarity": result["layer_similarity"], "floor": result.get("layer_floor"),
-              "entropy": result["mean_entropy"], "shared": result["layer_shared"],
-              "excl.": result["layer_exclusive"]}
+    titles = {"similarity": "layer_similarity", "floor": "layer_floor", "entropy": "mean_entropy",
+              "shared": "layer_shared", "excl.": "layer_exclusive"}
+    series = {title: result[key] for title, key in titles.items() if key in result}
     if len(result["languages"]) <= PRINT_LANGUAGES:
         series |= zip(result["languages"], result["exclusive"].sum(-1))
     columns = {"layer": [*result["layers"], "all"]}
     for title, values in series.items():
-        if values is not None and values.dtype.kind == "f":
-            columns[title] = [f"{value:.3f}" for value in (*values, values.mean())]
-        elif values is not None:
-            columns[title] = [*values, values.sum()]
+        columns[title] = [*values, values.mean() if values.dtype == float else values.sum()]
     columns["similarity"][:-1] = texts(result, "layer_similarity")
     print()
     print_table(columns, first=7)
 
 
 def print_languages(result, bands):
-    languages, stable = result["languages"], "num_stable" in result
-    print("\npart of the routing (%) to experts that are exclusive to the language, shared, neither; "
-          "n: experts" + f", and how many are stable in {STABLE:.0%} of draws" * stable
-          + "\ntop: part (%) of the most used expert, active: experts in use; means over layers")
-    columns = {"": languages}
+    languages, columns = result["languages"], {"": result["languages"]}
+    print("\nrouting (%) to experts that are exclusive to the language, shared, neither; n: experts")
     for k, kind in enumerate(("exclusive", "shared", "neither")):
-        columns[kind] = texts(result, "mean_reliance", slice(None), k, scale=100, digits=1)
-    for k, kind in enumerate(("exclusive", "shared")):
-        columns[f"n {kind}"] = number = result[f"num_{kind}"]
-        if stable:
-            columns[f"n {kind}"] = [f"{n} ({s})" for n, s in zip(number, result["num_stable"][:, k])]
+        columns[kind] = texts(result, "mean_reliance", ..., k, scale=100, digits=1)
+    columns |= {"n exclusive": result["num_exclusive"], "n shared": result["num_shared"]}
+    if "num_stable" in result:
+        print(f"(stable in {STABLE:.0%} of the draws)")
+        for title, stable in zip(("n exclusive", "n shared"), result["num_stable"].T):
+            columns[title] = map("{} ({})".format, columns[title], stable)
+    print("top: part (%) of the most used expert, active: experts in use; means over layers")
     columns["top"] = [f"{100 * value:.1f}" for value in result["most_used"].mean(1)]
     columns["active"] = [f"{value:.1f}" for value in result["active"].mean(1)]
     print_table(columns)
     if len(languages) > 1:
         print("\nnearest language, and its similarity")
-        columns = {"": languages}
-        for band, matrix in zip(bands, result["band_similarity"] - 2 * np.eye(len(languages))):
-            columns[band] = [f"{languages[row.argmax()]} {row.max():.2f}" for row in matrix]
-        print_table(columns)
+        others = result["band_similarity"] - 2 * np.eye(len(languages))
+        print_table({"": languages} | {
+            band: [f"{languages[row.argmax()]} {row.max():.2f}" for row in matrix]
+            for band, matrix in zip(bands, others)})
 
 
 def print_vocabulary(result, bands):
-    print(f"\nsimilarity over tokens whose ids ({mean_of_pairs(result['common_tokens']):.1%} of them "
-          "common to a pair, on average)")
+    print(f"\nsimilarity over tokens whose ids ({mean_of_pairs(result['common_tokens']):.1%} of "
+          "them common to a pair, on average)")
     columns = {"band": bands}
     for title, key in {"are any": "similarity", "are common": "similarity_common_tokens",
                        "are the language's own": "similarity_own_tokens"}.items():
         means = mean_of_pairs(result[key])
-        columns[title] = [f"{np.nanmean(means[rows]):.3f}" for rows in bands.values()]
+        columns[title] = [np.nanmean(means[rows]) for rows in bands.values()]
     print_table(columns)
 
 
 def print_tests(result, bands):
-    rows = [(level, band, f"{same:.3f}", f"{other:.3f}", f"{p:.4f}")
+    rows = [(level, band, same, other, f"{p:.4f}")
             for level, tests in zip(("family", "branch"), result["family_tests"])
             for band, (same, other, p) in zip(bands, tests) if not np.isnan(p)]
     if rows:
         print("\nsimilarity of languages of the same family or branch, and of others; p: labels "
               "dealt out at random")
         print_table(dict(zip(("", "band", "same", "other", "p"), zip(*rows))))
-    if (result["families"] == "").any():
-        unknown = result["languages"][result["families"] == ""]
+    unknown = result["languages"][result["families"] == ""]
+    if len(unknown):
         print_wrapped(f"note: no family known of {', '.join(unknown)}; see --families")
     if "score_correlation" in result:
         print(f"\nrank correlation of the similarity to {REFERENCE} with the scores")
         rho, p = result["score_correlation"].T
-        print_table({"band": bands, "Spearman": [f"{value:+.3f}" for value in rho],
-                     "p": [f"{value:.4f}" for value in p]})
+        print_table({"band": bands, "Spearman": rho, "p": [f"{value:.4f}" for value in p]})
 
 
 def report(result, dumps, bands, args):
     """All tables, and what to know about them."""
     n, first = len(dumps), dumps[0]
-    print(f"{n} languages  {len(first['layers'])} MoE layers  {first['num_experts']} experts  top_k "
-          f"{first['top_k']}  experts_per_language {args.experts_per_language}  threshold "
+    print(f"{n} languages  {len(first['layers'])} MoE layers  {first['num_experts']} experts  "
+          f"top_k {first['top_k']}  experts_per_language {args.experts_per_language}  threshold "
           f"{args.threshold}")
     print_wrapped("tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps))
     if n > PRINT_LANGUAGES:
-        print(f"note: with more than {PRINT_LANGUAGES} languages, what is as wide as their number is "
-              f"in {args.out} alone")
+        print(f"note: with more than {PRINT_LANGUAGES} languages, what is as wide as their number "
+              f"is in {args.out} alone")
     if args.threshold * n <= 1:
         print(f"note: shares add up to 1, so with {n} languages none is shared at a threshold of "
               f"{args.threshold}; raise --threshold")
@@ -748,111 +747,92 @@ def report(result, dumps, bands, args):
 
 # --------------------------------------------------------------------------------------- pictures
 
-COLOURS = ("#332288", "#CC6677", "#117733")  # of Paul Tol's, which colour-blind readers tell apart
-
-
-def import_matplotlib():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError("--figures needs matplotlib; run: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-def draw_heatmaps(plt, result, bands):
+def draw_heatmaps(figure, result, bands):
     """Similarity of every pair, a panel per band, in the linkage order of the mean over layers."""
-    order = linkage_order(result["similarity"].mean(0))
-    names, n = result["languages"][order], len(order)
-    side, low = max(3.2, 0.16 * n + 1.5), result["band_similarity"].min()
-    figure, axes = plt.subplots(1, len(bands), squeeze=False, layout="constrained",
-                                figsize=(side * len(bands) + 1, side + 0.6))
-    for axis, (band, rows), matrix in zip(axes[0], bands.items(), result["band_similarity"]):
-        image = axis.imshow(matrix[np.ix_(order, order)], vmin=low, vmax=1, cmap="cividis")
-        axis.set_xticks(range(n), names, rotation=90, fontsize=9 if n <= 30 else 6)
-        axis.set_yticks(range(n), names, fontsize=9 if n <= 30 else 6)
+    order, matrices = linkage_order(result["similarity"].mean(0)), result["band_similarity"]
+    names, side = result["languages"][order], max(3.2, 0.16 * len(order) + 1.5)
+    figure.set_size_inches(side * len(bands) + 1, side + 0.5)
+    axes = figure.subplots(1, len(bands), squeeze=False)[0]
+    for axis, (band, rows), matrix in zip(axes, bands.items(), matrices):
+        image = axis.imshow(matrix[order][:, order], vmin=matrices.min(), vmax=1, cmap="cividis")
         axis.set_title(f"{band}, layers {describe(result['layers'][rows])}")
-    figure.colorbar(image, ax=axes[0], label="routing similarity, 1 - JSD", shrink=0.8)
-    return figure
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    figure.colorbar(image, ax=axes, label="routing similarity, 1 - JSD", shrink=0.8)
 
 
-def draw_layers(plt, result, bands):
-    """The profile over layers: similarity with interval and floor, entropy, numbers of experts."""
-    figure, axes = plt.subplots(3, 1, figsize=(8, 8), sharex=True, layout="constrained")
-    for row, colour, key, label in ((0, 0, "layer_similarity", "pairs of languages"),
-                                    (0, 1, "layer_floor", "floor: halves of one language"),
-                                    (1, 2, "mean_entropy", "mean of languages"),
-                                    (2, 1, "layer_exclusive", "exclusive, all languages"),
-                                    (2, 0, "layer_shared", "shared")):
-        style = {"color": COLOURS[colour], "label": label}
-        if key in result:
-            axes[row].plot(result["layers"], result[key], marker="o", markersize=3, **style)
-        if f"interval_{key}" in result:
-            style["label"] = "95 % interval"
-            axes[row].fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25, **style)
-    for axis, label in zip(axes, ("similarity, 1 - JSD", "routing entropy / log E", "experts")):
-        axis.set_ylabel(label)
-        axis.legend(fontsize=8, frameon=False)
+def draw_layers(figure, result, bands):
+    """The profile over layers: similarity and floor, entropy, numbers of experts; intervals."""
+    figure.set_size_inches(8, 7)
+    axes = figure.subplots(3, sharex=True)
+    for axis, title, series in (
+            (axes[0], "similarity, 1 - JSD", {"pairs of languages": "layer_similarity",
+                                              "floor: halves of one": "layer_floor"}),
+            (axes[1], "routing entropy / log E", {"mean of languages": "mean_entropy"}),
+            (axes[2], "experts", {"exclusive": "layer_exclusive", "shared": "layer_shared"})):
+        for label, key in series.items():
+            if key in result:
+                axis.plot(result["layers"], result[key], ".-", label=label)
+            if f"interval_{key}" in result:
+                axis.fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25,
+                                  label="95 % interval")
+        axis.set_ylabel(title)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         axis.grid(alpha=0.3)
-    axes[2].set_xlabel("decoder layer")
-    return figure
+    axis.set_xlabel("decoder layer")
 
 
-def draw_experts(plt, result, bands):
+def draw_experts(figure, result, bands):
     """Layers x experts, coloured by the language it is exclusive to (of two, the larger share), or
     as shared; twenty colours, which repeat.
     """
-    exclusive, layers = result["exclusive"], result["layers"]
-    owner = np.where(exclusive, result["share"], 0).argmax(0)
-    kind = np.where(exclusive.any(0), owner + 2, result["shared"])
-    labels = ["neither", "shared", *result["languages"]]
-    colours = ["#EEEEEE", "#000000", *plt.get_cmap("tab20")(np.arange(len(labels) - 2) % 20)]
-    figure, axis = plt.subplots(layout="constrained", figsize=(
-        min(14, max(7, kind.shape[1] * 0.075 + 3)), max(3, len(layers) * 0.13 + 1.4)))
-    axis.pcolormesh(kind, vmin=0, vmax=len(labels) - 1, edgecolors="white", linewidth=0.3,
-                    cmap=plt.matplotlib.colors.ListedColormap(colours))
-    axis.set_yticks(np.arange(0, len(layers), 4) + 0.5, layers[::4])
-    axis.set_xlabel("expert")
-    axis.set_ylabel("decoder layer")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=f"{label} ({(kind == k).sum()})")
-               for k, (colour, label) in enumerate(zip(colours, labels))]
-    figure.legend(handles=handles[:22], loc="outside right center", fontsize=8, frameon=False)
-    return figure
+    from matplotlib import colormaps, colors
+    exclusive, labels = result["exclusive"], ["neither", "shared", *result["languages"]]
+    largest = (exclusive * result["share"]).argmax(0)
+    kind = np.where(exclusive.any(0), largest + 2, result["shared"])
+    layers, experts = map(range, kind.shape)
+    colours = ["#EEEEEE", "#000000", *colormaps["tab20"](np.arange(len(labels) - 2) % 20)]
+    figure.set_size_inches(min(14, len(experts) * 0.075 + 5), len(layers) * 0.13 + 2)
+    axis = figure.subplots()
+    image = axis.pcolormesh(experts, layers, kind, vmin=-0.5, vmax=len(labels) - 0.5,
+                            cmap=colors.ListedColormap(colours), edgecolors="white", linewidth=0.3)
+    axis.set(xlabel="expert", ylabel="decoder layer")
+    axis.set_yticks(layers, result["layers"], fontsize=8)
+    legend = [f"{label} ({(kind == k).sum()})" for k, label in enumerate(labels)][:22]
+    figure.colorbar(image).set_ticks(range(len(legend)), labels=legend)
 
 
 def save_figures(folder, result, bands):
-    """heatmaps.png, layers.png and experts.png in a folder; returns their paths."""
-    plt, paths = import_matplotlib(), []
+    """heatmaps.png, layers.png and experts.png in a folder."""
+    from matplotlib.figure import Figure
     os.makedirs(folder, exist_ok=True)
     for draw in (draw_heatmaps, draw_layers, draw_experts):
-        paths.append(os.path.join(folder, f"{draw.__name__.removeprefix('draw_')}.png"))
-        figure = draw(plt, result, bands)
-        figure.savefig(paths[-1], dpi=120)
-        plt.close(figure)
-    return paths
+        figure, path = Figure(layout="constrained"), f"{folder}/{draw.__name__[5:]}.png"
+        draw(figure, result, bands)
+        figure.savefig(path, dpi=120)
+        print(path)
 
 
 # ------------------------------------------------------------------------------------------- main
 
 def parse_bands(texts, layers):
-    """["early=0-4", ...] -> {"early": bool (layers,)}: the rows of decoder layers 0 to 4, inclusive.
+    """["early=0-4", ...] -> {"early": bool (layers,)}: rows of decoder layers 0 to 4, inclusive.
 
     None gives the first, middle and last tenth of the rows, at least one each. InputError if a band
     holds no MoE layer.
     """
     if texts is None:
-        rows, size = np.arange(len(layers)), max(1, round(len(layers) / 10))
-        starts = {"early": 0, "middle": (len(layers) - size + 1) // 2, "late": len(layers) - size}
-        return {name: (rows >= start) & (rows < start + size) for name, start in starts.items()}
+        early = np.arange(len(layers)) < max(1, round(len(layers) / 10))
+        middle = np.roll(early, (len(layers) - early.sum() + 1) // 2)
+        return {"early": early, "middle": middle, "late": early[::-1]}
     bands = {}
     for text in texts:
         match = re.fullmatch(r"(?:(.+)=)?(\d+)(?:-(\d+))?", text)
         require(match, f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, as middle=22-26")
         first, last = int(match[2]), int(match[3] or match[2])
         rows = bands[match[1] or text] = (layers >= first) & (layers <= last)
-        require(last <= max(layers) and rows.any(), f"band '{text}' does not hold MoE layers of this "
-                                                    f"model, which has {describe(layers)}")
+        require(last <= max(layers) and rows.any(), f"band '{text}' does not hold MoE layers of "
+                                                    f"this model, which has {describe(layers)}")
     return bands
 
 
@@ -863,32 +843,33 @@ def describe(layers):
 
 
 def read_families(path=None):
-    """{code: family/branch} of a file with code, tab, family and optionally /branch, over FAMILIES."""
+    """{code: family/branch}: FAMILIES, and over them a file's: code, tab, family, maybe /branch."""
     table = {code: family for family, codes in FAMILIES.items() for code in codes.split()}
     lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     for number, line in enumerate(lines, 1):
-        code, _, family = line.strip().partition("\t")
-        require(family.strip(), f"{path}:{number}: not a code, a tab and a family, as "
-                                "'de<tab>Indo-European/Germanic'")
-        table[code] = family.strip()
+        code, _, family = map(str.strip, line.partition("\t"))
+        require(family, f"{path}:{number}: not a code, a tab and a family, as "
+                        "'de<tab>Indo-European/Germanic'")
+        table[code] = family
     return table
 
 
 def family_of(language, table):
-    """"Indo-European/Germanic" for "de", "deu_Latn" or "de-AT"; "" if the table does not know it."""
+    """"Indo-European/Germanic" for "de", "deu_Latn" or "de-AT"; "" if the table has no family."""
     return table.get(language) or table.get(re.split("[-_]", language)[0], "")
 
 
 def read_scores(path, languages):
-    """(indices, scores) of the languages, but REFERENCE, that a JSON file has {language: score} of."""
+    """(indices, scores) of the languages, but REFERENCE, that a JSON file {language: score} has."""
     try:
-        scores = json.loads(Path(path).read_text(encoding="utf-8"))
+        scores = json.loads(Path(path).read_bytes())
         known = [i for i, name in enumerate(languages) if name in scores and name != REFERENCE]
         values = [float(scores[languages[i]]) for i in known]
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is not a JSON object of language: score") from error
-    require(REFERENCE in languages and len(known) > 3, f"--scores takes a dump of '{REFERENCE}' (see "
-            f"REFERENCE) and 4 others with scores; {path} has {len(known)} of the dumps' languages")
+    require(REFERENCE in languages and len(known) > 3, f"--scores takes a dump of '{REFERENCE}' "
+            f"(see REFERENCE) and 4 others with scores; {path} has {len(known)} of the dumps' "
+            "languages")
     return known, values
 
 
@@ -910,10 +891,13 @@ def frequencies(dumps):
 
 def compute(dumps, bands, args):
     """All arrays of analysis.npz, listed at save_analysis."""
-    languages, choice = [d["language"] for d in dumps], (args.experts_per_language, args.threshold)
-    families, rng = read_families(args.families), np.random.default_rng(args.seed)
-    scores = read_scores(args.scores, languages) if args.scores else None
-    result, by_sequence = analyze(frequencies(dumps), *choice), None
+    languages, by_sequence = [d["language"] for d in dumps], None
+    families = read_families(args.families)
+    choice = args.experts_per_language, args.threshold
+    result = analyze(frequencies(dumps), *choice)
+    if args.parallel:
+        aligned, by_sequence = aligned_divergence(read_aligned(dumps, args.part))
+        result |= {"divergence_aligned": aligned, "layer_aligned": by_sequence.mean(0)}
     result |= summarize(result, bands)
     similarities = result["band_similarity"]
     result |= {"languages": np.array(languages), "layers": dumps[0]["layers"],
@@ -921,17 +905,18 @@ def compute(dumps, bands, args):
                "families": np.array([family_of(language, families) for language in languages])}
     result["family_tests"] = family_tests(similarities, result["families"],
                                           np.random.default_rng(args.seed))
-    if scores:
-        order = np.random.default_rng(args.seed)
+    if args.scores:
+        known, scores = read_scores(args.scores, languages)
+        rng, reference = np.random.default_rng(args.seed), languages.index(REFERENCE)
         result["score_correlation"] = np.array([
-            rank_correlation(similarity[languages.index(REFERENCE), scores[0]], scores[1], order)
-            for similarity in similarities])
-    if args.parallel:
-        aligned, by_sequence = aligned_divergence(read_aligned(dumps, args.part))
-        result |= summarize_aligned(by_sequence, bands, np.ones(len(by_sequence)))
-        result["divergence_aligned"] = aligned
+            rank_correlation(row, scores, rng) for row in similarities[:, reference, known]])
+    if args.vocabulary:
+        keys = "selected_experts", "token_ids"
+        tokens = [read_tokens(dump["path"], args.part, *keys) for dump in dumps]
+        result |= vocabulary_control(tokens, dumps[0]["num_experts"])
     if args.bootstrap:
         counts = [sequence_counts(dump, args.part) for dump in dumps]
+        rng = np.random.default_rng(args.seed)
         floors = [split_half_floor(c, choice[0], rng) for c in counts]
         result |= {f"floor_{m}": np.stack([floor[m] for floor in floors]) for m in MEASURES}
         result["layer_floor"] = result["floor_similarity"].mean(0)
@@ -939,13 +924,9 @@ def compute(dumps, bands, args):
         intervals, *stability = bootstrap(counts, args.bootstrap, *choice, bands, rng, by_sequence)
         result |= {f"interval_{key}": value for key, value in intervals.items()}
         result["exclusive_stability"], result["shared_stability"] = stability
-        exclusive, shared = (result[kind] & (result[f"{kind}_stability"] >= STABLE)
-                             for kind in ("exclusive", "shared"))
-        stable = exclusive, shared & (result["share"] > 0)
-        result["num_stable"] = np.stack([experts.sum((1, 2)) for experts in stable], 1)
-    if args.vocabulary:
-        tokens = [all_tokens(dump, args.part, "--vocabulary") for dump in dumps]
-        result |= vocabulary_control(tokens, dumps[0]["num_experts"])
+        stable = summarize(result | {kind: result[kind] & (result[f"{kind}_stability"] >= STABLE)
+                                     for kind in ("exclusive", "shared")}, bands)
+        result["num_stable"] = np.stack([stable["num_exclusive"], stable["num_shared"]], 1)
     return result
 
 
@@ -969,9 +950,9 @@ def save_analysis(path, result, dumps, bands, args):
     divergence_aligned (layers, L, L), layer_aligned (layers,), mean_aligned (B,)    --parallel
     interval_... of band_, mean_, layer_, num_, entropy    --bootstrap: (2, ...), low and high
     floor_M (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap: of similarity
-    exclusive_stability (L, layers, experts), shared_stability (layers, experts)    part of the draws
+    exclusive_stability (L, layers, experts), shared_stability (layers, experts)   part of the draws
     num_stable (L, 2)                                 exclusive and shared ones that are stable
-    similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L)  --vocabulary
+    similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L) --vocabulary
     meta                                              JSON: arguments, bands, inputs with digests
     """
     meta = vars(args) | {"inputs": inputs_of(dumps), "bands": {
@@ -984,9 +965,9 @@ def inputs_of(dumps):
 
 
 def run_contrast(args):
-    """--contrast: the table of experts that tell two groups of tokens apart, and the file of them."""
-    paths = [split_label(path)[1] for path in args.contrast]
-    dumps = load_languages([f"A={paths[0]}", f"B={paths[1]}"], args.part)
+    """--contrast: the table of experts that tell two groups of tokens apart, and their file."""
+    dumps = load_languages([f"{name}={split_label(path)[1]}" for name, path in
+                            zip("AB", args.contrast)], args.part)
     frequency, layers = frequencies(dumps), dumps[0]["layers"]
     difference, chosen = select_contrast(*frequency, args.tau, args.top)
     require(chosen.any(), f"no expert's frequency differs by more than {args.tau} (the most: "
@@ -999,14 +980,14 @@ def run_contrast(args):
     for dump in dumps:
         print(f"{dump['language']} {dump['path'][0]}  {dump['num_tokens']:,} tokens")
     print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}: "
-          f"{f'the {args.top} largest differences' if args.top else f'difference above {args.tau}'}\n")
-    strongest = np.argsort(-np.abs(selected).ravel(), kind="stable")[:min(20, chosen.sum())]
+          + (f"the {args.top} largest differences\n" if args.top else
+             f"difference above {args.tau}\n"))
+    strongest = np.argsort(-np.abs(selected), axis=None, kind="stable")[:min(20, chosen.sum())]
     rows, ids = np.unravel_index(strongest, chosen.shape)
-    columns = {"layer": layers[rows], "expert": ids,
-               "difference": [f"{value:+.3f}" for value in difference[rows, ids]]}
-    for name, values in zip("AB", frequency):
-        columns[f"frequency in {name}"] = [f"{value:.3f}" for value in values[rows, ids]]
-    print_table(columns)
+    print_table({"layer": layers[rows], "expert": ids,
+                 "difference": [f"{value:+.3f}" for value in difference[rows, ids]],
+                 "frequency in A": frequency[0, rows, ids],
+                 "frequency in B": frequency[1, rows, ids]})
     print(f"\n{args.selection}")
 
 
@@ -1031,19 +1012,22 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     add = p.add_argument_group("what is written").add_argument
     add("--out", default=OUT, help="(default: %(default)s)")
-    add("--figures", metavar="DIR", help="heatmaps.png, layers.png, experts.png; needs matplotlib")
+    add("--figures", default="", metavar="DIR", help="heatmaps.png, layers.png, experts.png; needs "
+        "matplotlib")
     add = p.add_argument_group("instead: experts that tell two groups of tokens apart").add_argument
     add("--contrast", nargs=2, metavar=("A", "B"), help="two dumps")
     add("--tau", type=float, default=TAU, help="where A has this much more (default: %(default)s)")
     add("--top", type=int, metavar="N", help="the N largest differences, of either sign")
     add("--selection", default="selection.json", metavar="FILE", help="(default: %(default)s)")
     args = p.parse_args()
-    for path in (args.selection if args.contrast else args.out, (args.figures or "").rstrip("/")):
-        folder = os.path.dirname(path) or "."
-        require(os.path.isdir(folder), f"no such folder: {folder}; make it, or give another place")
+    for path in (args.selection if args.contrast else args.out, args.figures):
+        folder = Path(path).parent
+        require(folder.is_dir(), f"no such folder: {folder}; make it, or give another place")
+    require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
+    require(not args.figures or find_spec("matplotlib"),
+            "--figures needs matplotlib; run: pip install matplotlib")
     require(args.top is None or args.contrast and args.top > 0,
             "--top takes a number above 0, and --contrast A B")
-    require(not os.path.isfile(args.figures or ""), f"{args.figures} is a file; --figures takes a folder")
     require(args.bootstrap == 0 or args.bootstrap > 1, "--bootstrap takes 2 draws or more")
     return args
 
@@ -1052,16 +1036,16 @@ def main():
     args = parse_arguments()
     if args.contrast:
         return run_contrast(args)
-    if args.figures:
-        import_matplotlib()  # or say that it is missing
     dumps = load_languages(args.dumps, args.part)
-    args.experts_per_language = number_of_experts(args.experts_per_language, dumps[0]["num_experts"])
+    args.experts_per_language = number_of_experts(args.experts_per_language,
+                                                  dumps[0]["num_experts"])
     bands = parse_bands(args.bands, dumps[0]["layers"])
     result = compute(dumps, bands, args)
     save_analysis(args.out, result, dumps, bands, args)
-    pictures = save_figures(args.figures, result, bands) if args.figures else []
     report(result, dumps, bands, args)
-    print("\n" + ", ".join([args.out, *pictures]))
+    print(f"\n{args.out}")
+    if args.figures:
+        save_figures(args.figures, result, bands)
 
 
 if __name__ == "__main__":
