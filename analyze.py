@@ -99,7 +99,7 @@ def load_languages(paths, part="all"):
     Returns a list of dicts like load_routing's, one per language, in the order in which they are
     named.
     """
-    dumps = [load_routing(path, part) for path in tqdm(paths, desc="dumps", leave=False, delay=1)]
+    dumps = [load_routing(path, part) for path in tqdm(paths, "dumps", leave=False, delay=1)]
     first, languages = dumps[0], {}
     for dump in dumps:
         languages.setdefault(dump["language"], []).append(dump)
@@ -144,6 +144,10 @@ def split_label(path):
     return (label, rest) if equals and not os.path.exists(path) else (None, str(path))
 
 
+def read_json(path):
+    return json.loads(Path(path).read_bytes())
+
+
 def dump_digest(path):
     """What tells dumps apart: a hash, of an .npz only of its table of contents, which has checksums
     of the arrays: gigabytes of IDs need not be read for it.
@@ -158,14 +162,14 @@ def dump_digest(path):
 
 
 def read_recorder_json(path):
-    """(meta, layers, counts, num_tokens, top_k). The paper's recorder summed in bfloat16: counts are
+    """(meta, layers, counts, num_tokens, top_k). The recorder summed in bfloat16: its counts are
     near, and need not add up to whole tokens.
     """
-    record = json.loads(Path(path).read_bytes())
+    record = read_json(path)
     layers = sorted(record, key=int)
     rows = [record[layer] for layer in layers]
     experts = sorted(rows[0].keys() - {"total_tokens"}, key=int)
-    counts = np.array([[row[expert]["activation_tokens"] for expert in experts] for row in rows], int)
+    counts = np.array([[row[e]["activation_tokens"] for e in experts] for row in rows], int)
     totals = {int(row["total_tokens"]) for row in rows}
     require(len(totals) == 1, f"{path}: total_tokens differs between layers: {sorted(totals)}")
     num_tokens = totals.pop()
@@ -198,7 +202,7 @@ def open_dump(path, *keys):
     """
     require(not path.endswith(".json"), f"{path} is a recorder's, without single tokens, which "
             "--part, --bootstrap, --parallel and --vocabulary need")
-    file = np.load(path)
+    file = np.load(path, allow_pickle=False)
     for key in keys:
         require(key in file, f"{path} holds no {key}; --part, --bootstrap, --parallel and "
                              "--vocabulary need what capture.py writes without --stats-only")
@@ -239,9 +243,9 @@ def add_shards(dumps):
     shards = {dump["meta"].get("shard", "1/1"): dump for dump in dumps}
     names = [f"{i}/{len(dumps)}" for i in range(1, len(dumps) + 1)]
     require(shards.keys() == set(names) and len({dump["data_sha256"][0] for dump in dumps}) == 1,
-            f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} (shards "
-            f"{', '.join(shards)}): not one whole, nor all the shards of one; label=path tells "
-            "languages apart")
+            f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} "
+            f"(shards {', '.join(shards)}): not one whole, nor all the shards of one; label=path "
+            "tells languages apart")
     whole, *others = [shards[name] for name in names]
     for shard in others:
         for key in ("counts", "num_tokens", "path", "digest", "data_sha256"):
@@ -255,8 +259,7 @@ def sequence_counts(dump, part):
     present, group = np.unique(sequence, return_inverse=True)
     require(len(present) > 1, f"'{dump['language']}' has one sequence; --bootstrap resamples "
                               "sequences")
-    counts = grouped_counts(selected, group, len(present), dump["num_experts"])
-    return counts.astype(np.float32)
+    return grouped_counts(selected, group, len(present), dump["num_experts"]).astype(np.float32)
 
 
 def read_aligned(dumps, part):
@@ -337,6 +340,11 @@ def entropy_bits(p):
     return -(p * np.log2(np.maximum(p, np.finfo(p.dtype).tiny))).sum(-1)
 
 
+def distribution(counts):
+    """Parts of the sum along the last axis. [1, 3] -> [.25, .75]"""
+    return counts / counts.sum(-1, keepdims=True)
+
+
 def jensen_shannon_similarity(p, q, mean_entropy=None):
     """1 - Jensen-Shannon divergence in bits, over the last axis: 1 is alike, 0 nothing in common.
 
@@ -366,8 +374,8 @@ def pair_measures(frequency, experts_per_language):
     cosine      of the frequencies
     """
     n, layers, num_experts = frequency.shape
-    p = frequency / frequency.sum(-1, keepdims=True)
-    entropy, similarity = entropy_bits(p).T, np.ones((layers, n, n))
+    p, similarity = distribution(frequency), np.ones((layers, n, n))
+    entropy = entropy_bits(p).T
     mean_entropy = (entropy[:, :, None] + entropy[:, None]) / 2
     for i, j in itertools.combinations(range(n), 2):
         similarity[:, i, j] = similarity[:, j, i] = jensen_shannon_similarity(
@@ -389,7 +397,7 @@ def aligned_divergence(mean_probs):
     n, (sequences, layers, num_experts) = len(mean_probs), mean_probs[0].shape
     divergence, by_sequence = np.zeros((layers, n, n)), np.zeros((sequences, layers))
     pairs = list(itertools.combinations(range(n), 2))
-    for i, j in tqdm(pairs, desc="parallel", unit="pair", leave=False):
+    for i, j in tqdm(pairs, "parallel", leave=False):
         p, q = mean_probs[i].astype(float), mean_probs[j].astype(float)
         mean_entropy = (entropy_bits(p) + entropy_bits(q)) / 2
         similarity = jensen_shannon_similarity(p, q, mean_entropy)
@@ -409,7 +417,7 @@ def analyze(frequency, experts_per_language, threshold):
     """What depends on frequency (languages, layers, experts) alone; listed at save_analysis."""
     share = language_shares(frequency, experts_per_language)
     exclusive, shared = exclusive_experts(share, threshold), shared_experts(share, threshold)
-    p = frequency / frequency.sum(-1, keepdims=True)
+    p = distribution(frequency)
     to_exclusive, to_shared = (p * exclusive).sum(-1), (p * shared).sum(-1)
     return pair_measures(frequency, experts_per_language) | {
         "frequency": frequency, "share": share, "exclusive": exclusive, "shared": shared,
@@ -426,14 +434,12 @@ def summarize(result, bands):
         "mean_reliance": result["reliance"].mean(1), "num_exclusive": exclusive.sum((1, 2)),
         "num_shared": (shared & (result["share"] > 0)).sum((1, 2)),
         "layer_exclusive": exclusive.sum((0, 2)), "layer_shared": shared.sum(-1)}
-    for measure in MEASURES:
-        summary[f"band_{measure}"] = band_means(result[measure], bands)
-        summary[f"mean_{measure}"] = mean_of_pairs(summary[f"band_{measure}"])
-        summary[f"layer_{measure}"] = mean_of_pairs(result[measure])
+    layer = {measure: mean_of_pairs(result[measure]) for measure in MEASURES}
     if "layer_aligned" in result:
-        summary["layer_aligned"] = result["layer_aligned"]
-        summary["mean_aligned"] = band_means(result["layer_aligned"], bands)
-    return summary
+        layer["aligned"] = result["layer_aligned"]
+    for name, values in layer.items():
+        summary |= {f"layer_{name}": values, f"mean_{name}": band_means(values, bands)}
+    return summary | {f"band_{measure}": band_means(result[measure], bands) for measure in MEASURES}
 
 
 def band_means(values, bands):
@@ -456,28 +462,28 @@ def linkage_order(similarity):
     return clusters[0]
 
 
-def vocabulary_control(tokens, num_experts):
-    """Is it the words? Similarity over tokens whose ids the other language has too, and over others.
+def vocabulary_control(dumps, part):
+    """Is it the words? Similarity over tokens whose ids the other language has, and over others.
 
-    tokens  of each language selected_experts (tokens, layers, top_k), token_ids (tokens,), ...
     -> similarity_own_tokens, similarity_common_tokens (layers, languages, languages), nan without
     such tokens; common_tokens (languages, languages), the part of the row's that the column has
     """
     both = []  # of each language (languages, layers, experts): selections of tokens that both have
-    for selected, ids, _ in tqdm(tokens, desc="vocabulary", leave=False):
+    tokens = [read_tokens(dump["path"], part, "selected_experts", "token_ids") for dump in dumps]
+    for selected, ids, _ in tqdm(tokens, "vocabulary", leave=False):
         kinds, kind = np.unique(ids, return_inverse=True)
         in_other = [np.isin(kinds, other) for _, other, _ in tokens]
         # tokens that the same languages have are counted together
         patterns, pattern = np.unique(in_other, axis=1, return_inverse=True)
-        group, num_groups = pattern.ravel()[kind], patterns.shape[1]
-        by_pattern = grouped_counts(selected, group, num_groups, num_experts)
+        by_pattern = grouped_counts(selected, pattern.ravel()[kind], patterns.shape[1],
+                                    dumps[0]["num_experts"])
         both.append(np.tensordot(patterns, by_pattern, 1))
-    both, languages = np.stack(both), range(len(tokens))
-    every = both[languages, languages][:, None]
+    both = np.stack(both)
+    every = np.einsum("aale->ale", both)[:, None]  # the row's with itself: all its tokens
     result = {"common_tokens": both.sum((2, 3)) / every.sum((2, 3))}
     for name, counts in (("own", every - both), ("common", both)):
         with np.errstate(invalid="ignore"):  # 0 / 0 is nan
-            p = counts / counts.sum(-1, keepdims=True)
+            p = distribution(counts)
         similarity = jensen_shannon_similarity(p, p.swapaxes(0, 1))
         result[f"similarity_{name}_tokens"] = similarity.transpose(2, 0, 1)
     return result
@@ -500,7 +506,7 @@ def load_selection(path, layers, num_experts):
     """What --contrast wrote: float64 (layers, experts), a selected expert's difference, else 0."""
     differences, rows = np.zeros((len(layers), num_experts)), list(layers)
     try:
-        for layer, row in json.loads(Path(path).read_bytes())["experts"].items():
+        for layer, row in read_json(path)["experts"].items():
             for expert, difference in row.items():
                 expert = range(num_experts).index(int(expert))
                 differences[rows.index(int(layer)), expert] = difference
@@ -540,14 +546,13 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     parallel = by_sequence is not None
 
     def figures(totals, weights):
-        frequency = totals / totals.sum(-1, keepdims=True)
-        result = analyze(frequency, experts_per_language, threshold)
+        result = analyze(distribution(totals), experts_per_language, threshold)
         if parallel:
             result["layer_aligned"] = np.average(by_sequence, 0, weights)
         return result, summarize(result, bands)
 
     drawn, exclusive, shared = [], 0, 0
-    for start in tqdm(range(0, draws, 50), desc="bootstrap", unit="50 draws", leave=False):
+    for start in tqdm(range(0, draws, 50), "bootstrap", unit="50 draws", leave=False):
         size = min(50, draws - start)
         weights = [rng.multinomial(len(c), np.full(len(c), 1 / len(c)), size).astype(np.float32)
                    for c in counts[:1 if parallel else None]]  # how often each sequence is drawn
@@ -570,7 +575,7 @@ def permutations(n, rng):
     """(permutations, n), identity first: up to n = 8 all of them, else PERMUTATIONS random ones."""
     if n <= 8:
         return np.array(list(itertools.permutations(range(n))))
-    return np.stack([np.arange(n)] + [rng.permutation(n) for _ in range(PERMUTATIONS)])
+    return np.array([range(n), *(rng.permutation(n) for _ in range(PERMUTATIONS))])
 
 
 def family_test(similarity, labels, rng):
@@ -641,13 +646,12 @@ def print_wrapped(text):
 def print_bands(result, bands):
     """Means over pairs; the matrix of every band, or of many languages their order alone."""
     languages, few = result["languages"], len(result["languages"]) <= PRINT_LANGUAGES
-    titles = {measure: f"mean_{measure}" for measure in MEASURES} | {"floor": "band_floor"}
-    print("\nmeans over pairs of languages")
-    if "band_floor" in result:
-        print("[95 % interval]; floor: similarity of random halves of a language")
-    if "mean_aligned" in result:
-        print("the divergence is that of aligned sequences")
-        titles["divergence"] = "mean_aligned"
+    aligned = "mean_aligned" in result
+    titles = {"similarity": "mean_similarity", "floor": "band_floor",
+              "divergence": "mean_aligned" if aligned else "mean_divergence",
+              "jaccard": "mean_jaccard", "cosine": "mean_cosine"}
+    print("\nmeans over pairs of languages; with --bootstrap [95 % interval] and the floor, random "
+          "halves of a\nlanguage; with --parallel, the divergence is that of aligned sequences")
     layers = [describe(result["layers"][rows]) for rows in bands.values()]
     print_table({"band": bands, "layers": layers} | {
         title: texts(result, key) for title, key in titles.items() if key in result})
@@ -676,15 +680,16 @@ def print_layers(result):
 
 def print_languages(result, bands):
     languages, columns = result["languages"], {"": result["languages"]}
-    print("\nrouting (%) to experts that are exclusive to the language, shared, neither; n: experts")
+    print("\nrouting (%) to experts exclusive to the language, shared, neither; n: experts (with "
+          f"--bootstrap,\nthose stable in {STABLE:.0%} of the draws); top: part (%) of the most "
+          "used expert; active: experts in use")
     for k, kind in enumerate(("exclusive", "shared", "neither")):
         columns[kind] = texts(result, "mean_reliance", ..., k, scale=100, digits=1)
-    columns |= {"n exclusive": result["num_exclusive"], "n shared": result["num_shared"]}
-    if "num_stable" in result:
-        print(f"(stable in {STABLE:.0%} of the draws)")
-        for title, stable in zip(("n exclusive", "n shared"), result["num_stable"].T):
-            columns[title] = map("{} ({})".format, columns[title], stable)
-    print("top: part (%) of the most used expert, active: experts in use; means over layers")
+    for k, kind in enumerate(("exclusive", "shared")):
+        columns[f"n {kind}"] = result[f"num_{kind}"]
+        if "num_stable" in result:
+            columns[f"n {kind}"] = map("{} ({})".format, result[f"num_{kind}"],
+                                       result["num_stable"][:, k])
     columns["top"] = [f"{100 * value:.1f}" for value in result["most_used"].mean(1)]
     columns["active"] = [f"{value:.1f}" for value in result["active"].mean(1)]
     print_table(columns)
@@ -762,17 +767,15 @@ def draw_heatmaps(figure, result, bands):
 
 
 def draw_layers(figure, result, bands):
-    """The profile over layers: similarity and floor, entropy, numbers of experts; intervals."""
+    """The profile over layers, after a bootstrap with intervals and the floor of similarity."""
     figure.set_size_inches(8, 7)
     axes = figure.subplots(3, sharex=True)
-    for axis, title, series in (
-            (axes[0], "similarity, 1 - JSD", {"pairs of languages": "layer_similarity",
-                                              "floor: halves of one": "layer_floor"}),
-            (axes[1], "routing entropy / log E", {"mean of languages": "mean_entropy"}),
-            (axes[2], "experts", {"exclusive": "layer_exclusive", "shared": "layer_shared"})):
-        for label, key in series.items():
+    for axis, title, keys in ((axes[0], "similarity, 1 - JSD", ("layer_similarity", "layer_floor")),
+                              (axes[1], "routing entropy / log E", ("mean_entropy",)),
+                              (axes[2], "experts", ("layer_exclusive", "layer_shared"))):
+        for key in keys:
             if key in result:
-                axis.plot(result["layers"], result[key], ".-", label=label)
+                axis.plot(result["layers"], result[key], ".-", label=key.split("_")[1])
             if f"interval_{key}" in result:
                 axis.fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25,
                                   label="95 % interval")
@@ -792,10 +795,10 @@ def draw_experts(figure, result, bands):
     kind = np.where(exclusive.any(0), largest + 2, result["shared"])
     layers, experts = map(range, kind.shape)
     colours = ["#EEEEEE", "#000000", *colormaps["tab20"](np.arange(len(labels) - 2) % 20)]
-    figure.set_size_inches(min(14, len(experts) * 0.075 + 5), len(layers) * 0.13 + 2)
+    figure.set_size_inches(len(experts) * 0.05 + 6, len(layers) * 0.13 + 2)
     axis = figure.subplots()
-    image = axis.pcolormesh(experts, layers, kind, vmin=-0.5, vmax=len(labels) - 0.5,
-                            cmap=colors.ListedColormap(colours), edgecolors="white", linewidth=0.3)
+    image = axis.pcolormesh(experts, layers, kind, edgecolors="white", linewidth=0.3,
+                            norm=colors.NoNorm(), cmap=colors.ListedColormap(colours))
     axis.set(xlabel="expert", ylabel="decoder layer")
     axis.set_yticks(layers, result["layers"], fontsize=8)
     legend = [f"{label} ({(kind == k).sum()})" for k, label in enumerate(labels)][:22]
@@ -862,7 +865,7 @@ def family_of(language, table):
 def read_scores(path, languages):
     """(indices, scores) of the languages, but REFERENCE, that a JSON file {language: score} has."""
     try:
-        scores = json.loads(Path(path).read_bytes())
+        scores = read_json(path)
         known = [i for i, name in enumerate(languages) if name in scores and name != REFERENCE]
         values = [float(scores[languages[i]]) for i in known]
     except (ValueError, TypeError) as error:
@@ -901,7 +904,7 @@ def compute(dumps, bands, args):
     result |= summarize(result, bands)
     similarities = result["band_similarity"]
     result |= {"languages": np.array(languages), "layers": dumps[0]["layers"],
-               "order": np.array([linkage_order(matrix) for matrix in similarities]),
+               "order": np.array(list(map(linkage_order, similarities))),
                "families": np.array([family_of(language, families) for language in languages])}
     result["family_tests"] = family_tests(similarities, result["families"],
                                           np.random.default_rng(args.seed))
@@ -911,9 +914,7 @@ def compute(dumps, bands, args):
         result["score_correlation"] = np.array([
             rank_correlation(row, scores, rng) for row in similarities[:, reference, known]])
     if args.vocabulary:
-        keys = "selected_experts", "token_ids"
-        tokens = [read_tokens(dump["path"], args.part, *keys) for dump in dumps]
-        result |= vocabulary_control(tokens, dumps[0]["num_experts"])
+        result |= vocabulary_control(dumps, args.part)
     if args.bootstrap:
         counts = [sequence_counts(dump, args.part) for dump in dumps]
         rng = np.random.default_rng(args.seed)
@@ -924,9 +925,9 @@ def compute(dumps, bands, args):
         intervals, *stability = bootstrap(counts, args.bootstrap, *choice, bands, rng, by_sequence)
         result |= {f"interval_{key}": value for key, value in intervals.items()}
         result["exclusive_stability"], result["shared_stability"] = stability
-        stable = summarize(result | {kind: result[kind] & (result[f"{kind}_stability"] >= STABLE)
-                                     for kind in ("exclusive", "shared")}, bands)
-        result["num_stable"] = np.stack([stable["num_exclusive"], stable["num_shared"]], 1)
+        stable = [result[kind] & (result[f"{kind}_stability"] >= STABLE) & (result["share"] > 0)
+                  for kind in ("exclusive", "shared")]
+        result["num_stable"] = np.sum(stable, (2, 3)).T
     return result
 
 
@@ -952,7 +953,8 @@ def save_analysis(path, result, dumps, bands, args):
     floor_M (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap: of similarity
     exclusive_stability (L, layers, experts), shared_stability (layers, experts)   part of the draws
     num_stable (L, 2)                                 exclusive and shared ones that are stable
-    similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L) --vocabulary
+    similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L): see
+                                                      vocabulary_control
     meta                                              JSON: arguments, bands, inputs with digests
     """
     meta = vars(args) | {"inputs": inputs_of(dumps), "bands": {
@@ -975,8 +977,8 @@ def run_contrast(args):
     selected = np.where(chosen, difference, 0).round(6)
     experts = {int(layer): {int(e): row[e] for e in np.flatnonzero(row)}
                for layer, row in zip(layers, selected) if row.any()}
-    text = json.dumps({"experts": experts, "arguments": vars(args), "inputs": inputs_of(dumps)})
-    write_whole(args.selection, lambda file: file.write(text.encode()))
+    selection = {"experts": experts, "arguments": vars(args), "inputs": inputs_of(dumps)}
+    write_whole(args.selection, lambda file: file.write(json.dumps(selection).encode()))
     for dump in dumps:
         print(f"{dump['language']} {dump['path'][0]}  {dump['num_tokens']:,} tokens")
     print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}: "
@@ -1006,19 +1008,18 @@ def parse_arguments():
     add("--bootstrap", type=int, default=0, metavar="N", help="intervals of N draws, and the floor")
     add("--parallel", action="store_true", help="sequence i says the same in all languages")
     add("--vocabulary", action="store_true", help="over common tokens, and over a language's own")
-    add("--families", metavar="FILE", help="code, tab, family/branch; over the built-in table")
-    add("--scores", metavar="FILE", help='JSON {"de": 0.9, ...}: correlate with the similarity to '
-        f"{REFERENCE}")
+    add("--families", help="file of code, tab, family/branch; over the built-in table")
+    add("--scores", help='file of {"de": 0.9, ...}: correlate with the similarity to ' + REFERENCE)
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     add = p.add_argument_group("what is written").add_argument
     add("--out", default=OUT, help="(default: %(default)s)")
-    add("--figures", default="", metavar="DIR", help="heatmaps.png, layers.png, experts.png; needs "
+    add("--figures", default="", help="folder of heatmaps.png, layers.png, experts.png; needs "
         "matplotlib")
     add = p.add_argument_group("instead: experts that tell two groups of tokens apart").add_argument
     add("--contrast", nargs=2, metavar=("A", "B"), help="two dumps")
     add("--tau", type=float, default=TAU, help="where A has this much more (default: %(default)s)")
     add("--top", type=int, metavar="N", help="the N largest differences, of either sign")
-    add("--selection", default="selection.json", metavar="FILE", help="(default: %(default)s)")
+    add("--selection", default="selection.json", help="(default: %(default)s)")
     args = p.parse_args()
     for path in (args.selection if args.contrast else args.out, args.figures):
         folder = Path(path).parent

@@ -209,8 +209,7 @@ class EditedScoring(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in CHOICES and self.mask:
             # (..., num_experts), or (..., groups, experts of a group) of a router with groups
-            ungrouped = args[0].shape[-1] == self.num_experts
-            shape = args[0].shape[-1 if ungrouped else -2:]
+            shape = args[0].shape[-1 if args[0].shape[-1] == self.num_experts else -2:]
             if shape.numel() == self.num_experts:
                 args = args[0].masked_fill(self.masked.view(shape), -torch.inf), *args[1:]
         output = func(*args, **kwargs or {})
@@ -972,8 +971,9 @@ def check_dumps(dumps, shape, revision):
     for dump in dumps:
         paths = ", ".join(dump["path"])
         found = dict.fromkeys(map(int, dump["layers"]), (dump["num_experts"], dump["top_k"]))
-        require(found == shape, f"{paths} is of another model: by layer, its (num_experts, top_k) "
-                                f"are {found}, the model's {shape}")
+        require(found == shape, f"{paths} has {len(found)} layers of (num_experts, top_k) "
+                f"{set(found.values())}, the model {len(shape)} of {set(shape.values())}: another "
+                "model, or other layers")
         require(dump["revision"] in (None, revision),  # IDs from elsewhere name no revision
                 f"{paths} was captured on another model ({dump['meta'].get('model')}, "
                 f"{dump['revision']}); capture it again on this one ({revision})")

@@ -1,9 +1,13 @@
-"""Bad input and bad luck, as a user meets them: one line that names the fix, a non-zero exit, nothing lost or half-written."""
+"""
+Bad input and bad luck, as a user meets them: one line that names the fix, a non-zero exit, nothing
+lost or half-written.
+"""
 
-import concurrent.futures
 import json
 import os
+import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,32 +18,45 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-import capture
-from common import InputError, load_model, run_batches
+import common
+from common import InputError, checkpoint_id, load_model, run_batches
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+TINY = {"layers": 8, "num_experts": 32, "revision": checkpoint_id("tests/tiny_moe", None)}
 
 
-def script(name, *arguments, **options):
-    return subprocess.run([sys.executable, name, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, **options)
+def process(name, *arguments, **options):
+    return subprocess.run([sys.executable, name, *map(str, arguments)], capture_output=True,
+                          text=True, env=ENVIRONMENT, **options)
+
+
+def in_process(monkeypatch, name, *arguments):
+    """What the script exits with, run as the command line runs it; None if it goes through."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    try:
+        runpy.run_path(name, run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
 
 
 def dump(path, language, layers=2, num_experts=8, tokens=40, top_k=2, **meta):
     """A dump of random routing, written as capture.py writes one."""
-    rng = np.random.default_rng(len(language))
-    ids = np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens * layers)], np.uint8).reshape(tokens, layers, top_k)
-    counts = np.stack([np.bincount(ids[:, l].ravel(), minlength=num_experts) for l in range(layers)])
-    np.savez(path, counts=counts, selected_experts=ids, sequence_offsets=np.array([0, tokens]), prompt_lengths=[tokens],
-             layers=np.arange(layers, dtype=np.int32), meta=json.dumps(
-                 {"language": language, "num_experts": num_experts, "top_k": top_k, "format": 1, "shard": "1/1"} | meta))
-    return path
+    rng = np.random.default_rng(list(language.encode()))
+    ids = np.array([rng.permutation(num_experts)[:top_k] for _ in range(tokens * layers)], np.uint8)
+    ids = ids.reshape(tokens, layers, top_k)
+    counts = [np.bincount(ids[:, layer].ravel(), minlength=num_experts) for layer in range(layers)]
+    meta = {"language": language, "num_experts": num_experts, "top_k": top_k, "format": 1,
+            "shard": "1/1"} | meta
+    np.savez(path, counts=np.stack(counts), selected_experts=ids, sequence_offsets=[0, tokens],
+             prompt_lengths=[tokens], layers=np.arange(layers), meta=json.dumps(meta))
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with everything that is wrong."""
     p = tmp_path_factory.mktemp("bad")
-    LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64).save_pretrained(p / "dense")
+    LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                vocab_size=64).save_pretrained(p / "dense")
     AutoTokenizer.from_pretrained("tests/tiny_moe").save_pretrained(p / "dense")
     (p / "bare").mkdir()
     (p / "bare/config.json").write_text(open("tests/tiny_moe/config.json").read())
@@ -48,140 +65,154 @@ def place(tmp_path_factory):
     (p / "malformed.tsv").write_text("How many?\t3\nno answer here\n")
     (p / "blank.txt").write_text("one\n \ntwo\n")
     (p / "long.txt").write_text("apples " * 3000 + "\n")
-    dump(p / "en.npz", "en"), dump(p / "sw.npz", "sw"), dump(p / "wide.npz", "wide", num_experts=16)
-    dump(p / "part.npz", "part", shard="1/3"), dump(p / "new.npz", "new", format=2), dump(p / "other.npz", "xx", revision="b")
-    dump(p / "first.npz", "yy", revision="a"), dump(p / "one.npz", "one", tokens=1)
-    dump(p / "deep.npz", "deep", layers=3)
+    dump(p / "en.npz", "en"), dump(p / "sw.npz", "sw"), dump(p / "one.npz", "one", tokens=1)
+    dump(p / "wide.npz", "wide", num_experts=16), dump(p / "deep.npz", "deep", layers=3)
+    dump(p / "top1.npz", "top", top_k=1), dump(p / "new.npz", "new", format=2)
+    dump(p / "a.npz", "xx", revision="a"), dump(p / "b.npz", "yy", revision="b")
+    dump(p / "part.npz", "part", shard="1/3")
+    for language in ("en", "sw", "zh"):
+        dump(p / f"tiny_{language}.npz", language, **TINY)
+    dump(p / "tiny_old.npz", "en", **TINY | {"revision": "0123", "model": "other/moe"})
     (p / "cut.npz").write_bytes((p / "en.npz").read_bytes()[:900])
     (p / "text.npz").write_text("hello")
-    np.savez(p / "pickle.npz", counts=np.ones((1, 2)), meta=np.array({"language": "en"}, dtype=object))
+    np.savez(p / "pickle.npz", counts=np.ones((1, 2)), meta=np.array({"a": 1}, dtype=object))
     same = np.tile(np.arange(2, dtype=np.uint8), (30, 2, 1))
     for language in ("aa", "bb"):
-        np.savez(p / f"same_{language}.npz", selected_experts=same, meta=json.dumps({"language": language, "num_experts": 8}))
+        np.savez(p / f"same_{language}.npz", selected_experts=same,
+                 meta=json.dumps({"language": language, "num_experts": 8}))
     return p
 
 
-DATA = "tests/data/eval_{lang}.tsv"
-CASES = {  # name: (script, arguments, {} is the folder; what the one line says)
-    "no such model": ("capture.py", "--model no/where", "no model 'no/where': neither a folder"),
-    "dense": ("capture.py", "--model {}/dense", "LlamaForCausalLM has no routers that transformers declares: a dense model"),
-    "no tokenizer": ("capture.py", "--model {}/bare", "cannot load a tokenizer for model"),
-    "no prompts file": ("capture.py", "--data {}/none.tsv", "no such file: "),
-    "empty": ("capture.py", "--data {}/empty.txt", "empty.txt: no prompts in it"),
-    "not UTF-8": ("capture.py", "--data {}/latin.txt", "latin.txt: not UTF-8 at byte 0; convert it"),
-    "malformed": ("capture.py", "--data {}/malformed.tsv", "malformed.tsv:2: no tab between question and answer"),
-    "empty prompt": ("capture.py", "--data {}/blank.txt", "blank.txt:2: an empty prompt"),
-    "no match": ("capture.py", "--data {}/{lang}.tsvx", "no file matches"),
-    "language twice": ("capture.py", "--languages en,en", "a language is named twice"),
-    "unsafe label": ("capture.py", "--languages ../en", "'../en' cannot name a file"),
-    "no dtype": ("capture.py", "--dtype float7 --out {}/o", "'float7' is not a dtype"),
-    "unwritable": ("capture.py", "--out /proc/here", "error: [Errno"),
-    "truncated dump": ("analyze.py", "{}/cut.npz", "cut.npz is not a whole routing dump; give"),
-    "no npz": ("analyze.py", "{}/text.npz", "text.npz is not a whole routing dump; give"),
-    "pickles": ("analyze.py", "{}/pickle.npz", "pickle.npz is not a whole routing dump; give"),
-    "new format": ("analyze.py", "{}/new.npz", "new.npz is of format 2; this analyze.py reads format 1"),
-    "a folder": ("analyze.py", "{}", "is a folder; name the dumps, as in"),
-    "other experts": ("analyze.py", "{}/en.npz {}/wide.npz", "has num_experts 16"),
-    "other layers": ("analyze.py", "{}/en.npz {}/deep.npz", "have other layers: other models"),
-    "other top_k": ("analyze.py", "{}/en.npz {}/k.npz", "no such dump: "),
-    "another model": ("analyze.py", "{}/first.npz {}/other.npz", "come from different models"),
-    "twice": ("analyze.py", "{}/en.npz {}/en.npz", "not one whole, nor all the shards of one"),
-    "shard missing": ("analyze.py", "{}/part.npz", "(shards 1/3): not one whole"),
-    "part without lengths": ("analyze.py", "{}/same_aa.npz --part response", "holds no prompt_lengths"),
-    "no response": ("analyze.py", "{}/en.npz --part response", "holds no response tokens"),
-    "reversed band": ("analyze.py", "{}/en.npz --bands a=1-0", "band 'a=1-0' does not hold MoE layers of this model"),
-    "no folder": ("analyze.py", "{}/en.npz --out {}/none/a.npz", "no such folder: "),
-    "dumps of another model": ("ablate.py", "--routing {}/en.npz {}/sw.npz --data " + DATA, "another model"),
-    "no dump": ("ablate.py", "--routing {}/nothing.npz", "no such dump: "),
-    "no source": ("steer.py", "--routing {}/en.npz {}/sw.npz --sources en,zh", "no routing for 'zh' among the dumps; run:"),
-    "lambda": ("steer.py", "--routing {}/en.npz {}/sw.npz --sources en,sw --lambda nan", "lambda must be a finite number"),
+ABLATE = "--routing {}/tiny_en.npz {}/tiny_sw.npz {}/tiny_zh.npz --languages en --limit 2 "
+ABLATE, STEER = ABLATE + "--out {}/o ", ABLATE + "--out {}/o --lambda 0.5 "
+CASES = {  # name: (script, arguments, where {} is the folder; what matches the one line)
+    "no such model": ("capture", "--model no/where", "no model 'no/where': neither a folder .*hub"),
+    "dense": ("capture", "--model {}/dense", "LlamaForCausalLM has no routers .*: a dense model"),
+    "no tokenizer": ("capture", "--model {}/bare", "cannot load a tokenizer for model"),
+    "no prompts file": ("capture", "--data {}/none.tsv", "no such file: .*none.tsv"),
+    "empty": ("capture", "--data {}/empty.txt", "empty.txt: no prompts in it"),
+    "not UTF-8": ("capture", "--data {}/latin.txt", "latin.txt: not UTF-8 at byte 0; convert it"),
+    "malformed": ("capture", "--data {}/malformed.tsv", "malformed.tsv:2: no tab between"),
+    "empty prompt": ("capture", "--data {}/blank.txt", "blank.txt:2: an empty prompt"),
+    "unreadable": ("capture", "--data {}/one.npz", "cannot read '.npz'; give .tsv"),
+    "no match": ("capture", "--data {}/{lang}.tsvx", "no file matches .*{lang} stands for"),
+    "one file": ("capture", "--data {}/long.txt --languages en,sw", "put {lang} into --data"),
+    "language twice": ("capture", "--languages en,en", "a language is named twice"),
+    "unsafe label": ("capture", "--languages ../en", "'../en' cannot name a file: .* letters"),
+    "no dtype": ("capture", "--dtype float7 --out {}/o", "'float7' is not a dtype; give auto"),
+    "unwritable": ("capture", "--out /proc/here", r"\[Errno .*/proc/here"),
+    "no npz": ("analyze", "{}/text.npz", "text.npz is not a whole routing dump; give"),
+    "pickles": ("analyze", "{}/pickle.npz", "pickle.npz is not a whole routing dump; give"),
+    "new format": ("analyze", "{}/new.npz", "new.npz is of format 2; this analyze.py reads"),
+    "a folder": ("analyze", "{}", "is a folder; name the dumps, as in"),
+    "other experts": ("analyze", "{}/en.npz {}/wide.npz", r"num_experts \(16, 8\): different m"),
+    "other layers": ("analyze", "{}/en.npz {}/deep.npz", "deep.npz .*layers .*: different models"),
+    "other top_k": ("analyze", "{}/en.npz {}/top1.npz", r"top_k \(1, 2\): different models"),
+    "other revision": ("analyze", "{}/a.npz {}/b.npz", r"revision \(b, a\): different models"),
+    "twice": ("analyze", "{}/en.npz {}/en.npz", "not one whole, nor all the shards .* label=path"),
+    "shard missing": ("analyze", "{}/part.npz", r"\(shards 1/3\): not one whole"),
+    "no lengths": ("analyze", "{}/same_aa.npz --part response", "no prompt_lengths; --part"),
+    "no response": ("analyze", "{}/en.npz --part response", "en.npz holds no response tokens"),
+    "reversed": ("analyze", "{}/en.npz --bands a=1-0", "'a=1-0' does not hold MoE layers .* 0-1"),
+    "no folder": ("analyze", "{}/en.npz --out {}/none/a.npz", "no such folder: .*make it, or give"),
+    "no dump": ("ablate", "--routing {}/none.npz", "no such dump: .*; run: python capture.py"),
+    "other sizes": ("ablate", ABLATE + "--routing {}/en.npz", r"\(8, 2\).*\(32, 2\).*: another model"),
+    "other weights": ("ablate", ABLATE + "--routing {}/tiny_old.npz",
+                      r"on another model \(other/moe, 0123\); capture it again"),
+    "band": ("ablate", ABLATE + "--bands a=0-9", "'a=0-9' does not hold MoE layers .* 0-7"),
+    "no band": ("ablate", ABLATE + "--bands early", "'early' is neither .*, as middle"),
+    "threshold": ("ablate", ABLATE + "--threshold 2", "threshold 2.0 is not between 0 and 1"),
+    "too many": ("ablate", ABLATE + "--experts-per-language 33", "33 is neither .* 1 to the 32"),
+    "too few": ("ablate", ABLATE + "--experts-per-language 0", "0 is neither .* 1 to the 32"),
+    "no examples": ("ablate", ABLATE + "--languages xx", "no such file: tests/data/eval_xx.tsv"),
+    "masks all": ("ablate", ABLATE + "--experts shared --experts-per-language 32 --threshold 0.99",
+                  "masking 3[0-9] of 32 experts leaves fewer than top_k 2"),
+    "greedy top_p": ("ablate", ABLATE + "--top-p 0.9", "--top-p .* need a --temperature"),
+    "no results": ("ablate", ABLATE + "--out {}/blank.txt", "is not a results file; move it away"),
+    "no source": ("steer", STEER + "--sources en,fr", "no routing for 'fr' .*; run: python"),
+    "one source": ("steer", STEER + "--sources en", "--sources takes two or more languages, as"),
+    "few examples": ("steer", STEER + "--lambda 1 2", "takes 4 examples or more; raise --limit"),
+    "steered band": ("steer", STEER + "--band 40-50", "'40-50' does not hold MoE layers .* 0-7"),
+    "infinite": ("steer", STEER + "--lambda inf", "lambda must be a finite number"),
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(place):
-    def run(case):
-        name, arguments, _ = CASES[case]
-        return script(name, *arguments.replace("{}", str(place)).split())
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(run, CASES)))
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_names_the_fix(case, outcomes, place):
-    outcome, line = outcomes[case], CASES[case][2]
-    assert outcome.returncode == 1
-    errors = [l for l in outcome.stderr.splitlines() if l.startswith("error: ")]
-    assert len(errors) == 1 and line.removeprefix("error: ") in errors[0] and "Traceback" not in outcome.stderr
-    assert "Loading weights" not in outcome.stderr  # nothing expensive came first
-    assert not list(place.glob("**/*.tmp")) and not (place / "o").exists()
+def test_one_line_names_the_fix_before_any_weights_are_read(case, place, monkeypatch):
+    name, arguments, line = CASES[case]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(common, "load_weights", lambda *a, **k: pytest.fail("weights were read"))
+    before = sorted(place.rglob("*"))
+    said = in_process(monkeypatch, f"{name}.py", *arguments.replace("{}", str(place)).split())
+    assert isinstance(said, str) and re.match(f"error: .*{line}", said) and "\n" not in said
+    assert sorted(place.rglob("*")) == before  # nothing half-written
 
 
-def test_a_prompt_longer_than_the_models_positions_is_cut_and_reported(place, tmp_path):
-    outcome = script("capture.py", "--data", place / "long.txt", "--max-length", 99999, "--out", tmp_path)
-    assert outcome.returncode == 0 and "1 sequences were cut at 2048 tokens" in outcome.stdout
+def check_outcome(outcome, line):
+    """One line on stderr, beside progress bars, and status 1."""
+    assert outcome.returncode == 1 and "Traceback" not in outcome.stderr
+    errors = [text for text in outcome.stderr.splitlines() if "error" in text.lower()]
+    assert len(errors) == 1 and re.match(f"error: .*{line}", errors[0].rpartition("\r")[2])
+
+
+def test_an_error_is_one_line_on_stderr_and_status_1(place):
+    outcome = process("analyze.py", place / "cut.npz")
+    check_outcome(outcome, "cut.npz is not a whole routing dump; give")
+    assert outcome.stdout == ""
+
+
+def test_a_prompt_longer_than_the_models_positions_is_cut_and_reported(
+        place, monkeypatch, capsys, tmp_path):
+    assert not in_process(monkeypatch, "capture.py", "--data", place / "long.txt",
+                          "--max-length", 99999, "--out", tmp_path)
+    assert "1 sequences were cut at 2048 tokens" in capsys.readouterr().out
     with np.load(tmp_path / "long.npz", allow_pickle=False) as file:  # a corpus of one sequence
         assert file["sequence_offsets"].tolist() == [0, 2048]
-    assert script("analyze.py", tmp_path / "long.npz", "--out", tmp_path / "a.npz").returncode == 0
+    assert not in_process(monkeypatch, "analyze.py", tmp_path / "long.npz",
+                          "--out", tmp_path / "a.npz")
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dumps, shown", [
     (["same_aa.npz", "same_bb.npz"], "1.00"),  # all experts identical
     (["en.npz", "sw.npz", "one.npz"], "one 1"),  # a language with one token
     (["en.npz"], "1 languages"),
 ])
-def test_odd_corpora_are_analyzed(place, tmp_path, dumps, shown):
-    outcome = script("analyze.py", *(place / d for d in dumps), "--out", tmp_path / "a.npz")
-    assert outcome.returncode == 0 and shown in outcome.stdout and "Warning" not in outcome.stderr, outcome.stderr
+def test_odd_corpora_are_analyzed(place, monkeypatch, capsys, tmp_path, dumps, shown):
+    assert not in_process(monkeypatch, "analyze.py", *(place / d for d in dumps),
+                          "--out", tmp_path / "a.npz")
+    assert shown in capsys.readouterr().out
 
 
-def test_a_full_disk_leaves_no_partial_file_and_running_again_goes_on(tmp_path):
+def test_a_full_disk_leaves_no_partial_file_and_running_again_goes_on(monkeypatch, tmp_path):
     command = ["capture.py", "--languages", "en", "--limit", 20, "--out", tmp_path]
-    full = script(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
-    assert full.returncode == 1 and "error: " in full.stderr and "Traceback" not in full.stderr
+    full = process(*command, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4096, 4096)))
+    check_outcome(full, r"\[Errno \d+\] File too large")
     assert list(tmp_path.iterdir()) == []
-    assert script(*command).returncode == 0 and [f.name for f in tmp_path.iterdir()] == ["en.npz"]
+    assert not in_process(monkeypatch, *command)
+    assert [file.name for file in tmp_path.iterdir()] == ["en.npz"]
 
 
 def test_an_interrupt_says_how_to_go_on_and_leaves_whole_files(tmp_path):
-    process = subprocess.Popen([sys.executable, "capture.py", "--batch-tokens", "40", "--pool-tokens", "1", "--out", str(tmp_path)],
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & has it ignored
-                               env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, "capture.py", "--limit", "80", "--batch-tokens", "40",
+         "--pool-tokens", "1", "--out", str(tmp_path)],
+        # a shell's & has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("*.npz")):
-        assert process.poll() is None
+        assert running.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 1 and "interrupted; the same command goes on from here" in errors and "Traceback" not in errors
-    assert {f.suffix for f in tmp_path.iterdir()} == {".npz"}
-    for path in tmp_path.iterdir():
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate()
+    assert running.returncode == 1 and "Traceback" not in errors
+    assert "interrupted; the same command goes on from here" in errors
+    files = list(tmp_path.iterdir())
+    assert len(files) < 8 and {file.suffix for file in files} == {".npz"}
+    for path in files:
         with np.load(path, allow_pickle=False) as file:
             assert file["counts"].sum() == 8 * 2 * len(file["token_ids"])
-
-
-# ---------------------------------------------------------------------------------------------------------- in a process
-
-def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said_once(capsys):
-    model, tokenizer = load_model("tests/tiny_moe", dtype="float64", device="cpu")
-    sequences = [tokenizer(f"Anna has {n} apples.")["input_ids"] for n in range(2, 13)]
-    corpora = {"xx": (sequences, [1] * 11)}
-    whole = capture.capture(model, corpora, batch_tokens=10**6)[0]["xx"]
-    forward, tried = model.model.layers[5].forward, []
-
-    def small_device(hidden_states, *args, **kwargs):  # fails in the sixth layer, when five have been counted
-        tried.append(len(hidden_states))
-        if len(hidden_states) > 3:
-            raise torch.OutOfMemoryError("out of memory")
-        return forward(hidden_states, *args, **kwargs)
-
-    model.model.layers[5].forward = small_device
-    halved = capture.capture(model, corpora, batch_tokens=10**6)[0]["xx"]
-    assert tried == [11, 5, 2, 3, 6, 3, 3]
-    for key in ("counts", "selected_experts", "token_ids"):
-        assert np.array_equal(halved[key], whole[key]), key
-    np.testing.assert_allclose(halved["weight_sums"], whole["weight_sums"])
-    said = capsys.readouterr()
-    assert (said.out + said.err).count("out of memory on 11 sequences at once: halving") == 1
 
 
 def test_one_sequence_that_does_not_fit_is_an_error():
@@ -194,12 +225,13 @@ def test_one_sequence_that_does_not_fit_is_an_error():
 def test_transformers_before_5_6_is_refused(monkeypatch):
     for version in ("4.57.1", "5.5.4"):
         monkeypatch.setattr("common.transformers.__version__", version)
-        with pytest.raises(InputError, match=f"transformers {version} has other routers; run: pip install"):
+        with pytest.raises(InputError, match=f"transformers {version} .*; run: pip install"):
             load_model("tests/tiny_moe")
 
 
 def test_nothing_trusts_remote_code_or_pickles():
     for name in ("capture.py", "analyze.py", "ablate.py", "steer.py", "common.py"):
         text = open(name, encoding="utf-8").read()
-        assert "trust_remote_code=True" not in text and "pickle.load" not in text and "eval(" not in text.replace(".eval()", "")
+        assert "trust_remote_code=True" not in text and "pickle.load" not in text
+        assert "eval(" not in text.replace(".eval()", "")
         assert text.count("np.load(") == text.count("allow_pickle=False)")

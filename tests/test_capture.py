@@ -1,8 +1,8 @@
-"""A dump counts what the experts were given: every real token, once, whatever the batching; and files are whole."""
+"""A dump counts what the experts were given: every real token, once, whatever the batches; files are whole."""
 
-import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +11,15 @@ import time
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import analyze
 import capture
-from common import encode_prompt, find_routers, length_batches, load_model, read_examples
+from common import (InputError, encode_prompt, find_data, find_routers, length_batches, load_model,
+                    read_examples, run_batches)
 
 TINY, DATA = "tests/tiny_moe", "tests/data/routing_{lang}.tsv"
+STATISTICS = {"counts", "weight_sums", "mean_probs"}
 
 
 @pytest.fixture(scope="module")
@@ -31,136 +34,288 @@ def sequences(tiny):
     return [encode_prompt(tiny[1], e["prompt"]) for e in examples]
 
 
-def arrays(model, sequences, **options):
-    dumps, padded = capture.capture(model, {"xx": (sequences, [len(s) for s in sequences])}, **options)
-    return dumps["xx"], padded
-
-
-def count_at_the_experts(model, sequences):
-    """The slow way: one sequence at a time through the whole model, counting what arrives at each experts module."""
-    routers = find_routers(model)
-    counts = np.zeros((len(routers), 32), np.int64)
-    weight_sums = np.zeros((len(routers), 32))
-    ids = []
+def count_at_the_experts(model, sequences, num_experts):
+    """The slow way: one sequence at a time through the whole model, counting what arrives at each
+    experts module. Of each sequence: counts and weight sums (layers, experts), IDs (tokens, layers, top_k).
+    """
+    layers = list(find_routers(model))
+    counts = np.zeros((len(sequences), len(layers), num_experts), np.int64)
+    weight_sums, ids, now = np.zeros(counts.shape), [[] for _ in sequences], {}
 
     def count(row):
         def hook(module, args):
             for experts, weights in zip(args[1].tolist(), args[2].tolist()):
                 for expert, weight in zip(experts, weights):
-                    counts[row, expert] += 1
-                    weight_sums[row, expert] += weight
-            ids[-1].append(args[1].numpy())
+                    counts[now["i"], row, expert] += 1
+                    weight_sums[now["i"], row, expert] += weight
+            ids[now["i"]].append(args[1].numpy())
         return hook
 
     handles = [model.model.layers[layer].mlp.experts.register_forward_pre_hook(count(row))
-               for row, layer in enumerate(routers)]
-    for sequence in sequences:
-        ids.append([])
+               for row, layer in enumerate(layers)]
+    for now["i"], sequence in enumerate(sequences):
         with torch.no_grad():
             model(torch.tensor([sequence]))
     for handle in handles:
         handle.remove()
-    return counts, weight_sums, [np.stack(layers, 1) for layers in ids]
+    return counts, weight_sums, [np.stack(of_layers, 1) for of_layers in ids]
+
+
+def assert_same(one, other):
+    """Selections to the bit; sums of weights and of probabilities up to the order of summation."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if value.dtype.kind == "f":
+            np.testing.assert_allclose(other[key], value, rtol=1e-5, atol=1e-8, err_msg=key)
+        else:
+            assert np.array_equal(other[key], value), key
 
 
 def test_counts_weights_and_ids_are_what_reaches_the_experts(tiny, sequences):
-    counts, weight_sums, ids = count_at_the_experts(tiny[0], sequences)
-    dump, padded = arrays(tiny[0], sequences, batch_tokens=300)
-    assert padded > 0
-    assert np.array_equal(dump["counts"], counts) and dump["counts"].dtype == np.int64
-    np.testing.assert_allclose(dump["weight_sums"], weight_sums, rtol=1e-9)
-    assert np.array_equal(dump["selected_experts"], np.concatenate(ids)) and dump["selected_experts"].dtype == np.uint8
-    assert np.array_equal(dump["token_ids"], np.concatenate(sequences))
-    assert np.array_equal(np.diff(dump["sequence_offsets"]), [len(s) for s in sequences])
+    counts, weight_sums, ids = count_at_the_experts(tiny[0], sequences, 32)
+    arrays, padded = capture.capture(tiny[0], sequences, batch_tokens=10**6)
+    assert set(arrays) == STATISTICS | {"selected_experts"} and padded > 0
+    assert arrays["counts"].dtype == np.int64 and np.array_equal(arrays["counts"], counts)
+    np.testing.assert_allclose(arrays["weight_sums"], weight_sums, rtol=1e-9, atol=1e-12)
+    assert arrays["selected_experts"].dtype == np.uint8
+    assert np.array_equal(arrays["selected_experts"], np.concatenate(ids))
 
 
 def test_mean_probs_are_the_mean_over_a_sequence_of_the_routers_softmax(tiny, sequences):
-    dump, _ = arrays(tiny[0], sequences, batch_tokens=300)
-    model = tiny[0]
+    arrays, _ = capture.capture(tiny[0], sequences, batch_tokens=300)
     with torch.no_grad():
-        states = model(torch.tensor([sequences[2]]), output_router_logits=True)
+        states = tiny[0](torch.tensor([sequences[2]]), output_router_logits=True)
+    assert len(states.router_logits) == 8
     for row, logits in enumerate(states.router_logits):
-        np.testing.assert_allclose(dump["mean_probs"][2, row], logits.softmax(-1).mean(0).numpy(), rtol=1e-5)
-    np.testing.assert_allclose(dump["mean_probs"].sum(-1), 1, rtol=1e-5)
+        np.testing.assert_allclose(arrays["mean_probs"][2, row], logits.softmax(-1).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(arrays["mean_probs"].sum(-1), 1, rtol=1e-5)
 
 
-def test_batching_and_padding_change_nothing(tiny, sequences):
-    one_by_one, _ = arrays(tiny[0], sequences, batch_tokens=1)
-    for batch_tokens in (150, 10**6):
-        dump, _ = arrays(tiny[0], sequences, batch_tokens=batch_tokens)
-        for key in ("counts", "selected_experts", "token_ids", "sequence_offsets"):
-            assert np.array_equal(dump[key], one_by_one[key]), key
-        np.testing.assert_allclose(dump["mean_probs"], one_by_one["mean_probs"], rtol=1e-5)
+def test_batches_and_padding_change_nothing(tiny, sequences):
+    one_by_one, none = capture.capture(tiny[0], sequences, batch_tokens=1)
+    in_batches, some = capture.capture(tiny[0], sequences, batch_tokens=10**6)
+    assert none == 0 < some
+    assert_same(one_by_one, in_batches)
 
 
-def test_stats_only_has_the_statistics_of_the_full_dump_and_no_ids(tiny, sequences):
-    full, _ = arrays(tiny[0], sequences, batch_tokens=300)
-    stats, _ = arrays(tiny[0], sequences, batch_tokens=300, stats_only=True)
-    assert set(full) - set(stats) == {"selected_experts", "token_ids"}
+def test_without_ids_the_statistics_are_those_with_ids(tiny, sequences):
+    full, padded = capture.capture(tiny[0], sequences, batch_tokens=300)
+    stats, as_padded = capture.capture(tiny[0], sequences, batch_tokens=300, stats_only=True)
+    assert set(stats) == STATISTICS and padded == as_padded
     for key in stats:
         assert np.array_equal(full[key], stats[key]), key
 
 
-def test_a_routers_nan_stops_the_run_and_names_the_layer(tiny, sequences):
+class Progress:
+    total = 0
+
+    def update(self, tokens):
+        self.total += tokens
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said_once(tiny, capsys):
+    text = "Anna has {} apples. Tom has 3 apples. How many apples do they have?"
+    sequences = [tiny[1](text.format(n))["input_ids"] for n in range(2, 13)]
+    assert list(map(len, sequences)) == [20] * 8 + [21] * 3  # 10, 11 and 12 have a token more
+    whole, padded = capture.capture(tiny[0], sequences, batch_tokens=10**6)
+    layer, tried, progress = tiny[0].model.layers[5], [], Progress()
+    forward = layer.forward
+
+    def small_device(hidden_states, *args, **kwargs):  # fails in the sixth layer, behind five routers
+        tried.append(len(hidden_states))
+        if len(hidden_states) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(hidden_states, *args, **kwargs)
+
+    layer.forward = small_device
+    try:
+        halved, less = capture.capture(tiny[0], sequences, batch_tokens=10**6, progress=progress)
+    finally:
+        del layer.forward
+    assert tried == [11, 5, 2, 3, 6, 3, 3]
+    assert_same(whole, halved)
+    # the longest lead: at first they pad all of the eight shorter ones, in the end the two beside one
+    assert padded == 8 and less == 2 and progress.total == 8 * 20 + 3 * 21
+    said = "".join(capsys.readouterr())
+    assert said.count("out of memory") == said.count("out of memory on 11 sequences at once: halving") == 1
+
+
+def test_one_sequence_that_does_not_fit_is_an_error():
+    def run(batch):
+        raise torch.OutOfMemoryError("out of memory")
+    with pytest.raises(InputError, match="out of memory on a single sequence; lower --max-length"):
+        run_batches(run, [[0, 1]])
+
+
+def test_ids_of_300_experts_go_exactly_from_the_router_to_the_analysis(tmp_path):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2, head_dim=8, num_experts=300, num_experts_per_tok=4,
+                            moe_intermediate_size=4, max_position_embeddings=64)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for router in find_routers(model).values():
+            router.weight.normal_()
+    sequences = [torch.randint(0, 64, (n,)).tolist() for n in (40, 38, 7)]
+    counts, _, ids = count_at_the_experts(model, sequences, 300)
+    ids = np.concatenate(ids)
+    assert (ids > 255).mean() > 0.05 and (ids % 256 < 44).mean() > (ids < 44).mean()  # what uint8 would lose
+    arrays, _ = capture.capture(model, sequences)
+    dump = capture.cut_dumps(arrays, {"xx": (sequences, [30, 38, 7])}, [0, 1])["xx"]
+    capture.save_dump(tmp_path / "xx.npz", dump, {"language": "xx", "num_experts": 300, "top_k": 4})
+    saved = load(tmp_path / "xx.npz")["selected_experts"]
+    assert saved.dtype == np.uint16 and np.array_equal(saved, ids)
+    by_counts = analyze.load_routing(str(tmp_path / "xx.npz"))
+    assert by_counts["num_experts"] == 300 and np.array_equal(by_counts["counts"], counts.sum(0))
+    by_ids = analyze.load_routing(str(tmp_path / "xx.npz"), part="response")  # the last 10 tokens of the first
+    expected = np.stack([np.bincount(ids[30:40, row].ravel(), minlength=300) for row in (0, 1)])
+    assert by_ids["num_tokens"] == 10 and np.array_equal(by_ids["counts"], expected)
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+def test_a_batch_is_cut_where_its_shortest_falls_under_nine_tenths_or_its_tokens_run_out():
+    # 90 is just nine tenths of 100, and 46 is of 50; 89 is not, nor is 44; three of 100 are 300 tokens
+    lengths = [10, 50, 95, 89, 100, 44, 46, 90]
+    assert length_batches(lengths, 300) == [[4, 2, 7], [3], [1, 6], [5], [0]]
+    assert length_batches(lengths, 299) == [[4, 2], [7, 3], [1, 6], [5], [0]]
+    assert length_batches(lengths, 300, fill=0.4) == [[4, 2, 7], [3, 1, 6], [5], [0]]
+    assert length_batches(lengths, 50) == [[4], [2], [7], [3], [1], [6], [5], [0]]
+    assert length_batches(lengths, 10**6, fill=0) == [[4, 2, 7, 3, 1, 6, 5, 0]]
+
+
+def test_batches_hold_every_sequence_once_and_could_not_take_the_next_one():
+    lengths = np.random.default_rng(0).integers(5, 60, size=200).tolist()
+    batches = length_batches(lengths, 400)
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths, reverse=True)
+    for batch, after in zip(batches, batches[1:] + [None]):
+        longest, shortest = lengths[batch[0]], lengths[batch[-1]]
+        assert len(batch) * longest <= 400 and shortest >= 0.9 * longest
+        assert after is None or (len(batch) + 1) * longest > 400 or lengths[after[0]] < 0.9 * longest
+
+
+def test_pools_take_languages_in_order_up_to_their_size():
+    tokens = {"a": 5, "b": 4, "c": 2, "d": 30, "e": 1}
+    assert capture.pools(tokens, 9) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert capture.pools(tokens, 10**6) == [["a", "b", "c", "d", "e"]]
+    assert capture.pools(tokens, 1) == [["a"], ["b"], ["c"], ["d"], ["e"]]
+
+
+# ------------------------------------------------------------------------------------------ dumps
+
+def test_a_capture_is_cut_where_one_language_ends_and_the_next_begins():
+    # three sequences of 2, 1 and 2 tokens, one layer, two experts, top_k 1
+    arrays = {"counts": np.array([[[2, 0]], [[0, 1]], [[1, 1]]]),
+              "weight_sums": np.array([[[2.5, 0]], [[0, 1.5]], [[0.5, 1]]]),
+              "mean_probs": np.array([[[0.75, 0.25]], [[0.5, 0.5]], [[0.25, 0.75]]], np.float32)}
+    ids = np.array([0, 0, 1, 0, 1], np.uint8).reshape(5, 1, 1)
+    corpora = {"bn": ([[7, 8], [9]], [2, 1]), "de": ([[5, 6]], [1])}
+    dumps = capture.cut_dumps(arrays | {"selected_experts": ids}, corpora, [3])
+    expected = {
+        "bn": {"counts": [[2, 1]], "weight_sums": [[2.5, 1.5]], "mean_probs": [[[0.75, 0.25]], [[0.5, 0.5]]],
+               "selected_experts": [[[0]], [[0]], [[1]]], "token_ids": [7, 8, 9], "layers": [3],
+               "sequence_offsets": [0, 2, 3], "prompt_lengths": [2, 1]},
+        "de": {"counts": [[1, 1]], "weight_sums": [[0.5, 1]], "mean_probs": [[[0.25, 0.75]]],
+               "selected_experts": [[[0]], [[1]]], "token_ids": [5, 6], "layers": [3],
+               "sequence_offsets": [0, 2], "prompt_lengths": [1]}}
+    assert {language: {key: value.tolist() for key, value in dump.items()}
+            for language, dump in dumps.items()} == expected
+    without_ids = capture.cut_dumps(arrays, corpora, [3])
+    for language, dump in without_ids.items():
+        assert expected[language].keys() - dump.keys() == {"selected_experts", "token_ids"}
+        assert {key: value.tolist() for key, value in dump.items()}.items() <= expected[language].items()
+
+
+def test_languages_captured_together_have_the_dumps_that_they_have_alone(tiny, sequences):
+    corpora, layers = {"sw": (sequences[:8], [3] * 8), "zh": (sequences[8:], [4] * 5)}, list(range(8))
+    together = capture.cut_dumps(capture.capture(tiny[0], sequences, 10**6)[0], corpora, layers)
+    for language, corpus in corpora.items():
+        alone, _ = capture.capture(tiny[0], corpus[0], batch_tokens=1)
+        assert_same(capture.cut_dumps(alone, {language: corpus}, layers)[language], together[language])
+
+
+def small_dump(**other):
+    """Two tokens, the layers 2, 5 and 9, two experts, top_k 1."""
+    return {"counts": np.array([[2, 0], [1, 1], [0, 2]]), "weight_sums": np.ones((3, 2)),
+            "mean_probs": np.full((1, 3, 2), 0.5, np.float32), "sequence_offsets": np.array([0, 2]),
+            "prompt_lengths": np.array([2]), "layers": np.array([2, 5, 9], np.int32)} | other
+
+
+def test_a_dump_is_saved_as_it_is(tmp_path):
+    capture.save_dump(tmp_path / "a.npz", small_dump(), {"top_k": 1, "language": "বাংলা"})
+    saved = load(tmp_path / "a.npz")
+    assert saved.pop("meta") == {"top_k": 1, "language": "বাংলা"}
+    assert_same(small_dump(), saved)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_dump_that_fails_half_way_leaves_the_one_that_was_there(tmp_path):
+    capture.save_dump(tmp_path / "a.npz", small_dump(), {"top_k": 1})
+    before, unwritable = (tmp_path / "a.npz").read_bytes(), np.array([lambda: 0])
+    with pytest.raises(Exception, match="pickle"):
+        capture.save_dump(tmp_path / "a.npz", small_dump(token_ids=unwritable), {"top_k": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+    assert (tmp_path / "a.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_rows_that_do_not_add_up_are_not_saved(tmp_path, row):
+    counts = small_dump()["counts"]
+    counts[row, 0] += 1
+    with pytest.raises(RuntimeError, match=r"counts do not add up to 2, tokens \* top_k"):
+        capture.save_dump(tmp_path / "a.npz", small_dump(counts=counts), {"top_k": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_or_infinity_is_not_saved_and_names_the_layers(tmp_path, value):
+    mean_probs = small_dump()["mean_probs"]
+    mean_probs[0, [0, 2], 1] = value
+    with pytest.raises(InputError, match=r"NaN or infinite in layers \[2, 9\]; try --dtype float32"):
+        capture.save_dump(tmp_path / "a.npz", small_dump(mean_probs=mean_probs), {"top_k": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_routers_nan_is_not_saved(tiny, sequences, tmp_path):
     weight = find_routers(tiny[0])[3].weight
     before = weight.detach().clone()
     try:
         weight.data[0] = float("nan")
-        with pytest.raises(capture.InputError, match=r"NaN or infinite in layers \[3, 4"):
-            arrays(tiny[0], sequences[:2])
+        arrays, _ = capture.capture(tiny[0], sequences[:2])
     finally:
         weight.data.copy_(before)
+    dump = capture.cut_dumps(arrays, {"xx": (sequences[:2], [1, 1])}, range(8))["xx"]
+    with pytest.raises(InputError, match=r"NaN or infinite in layers \[3, 4, 5, 6, 7\]"):
+        capture.save_dump(tmp_path / "xx.npz", dump, {"top_k": 2})
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_languages_in_one_pool_have_the_dumps_that_they_have_alone(tiny, sequences):
-    corpora = {"sw": (sequences[:8], [3] * 8), "zh": (sequences[8:], [4] * 5)}
-    pooled, _ = capture.capture(tiny[0], corpora, batch_tokens=10**6)
-    for language, (own, prompt_lengths) in corpora.items():
-        alone = capture.capture(tiny[0], {language: (own, prompt_lengths)}, batch_tokens=1)[0][language]
-        assert set(alone) == set(pooled[language])
-        for key, value in alone.items():
-            np.testing.assert_allclose(pooled[language][key], value, rtol=1e-5, err_msg=key)
+def test_a_dump_with_any_other_setting_is_refused_and_the_setting_named(tmp_path):
+    meta = {"top_k": 1, "batch_tokens": 8192} | {name: "x" for name in capture.SETTINGS}
+    path = tmp_path / "a.npz"
+    assert not capture.is_done(path, meta, overwrite=False)
+    capture.save_dump(path, small_dump(), meta)
+    assert capture.is_done(path, meta, overwrite=False)
+    assert capture.is_done(path, meta | {"batch_tokens": 1}, overwrite=False)  # changes no dump
+    assert not capture.is_done(path, meta, overwrite=True)
+    for name in ("format", "revision", "dtype", "data_sha256", "limit", "max_length", "chat_template",
+                 "stats_only", "shard"):
+        with pytest.raises(InputError, match=rf"other settings \({name} x there, 7 now\); add --overwrite"):
+            capture.is_done(path, meta | {name: 7}, overwrite=False)
 
 
-def test_arrays_in_a_file_hold_what_arrays_in_memory_do(tiny, sequences, tmp_path):
-    def on_disk(shape, dtype):
-        return np.memmap(tmp_path / f"{len(list(tmp_path.iterdir()))}", dtype, "w+", shape=shape)
-    in_memory, _ = arrays(tiny[0], sequences, batch_tokens=300)
-    in_a_file, _ = arrays(tiny[0], sequences, batch_tokens=300, empty=on_disk)
-    assert len(list(tmp_path.iterdir())) == 2
-    for key, value in in_memory.items():
-        assert np.array_equal(in_a_file[key], value), key
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_no_dump_is_not_taken_for_one_nor_replaced(tmp_path, content):
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="a.npz is no routing dump; move it away or add --overwrite"):
+        capture.is_done(path, {}, overwrite=False)
+    assert path.read_bytes() == content
 
 
-def test_pools_take_languages_in_order_up_to_their_size():
-    lengths = {"a": 5, "b": 4, "c": 2, "d": 30, "e": 1}
-    assert capture.pools(lengths, 9) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert capture.pools(lengths, 10**6) == [list("abcde")] and capture.pools(lengths, 1) == [["a"], ["b"], ["c"], ["d"], ["e"]]
-
-
-def test_of_all_cuts_into_batches_the_cheapest_is_taken():
-    rng = np.random.default_rng(0)
-    for overhead in (0, 20, 10**6):
-        lengths = rng.integers(5, 60, size=9).tolist()
-        batches = length_batches(lengths, 100, overhead)
-        cost = sum(len(b) * max(lengths[i] for i in b) + overhead for b in batches)
-        ordered, cheapest = sorted(lengths), np.inf
-        for cuts in itertools.product([False, True], repeat=8):  # all of them
-            parts = np.split(ordered, 1 + np.flatnonzero(cuts))
-            if all(len(p) == 1 or len(p) * max(p) <= 100 for p in parts):
-                cheapest = min(cheapest, sum(len(p) * max(p) + overhead for p in parts))
-        assert cost == cheapest
-
-
-def test_batches_hold_every_sequence_once_within_the_budget():
-    lengths = [5, 90, 7, 7, 30, 120, 2]
-    batches = length_batches(lengths, 100)
-    assert sorted(i for batch in batches for i in batch) == list(range(7))
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 100 for b in batches)
-    assert batches[0] == [5]  # the longest first, alone
-
-
-# ---------------------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------- the script
 
 def run(monkeypatch, capsys, *arguments):
     """capture.py as from the shell, in this process; returns what it printed."""
@@ -174,20 +329,33 @@ def load(path):
         return dict(file) | {"meta": json.loads(str(file["meta"]))}
 
 
+def test_less_than_7_in_100_tokens_of_the_data_are_padding(monkeypatch, capsys, tmp_path):
+    printed = run(monkeypatch, capsys, "--stats-only", "--dtype", "float32", "--out", tmp_path)
+    lengths = np.concatenate([np.diff(load(path)["sequence_offsets"]) for path in tmp_path.iterdir()])
+    assert len(lengths) == 8 * 200 == sum(len(read_examples(path)) for path in find_data(DATA).values())
+    padded = sum(lengths[batch].max() * len(batch) - lengths[batch].sum()
+                 for batch in length_batches(lengths.tolist(), capture.BATCH_TOKENS))
+    share = padded / (padded + lengths.sum())
+    assert 0 < share < 0.07
+    assert f"{lengths.sum():,} tokens, {100 * share:.1f}% padding" in printed
+
+
 def test_limit_and_shards_are_parts_of_the_same_dump(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, capsys, "--languages", "fr", "--limit", 9, "--out", tmp_path)
+    fr = ("--languages", "fr", "--out", tmp_path)
+    run(monkeypatch, capsys, *fr, "--limit", 9)
     whole = load(tmp_path / "fr.npz")
     run(monkeypatch, capsys, "--languages", "fr", "--limit", 4, "--out", tmp_path / "few")
-    few = load(tmp_path / "few/fr.npz")
-    assert np.array_equal(few["selected_experts"], whole["selected_experts"][:whole["sequence_offsets"][4]])
+    few = load(tmp_path / "few/fr.npz")["selected_experts"]
+    assert np.array_equal(few, whole["selected_experts"][:whole["sequence_offsets"][4]])
     for shard in ("1/2", "2/2"):
-        run(monkeypatch, capsys, "--languages", "fr", "--limit", 9, "--out", tmp_path, "--shard", shard)
+        run(monkeypatch, capsys, *fr, "--limit", 9, "--shard", shard)
     shards = [load(tmp_path / f"fr.{i}of2.npz") for i in (1, 2)]
     for key in ("selected_experts", "token_ids", "prompt_lengths"):
         assert np.array_equal(np.concatenate([s[key] for s in shards]), whole[key]), key
     assert np.array_equal(shards[0]["counts"] + shards[1]["counts"], whole["counts"])
     added = analyze.load_languages([str(tmp_path / f"fr.{i}of2.npz") for i in (1, 2)])[0]
-    assert np.array_equal(added["counts"], whole["counts"]) and added["num_tokens"] == len(whole["token_ids"])
+    assert np.array_equal(added["counts"], whole["counts"])
+    assert added["num_tokens"] == len(whole["token_ids"])
 
 
 def test_a_dump_has_the_documented_arrays_and_says_what_made_it(monkeypatch, capsys, tmp_path):
@@ -196,22 +364,25 @@ def test_a_dump_has_the_documented_arrays_and_says_what_made_it(monkeypatch, cap
     tokens, n = len(dump["token_ids"]), 3
     kinds = {key: (value.dtype.name, value.shape) for key, value in dump.items() if key != "meta"}
     assert kinds == {
-        "counts": ("int64", (8, 32)), "weight_sums": ("float64", (8, 32)), "mean_probs": ("float32", (n, 8, 32)),
-        "selected_experts": ("uint8", (tokens, 8, 2)), "token_ids": ("int32", (tokens,)),
-        "sequence_offsets": ("int64", (n + 1,)), "prompt_lengths": ("int64", (n,)), "layers": ("int32", (8,))}
-    assert {"model", "revision", "dtype", "language", "top_k", "num_experts", "data", "data_sha256", "limit", "max_length",
-            "batch_tokens", "chat_template", "stats_only", "shard", "format", "torch", "transformers"} <= set(dump["meta"])
+        "counts": ("int64", (8, 32)), "weight_sums": ("float64", (8, 32)),
+        "mean_probs": ("float32", (n, 8, 32)), "selected_experts": ("uint8", (tokens, 8, 2)),
+        "token_ids": ("int32", (tokens,)), "sequence_offsets": ("int64", (n + 1,)),
+        "prompt_lengths": ("int64", (n,)), "layers": ("int32", (8,))}
+    assert {"model", "revision", "dtype", "language", "top_k", "num_experts", "data", "data_sha256",
+            "limit", "max_length", "batch_tokens", "chat_template", "stats_only", "shard", "format",
+            "torch", "transformers"} <= set(dump["meta"])
     assert f"{tokens:,} tokens" in printed and str(tmp_path / "ja.npz") in printed
 
 
 def test_the_chat_template_is_used_unless_never(monkeypatch, capsys, tmp_path):
-    run(monkeypatch, capsys, "--languages", "en", "--limit", 1, "--out", tmp_path / "a")
-    run(monkeypatch, capsys, "--languages", "en", "--limit", 1, "--out", tmp_path / "b", "--chat-template", "never")
-    from transformers import AutoTokenizer
+    en = ("--languages", "en", "--limit", 1)
+    run(monkeypatch, capsys, *en, "--out", tmp_path / "a")
+    run(monkeypatch, capsys, *en, "--out", tmp_path / "b", "--chat-template", "never")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     question = read_examples(DATA.format(lang="en"))[0]["prompt"]
-    assert tokenizer.decode(load(tmp_path / "a/en.npz")["token_ids"]) == f"<bos><|user|>{question}<|assistant|>"
-    assert tokenizer.decode(load(tmp_path / "b/en.npz")["token_ids"]) == question
+    with_template, without = (load(tmp_path / f"{x}/en.npz")["token_ids"] for x in "ab")
+    assert tokenizer.decode(with_template) == f"<bos><|user|>{question}<|assistant|>"
+    assert tokenizer.decode(without) == question
 
 
 def test_responses_are_recorded_and_marked(monkeypatch, capsys, tmp_path):
@@ -219,10 +390,8 @@ def test_responses_are_recorded_and_marked(monkeypatch, capsys, tmp_path):
     (tmp_path / "xx.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run(monkeypatch, capsys, "--data", tmp_path / "{lang}.jsonl", "--out", tmp_path)
     dump = load(tmp_path / "xx.npz")
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
     response = dump["token_ids"][dump["prompt_lengths"][0]:dump["sequence_offsets"][1]]
-    assert tokenizer.decode(response) == "2+3=5"
+    assert AutoTokenizer.from_pretrained(TINY).decode(response) == "2+3=5"
     assert dump["prompt_lengths"][1] == np.diff(dump["sequence_offsets"])[1]
 
 
@@ -230,7 +399,7 @@ def test_a_cut_sequence_is_counted_and_reported(monkeypatch, capsys, tmp_path):
     printed = run(monkeypatch, capsys, "--languages", "bn", "--limit", 3, "--max-length", 12, "--out", tmp_path)
     dump = load(tmp_path / "bn.npz")
     assert "bn       3 sequences were cut at 12 tokens" in printed and dump["meta"]["truncated"] == 3
-    assert np.diff(dump["sequence_offsets"]).tolist() == [12, 12, 12]
+    assert np.diff(dump["sequence_offsets"]).tolist() == [12, 12, 12] == dump["prompt_lengths"].tolist()
 
 
 def test_a_dump_with_the_same_settings_is_kept_and_with_others_is_an_error(monkeypatch, capsys, tmp_path):
@@ -239,31 +408,32 @@ def test_a_dump_with_the_same_settings_is_kept_and_with_others_is_an_error(monke
     made = os.stat(tmp_path / "es.npz").st_mtime_ns
     assert "there already" in run(monkeypatch, capsys, *first, "--batch-tokens", 100)
     assert os.stat(tmp_path / "es.npz").st_mtime_ns == made
-    with pytest.raises(capture.InputError, match=r"es.npz was made with other settings \(max_length 4096 there, 9 now\)"):
+    with pytest.raises(InputError, match=r"es.npz was made with other settings \(max_length 4096 there, 9 now\)"):
         run(monkeypatch, capsys, *first, "--max-length", 9)
+    assert os.stat(tmp_path / "es.npz").st_mtime_ns == made
     run(monkeypatch, capsys, *first, "--max-length", 9, "--overwrite")
     assert load(tmp_path / "es.npz")["meta"]["max_length"] == 9
 
 
-def test_rows_that_do_not_add_up_are_not_saved(tmp_path):
-    dump = {"counts": np.array([[2, 1]]), "sequence_offsets": np.array([0, 2])}
-    with pytest.raises(RuntimeError, match="do not add up"):
-        capture.save_dump(tmp_path / "a.npz", dump, {"top_k": 1})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_run_leaves_whole_files_and_goes_on(tmp_path):
-    command = [sys.executable, "capture.py", "--out", str(tmp_path), "--batch-tokens", "64", "--languages", "bn,de", "--limit", "120",
-               "--pool-tokens", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "bn.npz").exists():
+def test_a_killed_run_leaves_whole_dumps_only_and_goes_on(tmp_path):
+    for language, number in (("bn", 5), ("de", 200)):  # long enough to be killed in the second
+        rows = open(DATA.format(lang=language), encoding="utf-8").readlines()[:number]
+        (tmp_path / f"{language}.tsv").write_text("".join(rows), encoding="utf-8")
+    out = tmp_path / "out"
+    command = [sys.executable, "capture.py", "--data", str(tmp_path / "{lang}.tsv"), "--out", str(out)]
+    process = subprocess.Popen([*command, "--batch-tokens", "1", "--pool-tokens", "1"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "bn.npz").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert [p.name for p in tmp_path.glob("*.npz")] == ["bn.npz"]
-    whole = load(tmp_path / "bn.npz")
+    assert [path.name for path in out.iterdir()] == ["bn.npz"]
+    made, whole = os.stat(out / "bn.npz").st_mtime_ns, load(out / "bn.npz")
+    assert (whole["counts"].sum(1) == 2 * len(whole["token_ids"])).all()
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and "bn       there already" in again.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bn.npz", "de.npz"]
-    assert np.array_equal(load(tmp_path / "bn.npz")["counts"], whole["counts"])
+    assert again.returncode == 0 and re.search("^bn +there already", again.stdout, re.MULTILINE)
+    assert sorted(path.name for path in out.iterdir()) == ["bn.npz", "de.npz"]
+    assert os.stat(out / "bn.npz").st_mtime_ns == made
+    de = load(out / "de.npz")
+    assert len(de["prompt_lengths"]) == 200 and (de["counts"].sum(1) == 2 * len(de["token_ids"])).all()

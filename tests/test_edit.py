@@ -1,24 +1,16 @@
-"""An edit of the routing does what its formula says, proves that it took hold, and leaves no trace."""
+"""An edit of the routing does what its formula says, proves that it took hold, and leaves no trace.
 
-import warnings
+In every family: test_architectures.py.
+"""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import InputError, RULES, edit_routing, find_routers, record_routing
-from test_routers import FAMILIES, build, family, what_experts_get  # noqa: F401  family is a fixture
-
-IDS = torch.arange(1, 21).view(2, 10)
-
-
-def routing(model, ids=IDS):
-    """{layer: (logits, weights, selected)} of one forward pass."""
-    calls = {}
-    with torch.inference_mode(), record_routing(model, lambda layer, *output: calls.__setitem__(layer, output)):
-        model(ids)
-    return calls
+import common
+from common import InputError, edit_routing, find_routers, record_routing
+from test_routers import IDS, build_deepseek, build_qwen, routing, untouched, used_most
 
 
 def outputs(model):
@@ -26,76 +18,16 @@ def outputs(model):
         return model(IDS).logits
 
 
-def used_most(model, layer, n=1):
-    return routing(model)[layer][2].flatten().bincount(minlength=8).argsort(descending=True)[:n].tolist()
+def hidden_states(seed, n=64):
+    return torch.randn(n, 32, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
 def qwen():
-    return build(FAMILIES["qwen3_moe"])  # MoE layers 0 and 2, 8 experts, top_k 2
+    return build_qwen()  # routers in the layers 0 and 2, 8 experts, top_k 2
 
 
-# ------------------------------------------------------------------------------------------------------- in every family
-
-def test_a_masked_expert_is_never_selected_and_the_rest_is_scored_as_ever(family):  # noqa: F811
-    _, model = family
-    masks = {layer: used_most(model, layer, 2) for layer in find_routers(model)}
-    received = what_experts_get(model)
-    with edit_routing(model, masks=masks):
-        edited = routing(model)
-    assert len(received) == len(edited)
-    for (layer, (_, weights, selected)), (index, given) in zip(edited.items(), received):
-        assert not torch.isin(selected, torch.tensor(masks[layer])).any()
-        assert torch.equal(index, selected) and torch.equal(given, weights) and torch.isfinite(weights).all()
-        assert all(len(set(row)) == 2 for row in selected.tolist())
-
-
-def test_a_strong_boost_gets_an_expert_selected_by_every_token(family):  # noqa: F811
-    name, model = family
-    if name == "deepseek_v3":
-        pytest.skip("its groups compete by their two best experts: one expert, however strong, need not win the group")
-    layer = list(find_routers(model))[-1]
-    boost = np.zeros(8)
-    boost[5] = 1
-    with edit_routing(model, boosts={layer: boost}, rule="hard") as moved:
-        edited = routing(model)
-    assert (edited[layer][2] == 5).any(-1).all() and 0 < moved[layer] <= 1
-
-
-def test_a_zero_boost_changes_no_bit(family):  # noqa: F811
-    _, model = family
-    plain = outputs(model)
-    for rule in RULES:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with edit_routing(model, boosts={layer: np.zeros(8) for layer in find_routers(model)}, rule=rule) as moved:
-                assert torch.equal(outputs(model), plain)
-        assert set(moved.values()) == {0}
-
-
-def test_leaving_the_block_restores_the_model_also_after_an_exception(family):  # noqa: F811
-    _, model = family
-    plain, last = outputs(model), list(find_routers(model))[-1]
-    with edit_routing(model, masks={last: used_most(model, last)}):
-        assert not torch.equal(outputs(model), plain)
-    assert torch.equal(outputs(model), plain)
-    with pytest.raises(ZeroDivisionError):
-        with edit_routing(model, masks={last: [0]}):
-            1 / 0
-    assert torch.equal(outputs(model), plain)
-    assert not any("forward" in router.__dict__ for router in find_routers(model).values())
-
-
-def test_a_bias_behind_the_scores_cannot_bring_a_masked_expert_back():
-    model = build(FAMILIES["deepseek_v3"])
-    router = find_routers(model)[2]
-    router.e_score_correction_bias[3] = 50.0
-    assert (routing(model)[2][2] == 3).any(-1).all()
-    with edit_routing(model, masks={2: [3]}):
-        assert not (routing(model)[2][2] == 3).any()
-
-
-# ------------------------------------------------------------------------------------- exact, against the router's weight
+# ---------------------------------------------------------- exact, against the router's own weight
 
 def by_hand(router, hidden, change):
     """Qwen3-MoE's routing from its weight and a change of the logits, in float64."""
@@ -107,16 +39,17 @@ def by_hand(router, hidden, change):
 @pytest.mark.parametrize("rule, formula", [
     ("proportional", lambda z, b: z + b * abs(z)),
     ("soft", lambda z, b: z + b * np.std(z, axis=-1, ddof=1, keepdims=True)),
-    ("hard", lambda z, b: np.where(b > 0, z.max(-1, keepdims=True) + 1, np.where(b < 0, z.min(-1, keepdims=True) - 1, z))),
+    ("hard", lambda z, b: np.where(b > 0, z.max(-1, keepdims=True) + 1,
+                                   np.where(b < 0, z.min(-1, keepdims=True) - 1, z))),
 ])
 def test_edited_selections_follow_the_rule(qwen, rule, formula):
     boost = np.array([0, 0.4, 0, -0.7, 0.9, 0, 0, 0.1])
-    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
-    router = find_routers(qwen)[2]
+    hidden, router = hidden_states(1), find_routers(qwen)[2]
     with torch.inference_mode(), edit_routing(qwen, boosts={0: boost, 2: boost}, rule=rule):
         find_routers(qwen)[0](hidden)  # both edited routers are called
         _, weights, selected = router(hidden)
-    expected_weights, expected = by_hand(router, hidden, lambda z: torch.tensor(formula(z.detach().numpy(), boost)))
+    expected_weights, expected = by_hand(
+        router, hidden, lambda z: torch.tensor(formula(z.detach().numpy(), boost)))
     if rule == "hard":  # three experts are tied at the top: any two of them
         assert torch.isin(selected, torch.tensor([1, 4, 7])).all()
     else:
@@ -124,9 +57,21 @@ def test_edited_selections_follow_the_rule(qwen, rule, formula):
         torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-6)
 
 
+def test_boosted_logits_by_hand():
+    # of the mean 1, deviations -3, 1, 2 and 0: a variance of 14 / 3
+    logits, boost = torch.tensor([[-2.0, 2.0, 3.0, 1.0]]).double(), torch.tensor([0.5, -0.5, 0.0, 1.0])
+    std = (14 / 3) ** 0.5
+    for rule, expected in [
+            ("proportional", [-1, 1, 3, 2]),
+            ("soft", [-2 + 0.5 * std, 2 - 0.5 * std, 3, 1 + std]),
+            ("hard", [3.03, -2.02, 3, 3.03])]:  # a hundredth of 3 above it, of 2 below -2
+        edited = common.boost_logits(logits, boost.double(), rule)
+        np.testing.assert_allclose(edited.numpy(), [expected], rtol=1e-12)
+        assert edited[0, 2] == 3
+
+
 def test_masked_routing_is_the_softmax_over_the_others(qwen):
-    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
-    router = find_routers(qwen)[0]
+    hidden, router = hidden_states(2), find_routers(qwen)[0]
     with torch.inference_mode(), edit_routing(qwen, masks={0: [1, 6]}, boosts={0: np.full(8, 0.3)}):
         _, weights, selected = router(hidden)
 
@@ -138,6 +83,14 @@ def test_masked_routing_is_the_softmax_over_the_others(qwen):
     expected_weights, expected = by_hand(router, hidden, change)
     assert torch.equal(selected, expected)
     torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_behind_the_scores_cannot_bring_a_masked_expert_back():
+    model = build_deepseek()
+    find_routers(model)[2].e_score_correction_bias[3] = 50.0
+    assert (routing(model)[2][2] == 3).any(-1).all()
+    with edit_routing(model, masks={2: [3]}):
+        assert not (routing(model)[2][2] == 3).any()
 
 
 def test_other_layers_routers_are_untouched(qwen):
@@ -155,39 +108,75 @@ def test_edits_nest(qwen):
             assert not torch.isin(routing(qwen)[0][2], torch.tensor([a, b])).any()
         inside = routing(qwen)[0][2]
         assert (inside == b).any() and not (inside == a).any()
-    assert (routing(qwen)[0][2] == a).any()
+    assert (routing(qwen)[0][2] == a).any() and untouched(qwen)
 
 
 def test_it_works_in_bfloat16_and_changes_no_bit_at_zero():
-    model = build(FAMILIES["qwen3_moe"]).to(torch.bfloat16)
+    model = build_qwen().to(torch.bfloat16)
     plain = outputs(model)
     with pytest.warns(UserWarning, match="moved no selection"):
         with edit_routing(model, boosts={0: np.zeros(8)}):
             assert torch.equal(outputs(model), plain)
-    boost = np.eye(8)[3]
-    with edit_routing(model, boosts={0: boost}, rule="hard"), torch.inference_mode():
+    with edit_routing(model, boosts={0: np.eye(8)[3]}, rule="hard"):
         assert (routing(model)[0][2] == 3).any(-1).all()
 
 
 def test_it_works_in_generate():
-    model = build(FAMILIES["qwen3_moe"])
+    model = build_qwen()
     mask, seen = used_most(model, 0, 3), []
     arguments = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
     plain = model.generate(IDS, **arguments)
-    with edit_routing(model, masks={0: mask, 2: mask}), record_routing(model, lambda *call: seen.append(call[3])):
+    with edit_routing(model, masks={0: mask, 2: mask}), record_routing(
+            model, lambda *call: seen.append(call[3])):
         edited = model.generate(IDS, **arguments)
     assert len(seen) == 2 * 6 and not torch.isin(torch.cat(seen), torch.tensor(mask)).any()
     assert edited.shape == plain.shape and torch.equal(model.generate(IDS, **arguments), plain)
 
 
-# ------------------------------------------------------------------------------------------------------ it proves itself
+# ----------------------------------------------------------------------------- it leaves no trace
+
+@pytest.fixture
+def second_fails(monkeypatch):
+    """The set-up of the second edited router raises MemoryError; returns the routers tried."""
+    edited_forward, tried = common.edited_forward, []
+
+    def fails(router, *args, **kwargs):
+        tried.append(router)
+        if len(tried) == 2:
+            raise MemoryError("no room for the second")
+        return edited_forward(router, *args, **kwargs)
+
+    return lambda: monkeypatch.setattr(common, "edited_forward", fails) or tried
+
+
+def test_an_edit_that_fails_half_way_shows_its_own_error_and_leaves_no_trace(qwen, second_fails):
+    plain, tried = outputs(qwen), second_fails()
+    with pytest.raises(MemoryError, match="^no room for the second$") as error:
+        with edit_routing(qwen, masks={0: [0], 2: [0]}):
+            pytest.fail("the block was entered")
+    assert error.value.__context__ is None  # the first error, with nothing in its wake
+    assert tried == list(find_routers(qwen).values())  # by then the first one had been edited
+    assert untouched(qwen) and torch.equal(outputs(qwen), plain)
+
+
+def test_an_edit_that_fails_half_way_leaves_the_edit_around_it(qwen, second_fails):
+    a, b = used_most(qwen, 0, 2)
+    with edit_routing(qwen, masks={0: [a]}):
+        around = routing(qwen)[0][2]
+        second_fails()
+        with pytest.raises(MemoryError):
+            with edit_routing(qwen, masks={0: [b], 2: [b]}):
+                pytest.fail("the block was entered")
+        assert (around == b).any() and torch.equal(routing(qwen)[0][2], around)
+    assert (routing(qwen)[0][2] == a).any() and untouched(qwen)
+
+
+# ------------------------------------------------------------------------------- it proves itself
 
 def test_moved_counts_the_selections_that_a_boost_changed(qwen):
-    hidden = torch.randn(50, 32, generator=torch.Generator().manual_seed(3))
-    router = find_routers(qwen)[0]
-    boost = np.array([0, 0, 0.8, 0, 0, 0, 0, 0])
+    hidden, router = hidden_states(3, 50), find_routers(qwen)[0]
     before = router(hidden)[2]
-    with torch.inference_mode(), edit_routing(qwen, boosts={0: boost}) as moved:
+    with torch.inference_mode(), edit_routing(qwen, boosts={0: np.eye(8)[2] * 0.8}) as moved:
         after = router(hidden)[2]
     new = sum(len(set(a) - set(b)) for a, b in zip(after.tolist(), before.tolist()))
     assert new > 0 and moved == {0: new / 100}
@@ -200,15 +189,14 @@ def test_boosts_that_move_nothing_say_so(qwen):
 
 
 def test_an_edit_that_no_router_ran_under_is_an_error(qwen):
-    with pytest.raises(RuntimeError, match="never called"):
+    with pytest.raises(RuntimeError, match="layer 0: .*never called"):
         with edit_routing(qwen, masks={0: [1]}), record_routing(qwen, print):
             pass
 
 
 def test_a_masked_expert_that_is_selected_is_an_error(qwen, monkeypatch):
-    import common
     monkeypatch.setattr(common, "CHOICES", set())
-    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda self, *_: self)  # a mask that never reaches the logits
+    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda self, *_: self)  # no mask reaches the logits
     with pytest.raises(RuntimeError, match="layer 0: the experts .* were masked and yet selected"):
         with edit_routing(qwen, masks={0: used_most(qwen, 0, 4)}):
             find_routers(qwen)[0](torch.randn(50, 32))
@@ -226,10 +214,11 @@ def test_a_router_that_scores_in_another_way_is_an_error(qwen):
 
 
 def test_a_mask_must_leave_top_k_experts_in_any_choice_of_groups():
-    model = build(FAMILIES["deepseek_v3"])  # 4 groups of 2 experts, of which a token gets 2, top_k 2
+    model = build_deepseek()  # 4 groups of 2 experts, of which a token gets 2, top_k 2
     with edit_routing(model, masks={1: [0, 2]}):  # one expert left in each of two groups
         model(IDS)
-    with pytest.raises(InputError, match="within 2 of 4 groups, and the mask leaves some such choice fewer than top_k 2"):
+    with pytest.raises(InputError, match="within 2 of 4 groups, and the mask leaves some such choice "
+                                         "fewer than top_k 2"):
         with edit_routing(model, masks={1: [0, 1, 2]}):
             pytest.fail("the block was entered")
 
@@ -237,6 +226,7 @@ def test_a_mask_must_leave_top_k_experts_in_any_choice_of_groups():
 @pytest.mark.parametrize("edit, message", [
     (dict(masks={1: [0]}), "layer 1 has no router; MoE layers are"),
     (dict(masks={0: [8]}), "experts 0 to 7"),
+    (dict(masks={0: [-1]}), "experts 0 to 7"),
     (dict(masks={0: range(7)}), "leaves fewer than top_k 2"),
     (dict(boosts={0: np.zeros(7)}), "8 finite numbers"),
     (dict(boosts={0: np.full(8, np.nan)}), "8 finite numbers"),
@@ -246,3 +236,4 @@ def test_an_edit_that_does_not_fit_is_refused_before_anything_runs(qwen, edit, m
     with pytest.raises(InputError, match=message):
         with edit_routing(qwen, **edit):
             pytest.fail("the block was entered")
+    assert untouched(qwen)

@@ -1,7 +1,12 @@
-"""ablate.py and steer.py: the right experts, their controls, one load, rows that resume, and predictions that re-read."""
+"""ablate.py and steer.py: their steps by hand, and one whole run of each."""
 
+import contextlib
+import io
+import itertools
 import json
+import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,26 +21,88 @@ import steer
 LANGUAGES = ["en", "sw", "zh"]
 
 
-def run(script, monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
-    script.main()
-    return capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def dumps(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("routing")
+@contextlib.contextmanager
+def command_line(script, *arguments):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["capture.py", "--languages", ",".join(LANGUAGES), "--limit", "60", "--out", str(folder)])
-        capture.main()
-    return [str(folder / f"{language}.npz") for language in LANGUAGES]
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        yield patch
+
+
+def run(script, *arguments):
+    """What a script prints."""
+    with command_line(script, *arguments), contextlib.redirect_stdout(io.StringIO()) as printed:
+        script.main()
+    return printed.getvalue()
+
+
+def parsed(script, *arguments):
+    with command_line(script, *arguments):
+        return script.parse_arguments()
 
 
 def rows_of(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
-# -------------------------------------------------------------------------------------------------------------- controls
+def numbers(text):
+    return [float(x) for x in re.findall(r"[-+]?\d+\.\d{3}", text)]
+
+
+def lines_of(printed, *title):
+    """{first word: figures of each such line} of the table with all of a title's parts in it."""
+    table, found = next(t for t in printed.split("\n\n") if all(part in t for part in title)), {}
+    for line in table.split("\n"):
+        found.setdefault(line.split(" ")[0], []).append(numbers(line))
+    return found
+
+
+@pytest.fixture(scope="module")
+def dumps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routing")
+    run(capture, "--languages", ",".join(LANGUAGES), "--limit", 60, "--out", folder)
+    return [str(folder / f"{language}.npz") for language in LANGUAGES]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return common.load_model("tests/tiny_moe", device="cpu")
+
+
+def dump_of(language, counts, num_tokens=100):
+    """One as analyze.load_languages returns it."""
+    counts = np.array(counts)
+    return {"language": language, "counts": counts, "num_tokens": num_tokens, "path": [language],
+            "num_experts": counts.shape[1], "layers": np.arange(len(counts))}
+
+
+# --------------------------------------------------------------------------- ablate: which experts
+
+# with two experts kept each, aa has the shares .5 and .4 in experts 0 and 1, bb .6 and 1 in 1 and
+# 2, cc .5 and 1 in 0 and 3; no one keeps 4 and 5, which aa alone uses
+HAND = [dump_of("aa", [[60, 40, 0, 0, 30, 20]] * 2), dump_of("bb", [[0, 60, 40, 0, 0, 0]] * 2),
+        dump_of("cc", [[60, 0, 0, 50, 0, 0]] * 2)]
+
+
+@pytest.mark.parametrize("arguments, chosen", [
+    (["--threshold", 0.58], {"aa": [], "bb": [1, 2], "cc": [3]}),
+    (["--threshold", 0.45], {"aa": [0], "bb": [1, 2], "cc": [0, 3]}),
+    (["--threshold", 0.58, "--targets", "cc,aa+cc,aa+bb"],  # shares are summed: .5 + .5, .4 + .6
+     {"cc": [3], "aa+cc": [0, 3], "aa+bb": [1, 2]}),
+    (["--threshold", 0.7, "--targets", "aa+bb"], {"aa+bb": [1, 2]}),
+    (["--threshold", 0.58, "--experts", "shared"], {"shared": [0]}),
+    (["--threshold", 0.62, "--experts", "shared"], {"shared": [0, 1]}),
+])
+def test_experts_are_chosen_by_the_targets_shares(arguments, chosen):
+    found = ablate.choose_experts(parsed(ablate, "--experts-per-language", 2, *arguments), HAND)
+    assert {target: np.flatnonzero(rows[0]).tolist() for target, rows in found.items()} == chosen
+    assert all((rows[0] == rows[1]).all() for rows in found.values())
+
+
+@pytest.mark.parametrize("targets", ["fr", "aa,fr", "aa+fr"])
+def test_a_target_without_routing_is_told_how_to_capture_it(targets):
+    with pytest.raises(common.InputError, match="'fr'.*run: python capture.py --languages fr"):
+        ablate.choose_experts(parsed(ablate, "--targets", targets), HAND)
+
 
 def test_a_random_control_has_as_many_experts_per_layer_of_those_in_use():
     masked = np.zeros((2, 8), bool)
@@ -43,7 +110,8 @@ def test_a_random_control_has_as_many_experts_per_layer_of_those_in_use():
     used = np.array([[1, 1, 1, 1, 1, 1, 1, 0], [1] * 8], bool)
     draws = [ablate.random_control(masked, used, [7, seed]) for seed in range(20)]
     for control in draws:
-        assert control.sum(1).tolist() == [3, 0] and not (control & ~used).any() and not (control & masked).any()
+        assert control.sum(1).tolist() == [3, 0]
+        assert not (control & ~used).any() and not (control & masked).any()
     assert len({control.tobytes() for control in draws}) > 3
     assert (ablate.random_control(masked, used, [7, 3]) == draws[3]).all()
 
@@ -53,315 +121,536 @@ def test_a_usage_matched_control_takes_the_closest_frequencies():
     masked = np.array([[True, True, False, False, False, False]])
     candidates = np.array([[False, False, True, False, True, True]])  # expert 3 is exclusive, too
     control = ablate.usage_matched_control(masked, candidates, frequency)
-    assert control.tolist() == [[False, False, True, False, True, False]]  # .45 for .5, then .1 for .3
+    assert np.flatnonzero(control[0]).tolist() == [2, 4]  # .45 for .5, then .1 for .3
 
 
-def test_experts_exclusive_to_several_languages_sum_their_shares():
-    share = np.array([[[0.3, 0.9, 0.2]], [[0.3, 0.0, 0.2]], [[0.4, 0.1, 0.6]]])
-    assert ablate.exclusive_to(share, ["a", "b", "c"], "a+b", 0.5).tolist() == [[True, True, False]]
-    assert ablate.exclusive_to(share, ["a", "b", "c"], "a", 0.5).tolist() == [[False, True, False]]
+def planned(*arguments, languages=("aa", "xx"), dumps=HAND):
+    args = parsed(ablate, "--experts-per-language", 2, "--control-seeds", 2, "--threshold", 0.58,
+                  *arguments)
+    chosen = ablate.choose_experts(args, dumps)
+    bands = {"low": np.array([True, False]), "both": np.array([True, True])}
+    return chosen, ablate.plan_cells(args, chosen, bands, dumps, languages)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ablate
-
-@pytest.fixture(scope="module")
-def ablation(dumps, tmp_path_factory):
-    """One run on two evaluation languages and two targets, with the number of model loads and what it printed."""
-    out, loads, printed = tmp_path_factory.mktemp("results") / "ablate.jsonl", [], []
-    arguments = ["--routing", *dumps, "--languages", "en,sw", "--targets", "sw,en+zh", "--bands", "a=0-2", "late=7-7",
-                 "--limit", "12", "--control-seeds", "3", "--metrics", "prompt_nll", "accuracy", "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["ablate.py", *arguments])
-        patch.setattr("builtins.print", lambda *a, **k: printed.append(" ".join(map(str, a))))
-        load = common.load_model
-        patch.setattr(common, "load_model", lambda *a: loads.append(a) or load(*a))
-        ablate.main()
-    return out, arguments, loads, "\n".join(printed)
-
-
-def test_the_grid_is_complete_from_one_load(ablation, dumps):
-    out, _, loads, _ = ablation
-    rows = rows_of(out)
-    assert len(loads) == 1
-    baselines = [r["settings"]["language"] for r in rows if r["cell"] == "baseline"]
-    assert sorted(baselines) == ["en", "sw"]  # once per language
-    # 2 bands x (2 targets x 2 languages + 2 own cells x (3 random + 1 matched)), less the masks without experts
-    assert len({json.dumps(r["settings"], sort_keys=True) for r in rows}) == len(rows) <= 2 + 2 * (4 + 2 * 4)
-    masked = [r for r in rows if r["settings"].get("experts") == "exclusive"]
-    assert {(tuple(r["settings"]["band"]), r["settings"]["target"], r["settings"]["language"]) for r in masked} == {
-        (band, target, language) for band in [(0, 1, 2), (7,)] for target in ("sw", "en+zh") for language in ("en", "sw")}
-    for row in rows:
-        assert row["settings"]["revision"] and row["arguments"]["max_new_tokens"] == 32
-        if row["cell"] != "baseline":
-            assert row["settings"]["dumps"]["sw"] == [analyze.dump_digest(str(dumps[1]))]
-            assert set(row["interval"]) == set(row["scores"]) and len(row["scores"]["accuracy"]) == 12
+def test_the_plan_masks_in_the_band_alone_and_controls_the_targets_own_languages():
+    chosen, plan = planned("--targets", "cc,aa+cc")
+    assert set(plan) == set(itertools.product(["low", "both"], ["cc", "aa+cc"], ["aa", "xx"]))
+    for (band, target, language), cell in plan.items():
+        masked = cell["masked"]
+        assert (masked[0] == chosen[target][0]).all()
+        assert (masked[1] == chosen[target][1]).all() if band == "both" else not masked[1].any()
+        if (target, language) != ("aa+cc", "aa"):
+            assert list(cell) == ["masked"]
+            continue
+        assert {"masked", "random-seed0", "random-seed1"} < set(cell)
+        for kind, control in cell.items():  # two are masked; aa uses three others
+            assert control.sum(1).tolist() == [2, 2 if band == "both" else 0], kind
+            assert kind == "masked" or not (control & masked).any()
+            assert not kind.startswith("random") or not control[:, [2, 3]].any()
 
 
-def test_a_cell_is_what_masking_by_hand_gives(ablation, dumps):
-    row = next(r for r in rows_of(ablation[0]) if r["cell"] == "a-exclusive-sw" and r["settings"]["language"] == "en")
-    loaded = analyze.load_languages(dumps)
-    frequency = np.array([d["counts"] / d["num_tokens"] for d in loaded])
-    exclusive = analyze.exclusive_experts(analyze.language_shares(frequency, 4), 0.4)[1]
-    masks = {layer: np.flatnonzero(exclusive[layer]).tolist() for layer in (0, 1, 2) if exclusive[layer].any()}
-    assert row["experts"] == {str(layer): len(ids) for layer, ids in masks.items()}
-    model, tokenizer = common.load_model("tests/tiny_moe", device="cpu")
-    encoded = common.encode_examples(tokenizer, common.read_examples("tests/data/eval_en.tsv")[:12])
-    with common.edit_routing(model, masks=masks):
-        scores, *_ = common.evaluate(model, tokenizer, encoded, ["prompt_nll", "accuracy"], "en", max_new_tokens=32)
-    plain, *_ = common.evaluate(model, tokenizer, encoded, ["prompt_nll", "accuracy"], "en", max_new_tokens=32)
-    np.testing.assert_allclose(row["scores"]["prompt_nll"], scores["prompt_nll"], atol=1e-5)
-    assert row["scores"]["accuracy"] == scores["accuracy"].tolist()
-    assert row["change"]["prompt_nll"] == pytest.approx((scores["prompt_nll"] - plain["prompt_nll"]).mean(), abs=1e-5)
-    assert row["change"]["prompt_nll"] != 0
+def test_what_all_languages_share_has_controls_in_every_language():
+    _, plan = planned("--experts", "shared")
+    for (band, target, language), cell in plan.items():
+        assert target == "shared" and cell["masked"][0].nonzero()[0].tolist() == [0]
+        assert len(cell) > 3  # also in xx, which has no dump: of experts that any language uses
+    assert {language for _, _, language in plan} == {"aa", "xx"}
 
 
-def test_own_cells_have_random_and_usage_matched_controls(ablation):
-    rows = rows_of(ablation[0])
-    own = [r for r in rows if r["settings"].get("target") == "sw" and r["settings"]["language"] == "sw"
-           and r["settings"]["band"] == [0, 1, 2]]
-    kinds = {r["settings"]["experts"]: r["experts"] for r in own}
-    assert set(kinds) == {"exclusive", "random-seed0", "random-seed1", "random-seed2", "usage-matched"}
-    assert all(number == kinds["exclusive"] for number in kinds.values())  # as many, layer by layer
+def test_random_experts_are_as_many_and_the_same_ones_in_every_language():
+    # 16 experts of which aa keeps 0 and 1, and all are used: a draw that is the same is no accident
+    dumps = [dump_of("aa", [[60] * 2 + [9] * 14] * 2),
+             dump_of("bb", [[9] * 2 + [60] * 2 + [9] * 12] * 2)]
+    chosen, plan = planned("--experts", "random", dumps=dumps, languages=("aa", "bb", "xx"))
+    draws = {}
+    for (band, target, language), cell in plan.items():
+        assert chosen[target].sum(1).tolist() == [2, 2]
+        assert not (cell["masked"] & chosen[target]).any()
+        assert cell["masked"].sum(1).tolist() == [2, 2 if band == "both" else 0]
+        draws.setdefault((band, target), set()).add(cell["masked"].tobytes())
+    assert all(len(draw) == 1 for draw in draws.values())
+    assert draws["both", "aa"] != draws["both", "bb"]
 
 
-def test_running_again_evaluates_only_what_is_missing(ablation, monkeypatch, capsys):
-    out, arguments, _, printed = ablation
-    whole = out.read_text()
-    evaluate, ran = common.evaluate, []
-    monkeypatch.setattr(common, "evaluate", lambda *a: ran.append(1) or evaluate(*a))
-    assert run(ablate, monkeypatch, capsys, *arguments).strip() == printed.strip() and not ran
-    assert out.read_text() == whole
-    out.write_text(whole[:-100])  # a kill while the last line was written
-    assert run(ablate, monkeypatch, capsys, *arguments).strip() == printed.strip()
-    assert len(ran) == 1 and len(rows_of(out)) == whole.count("\n")
+def test_masks_name_decoder_layers_and_leave_out_those_without_experts():
+    chosen = np.array([[False, True, True], [False, False, False], [True, False, False]])
+    assert ablate.as_masks(chosen, np.array([3, 5, 7])) == {3: [1, 2], 7: [0]}
 
 
-def test_the_table_shows_the_change_and_the_control(ablation):
-    out, _, _, printed = ablation
-    rows = {(r["cell"], r["settings"]["language"]): r for r in rows_of(out)}
-    assert "late (layers 7)  prompt_nll" in printed and "a (layers 0-2)  accuracy" in printed
-    change = rows["a-exclusive-sw", "sw"]["change"]["prompt_nll"]
-    random = np.mean([rows[f"a-random-seed{s}-sw", "sw"]["change"]["prompt_nll"] for s in range(3)])
-    assert f"{change:>+8.3f}{random:>+8.3f} (" in printed
+# in nats, 2 is masked: what is worse than 2 beats it
+PLAIN, NOISY = [2.0, 2.0, 2.0, 2.0], [5.0, 1.0, 1.0, 1.0]
 
 
-def test_another_draw_is_another_cell(dumps, monkeypatch, capsys, tmp_path):
-    arguments = ["--routing", *dumps, "--languages", "sw", "--targets", "sw", "--experts", "random", "--bands", "all=0-7",
-                 "--limit", 2, "--out", tmp_path / "r.jsonl"]
-    run(ablate, monkeypatch, capsys, *arguments, "--control-seeds", 1)
-    first = rows_of(tmp_path / "r.jsonl")
-    run(ablate, monkeypatch, capsys, *arguments, "--control-seeds", 2)
-    more = rows_of(tmp_path / "r.jsonl")
-    assert more[:len(first)] == first and len(more) == len(first) + 1  # one control more, and nothing else anew
-    monkeypatch.setattr(ablate, "random_control", lambda masked, used, seed: np.roll(masked, 1, 1))
-    run(ablate, monkeypatch, capsys, *arguments, "--control-seeds", 2)
-    assert len(rows_of(tmp_path / "r.jsonl")) > len(more)  # other experts are other cells
-
-
-def test_predictions_are_captured_again_with_their_responses(ablation, monkeypatch, capsys, tmp_path):
-    out = ablation[0]
-    row = next(r for r in rows_of(out) if r["cell"] == "baseline" and r["settings"]["language"] == "en")
-    predictions = rows_of(row["predictions"])
-    assert set(predictions[0]) >= {"prompt", "response", "answer", "score"} and "=" in predictions[0]["response"]
-    assert [p["score"] for p in predictions] == row["scores"]["accuracy"]
-    run(capture, monkeypatch, capsys, "--data", out.with_suffix("") / "baseline" / "{lang}.jsonl", "--languages", "en", "--out", tmp_path)
-    parts = {part: analyze.load_routing(str(tmp_path / "en.npz"), part) for part in ("prompt", "response", "all")}
-    assert parts["response"]["num_tokens"] > 12 * 5
-    assert (parts["prompt"]["counts"] + parts["response"]["counts"] == parts["all"]["counts"]).all()
-
-
-@pytest.mark.parametrize("kind", ["shared", "random"])
-def test_shared_and_random_experts_can_be_masked(dumps, monkeypatch, capsys, tmp_path, kind):
-    out = tmp_path / "r.jsonl"
-    printed = run(ablate, monkeypatch, capsys, "--routing", *dumps, "--languages", "en,sw", "--targets", "sw", "--experts", kind,
-                  "--bands", "all=0-7", "--limit", 4, "--control-seeds", 2, "--out", out, "--threshold", 0.6)
-    assert "all (layers 0-7)" in printed
-    masked = [r for r in rows_of(out) if r["settings"].get("experts") == kind]
-    assert {r["settings"]["language"] for r in masked} == {"en", "sw"} and sum(masked[0]["experts"].values()) > 0
-
-
-def test_evaluating_on_the_captured_prompts_is_warned_of(dumps, monkeypatch, capsys, tmp_path):
-    arguments = ["--routing", *dumps, "--languages", "sw", "--targets", "sw", "--bands", "a=0-0", "--limit", 2,
-                 "--control-seeds", 1, "--out", tmp_path / "r.jsonl"]
-    assert "warning" not in run(ablate, monkeypatch, capsys, *arguments)
-    printed = run(ablate, monkeypatch, capsys, *arguments, "--data", "tests/data/routing_{lang}.tsv")
-    assert "warning: tests/data/routing_sw.tsv is what the routing was captured on" in printed
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--routing", "nowhere.npz"], "no such dump: nowhere.npz; run: python capture.py"),
-    (["--targets", "fr"], "no routing for 'fr' among the dumps; run: python capture.py --languages fr"),
-    (["--bands", "a=0-9"], "band 'a=0-9' does not hold MoE layers"),
-    (["--threshold", "2"], "threshold 2.0 is not between"),
-    (["--experts-per-language", "33"], "experts_per_language 33"),
-    (["--experts-per-language", "0"], "experts_per_language 0"),
-    (["--languages", "xx"], "no such file: tests/data/eval_xx.tsv"),
-    (["--experts", "shared", "--experts-per-language", "32", "--threshold", "0.99", "--languages", "en"], "leaves fewer than top_k"),
-    (["--top-p", "0.9"], "need a --temperature"),
+@pytest.mark.parametrize("more_is_better", [False, True])
+@pytest.mark.parametrize("hurt, masked, random, matched", [
+    (True, PLAIN, [[1, 1, 1, 1], [1.5, 1.5, 1.5, 1.5]], [1, 1, 1, 1]),
+    # one draw of five is as bad, though the interval over draws leaves out 0
+    (False, PLAIN, [[1, 1, 1, 1]] * 4 + [[2.1, 2.1, 2.1, 2.1]], [1, 1, 1, 1]),
+    # worse than every draw, by one example of four
+    (False, NOISY, [[1, 1, 1, 1], [1.1, 1, 1, 1]], [0, 0, 0, 0]),
+    (False, NOISY, [[0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]], [1, 1, 1, 1]),  # so than the matched ones
+    (False, PLAIN, [[1, 1, 1, 1], [1.5, 1.5, 1.5, 1.5]], [3, 3, 3, 3]),  # they do worse, surely
+    (False, PLAIN, [[3, 3, 3, 3], [3.5, 3.5, 3.5, 3.5]], [3, 3, 3, 3]),  # masking helps
 ])
-def test_what_cannot_work_is_refused_before_the_weights_are_read(dumps, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["ablate.py", "--routing", *dumps, "--out", str(tmp_path / "r"), "--limit", "2", *arguments])
-    monkeypatch.setattr(common, "load_model", lambda *a: pytest.fail("the weights were read"))
-    with pytest.raises((common.InputError, analyze.InputError), match=message):
-        ablate.main()
+def test_hurt_is_worse_than_every_draw_and_than_both_controls_beyond_chance(
+        hurt, masked, random, matched, more_is_better):
+    sign = 1 if more_is_better else -1
+    masked, random, matched = (-sign * np.array(x, float) for x in (masked, random, matched))
+    assert ablate.is_hurt(masked, random, matched, sign) is hurt
+    if hurt:
+        assert not ablate.is_hurt(masked, random, matched, -sign)
 
 
-def test_dumps_of_another_model_are_refused(dumps, monkeypatch, tmp_path):
-    with np.load(dumps[0], allow_pickle=False) as file:
-        arrays = dict(file)
-    arrays["meta"] = json.dumps(json.loads(str(arrays["meta"])) | {"revision": "0123", "model": "other/moe"})
-    np.savez(tmp_path / "en.npz", **arrays)
-    monkeypatch.setattr(sys, "argv", ["ablate.py", "--routing", str(tmp_path / "en.npz"), "--out", str(tmp_path / "r")])
-    with pytest.raises(common.InputError, match="captured on another model .other/moe"):
-        ablate.main()
-
-
-# ----------------------------------------------------------------------------------------------------------------- steer
-
-def dump_of(language, counts):
-    return {"language": language, "counts": np.array(counts), "num_tokens": 100, "layers": np.arange(len(counts)), "path": ""}
-
+# ------------------------------------------------------------------- steer: which experts, how much
 
 def test_coefficients_are_the_first_sources_share_in_what_the_sources_share():
     dumps = [dump_of("aa", [[60, 30, 10, 0], [50, 50, 0, 0]]), dump_of("xx", [[0, 0, 50, 50]] * 2),
              dump_of("bb", [[40, 0, 10, 50], [0, 50, 50, 0]])]
-    # layer 0: aa keeps 0, 1 and bb keeps 3, 0; expert 0 has the shares .6 and .4. layer 1: expert 1, .5 and .5
-    coefficients = steer.steering_coefficients(dumps, ["aa", "bb"], "0-1", experts_per_language=2, threshold=0.7)
-    assert {layer: c.tolist() for layer, c in coefficients.items()} == {0: [0.6, 0, 0, 0], 1: [0, 0.5, 0, 0]}
-    swapped = steer.steering_coefficients(dumps, ["bb", "aa"], "0-0", experts_per_language=2, threshold=0.7)
-    assert {layer: c.tolist() for layer, c in swapped.items()} == {0: [0.4, 0, 0, 0]}
-    with pytest.raises(common.InputError, match="share no expert"):
-        steer.steering_coefficients(dumps, ["aa", "bb"], "0-0", experts_per_language=2, threshold=0.55)
+
+    def coefficients(sources, band, threshold):
+        found = steer.steering_coefficients(dumps, sources, band, 2, threshold)
+        return {layer: c.tolist() for layer, c in found.items()}
+
+    # layer 0: aa keeps 0 and 1, bb 3 and 0, so that 0 has the shares .6 and .4; layer 1: 1, .5 each
+    assert coefficients(["aa", "bb"], "0-1", 0.7) == {0: [0.6, 0, 0, 0], 1: [0, 0.5, 0, 0]}
+    assert coefficients(["bb", "aa"], "0-0", 0.7) == {0: [0.4, 0, 0, 0]}
+    assert coefficients(["aa", "bb"], "0-1", 0.55) == {1: [0, 0.5, 0, 0]}
+    with pytest.raises(common.InputError, match="share no expert.*raise --threshold"):
+        coefficients(["aa", "bb"], "0-0", 0.55)
+    with pytest.raises(common.InputError, match="'fr'.*run: python capture.py --languages fr"):
+        coefficients(["aa", "fr"], "0-1", 0.7)
 
 
 def test_the_default_band_is_the_papers_part_of_the_depth():
-    assert np.flatnonzero(steer.band_rows(None, np.arange(48))).tolist() == list(range(10, 40))
-    assert np.flatnonzero(steer.band_rows(None, np.arange(8))).tolist() == [1, 2, 3, 4, 5, 6]
-    assert steer.band_rows(None, np.arange(1)).any()
+    assert np.flatnonzero(steer.band_rows(steer.PAPER_BAND, np.arange(48))).tolist() == list(range(10, 40))
+    assert np.flatnonzero(steer.band_rows(steer.PAPER_BAND, np.arange(8))).tolist() == [1, 2, 3, 4, 5, 6]
+    assert steer.band_rows(steer.PAPER_BAND, np.arange(1)).any()
+    assert steer.band_rows("4-5", np.array([3, 5, 7])).tolist() == [False, True, False]
+
+
+def test_a_selection_is_boosted_by_its_signs_and_stays_in_its_band():
+    selection, layers = np.array([[0.5, 0, 0], [0, -0.6, 0.7], [0, 0, 0]]), np.array([1, 2, 3])
+    found = steer.selection_coefficients(selection, layers)
+    assert {layer: c.tolist() for layer, c in found.items()} == {1: [1, 0, 0], 2: [0, -1, 1]}
+    assert list(steer.selection_coefficients(selection, layers, "2-3")) == [2]
+    with pytest.raises(common.InputError, match="no experts in 3-3"):
+        steer.selection_coefficients(selection, layers, "3-3")
 
 
 def test_random_coefficients_are_the_same_ones_on_other_experts():
     coefficients = {3: np.array([0.6, 0, 0, 0.5, 0, 0, 0, 0.2])}
     draws = [steer.random_coefficients(coefficients, seed)[3] for seed in range(10)]
-    assert all(sorted(d) == sorted(coefficients[3]) for d in draws) and len({d.tobytes() for d in draws}) > 5
+    assert all(sorted(d) == sorted(coefficients[3]) for d in draws)
+    assert len({d.tobytes() for d in draws}) > 5
+    assert (steer.random_coefficients(coefficients, 4)[3] == draws[4]).all()
 
+
+def test_the_best_lambda_has_the_most_gain_on_average_over_languages():
+    base = {"aa": np.array([1.0, 1.0]), "bb": np.array([2.0, 2.0, 2.0, np.nan])}
+    steered = {  # means over languages, not answers: +.5 and -.3; -.4 and 0; 0 and +.5
+        0.1: {"aa": np.array([1.5, 1.5]), "bb": np.array([1.7, 1.7, 1.7, np.nan])},
+        0.3: {"aa": np.array([0.6, 0.6]), "bb": np.array([2.0, 2.0, 2.0, np.nan])},
+        -1.0: {"aa": np.array([1.0, 1.0]), "bb": np.array([2.5, 2.0, 3.0, np.nan])}}
+    best, gains = steer.choose_lambda(base, steered, "accuracy")
+    assert best == -1.0 and gains == pytest.approx({0.1: 0.1, 0.3: -0.2, -1.0: 0.25})
+    best, gains = steer.choose_lambda(base, steered, "prompt_nll")  # of nats, less is better
+    assert best == 0.3 and gains == pytest.approx({0.1: -0.1, 0.3: 0.2, -1.0: -0.25})
+
+
+def test_mcnemar_by_hand():
+    before = [0] * 6 + [1] * 4
+    after = [1] * 5 + [0] + [0] * 1 + [1] * 3  # 5 fixed, 1 broken: p = 2 * (1 + 6) / 2**6
+    assert steer.mcnemar_p(before, after) == (5, 1, pytest.approx(14 / 64))
+    assert steer.mcnemar_p([1, 0], [1, 0]) == (0, 0, 1)
+    assert steer.mcnemar_p([1, 0], [0, 1]) == (1, 1, 1)
+
+
+def test_an_effect_by_hand():
+    found = steer.effect(np.array([0, 0, 1, 1]), np.array([1, 0, 1, 1]),
+                         [np.array([0, 0, 1, 0]), np.array([1, 1, 1, 1])])
+    assert (found["before"], found["after"], found["random"]) == (0.5, 0.75, [-0.25, 0.5])
+    assert found["change"][0] == 0.25 and found["mcnemar"] == (1, 0, 1)
+    nothing = steer.effect(np.array([np.nan, 1, 2]), np.array([np.nan, 3, 4]), [])
+    assert (nothing["before"], nothing["after"], nothing["change"]) == (1.5, 3.5, (2, 2, 2))
+
+
+def test_an_effect_on_languages_together_resamples_problems():
+    base = np.array([[0, 0, 1], [0, 1, 1]])  # (languages, problems)
+    scores = np.array([[1, 0, 1], [1, 1, 0]])
+    found = steer.effect(base, scores, [base, np.ones((2, 3))])
+    assert (found["before"], found["after"]) == pytest.approx((3 / 6, 4 / 6))
+    assert found["random"] == pytest.approx([0, 3 / 6])
+    assert found["mcnemar"] == (2, 1, 1)
+    # problems change by 1, 0 and -.5: of 27 draws of three, one has only the first and one only the
+    # last, more than the 2.5 % that an interval leaves out; six answers would hardly do so
+    assert found["change"] == pytest.approx((1 / 6, -0.5, 1))
+
+
+def test_languages_are_taken_together_if_their_problems_are_as_many():
+    base = {"aa": np.zeros(3), "bb": np.array([0.0, 1, 1])}
+    scores = {"aa": np.ones(3), "bb": np.array([1.0, 1, 0])}
+    draw = {"aa": np.zeros(3), "bb": np.zeros(3)}
+    effects = steer.effects_by_language(base, scores, [draw])
+    assert list(effects) == ["aa", "bb", "together"]
+    assert [effects[l]["change"][0] for l in effects] == pytest.approx([1, 0, 1 / 2])
+    assert [effects[l]["random"][0] for l in effects] == pytest.approx([0, -2 / 3, -1 / 3])
+    assert effects["together"]["mcnemar"][:2] == (4, 1)
+    alone, uneven = ({l: x[l] for l in "aa bb".split() if l in x} for x in (
+        {"aa": np.zeros(3)}, {"aa": np.zeros(3), "bb": np.zeros(2)}))
+    assert list(steer.effects_by_language(alone, alone, [])) == ["aa"]
+    assert list(steer.effects_by_language(uneven, uneven, [])) == ["aa", "bb"]
+
+
+# --------------------------------------------------------------------------- steer: the tiny model
 
 @pytest.fixture(scope="module")
-def steering(dumps):
-    model, tokenizer = common.load_model("tests/tiny_moe", device="cpu")
-    return model, tokenizer, steer.steering_coefficients(analyze.load_languages(dumps), ["en", "zh"])
+def coefficients(dumps):
+    return steer.steering_coefficients(analyze.load_languages(dumps), ["en", "zh"])
 
 
-def test_two_lines_steer_a_model_in_a_notebook(steering):
-    model, tokenizer, coefficients = steering
-    batch = tokenizer("<bos><|user|>Anna has 14 apples.<|assistant|>", return_tensors="pt", return_token_type_ids=False)
+def test_two_lines_steer_a_model_in_a_notebook(tiny, coefficients):
+    model, tokenizer = tiny
+    batch = tokenizer("<bos><|user|>Anna has 14 apples.<|assistant|>", return_tensors="pt",
+                      return_token_type_ids=False)
     with steer.steer(model, coefficients, 0.5) as moved:
         model.generate(**batch, max_new_tokens=4)
     assert set(moved) == set(coefficients) and any(moved.values())
 
 
-def test_moved_selections_are_counted_over_real_tokens(steering):
-    model, tokenizer, coefficients = steering
-    encoded = common.encode_examples(tokenizer, common.read_examples("tests/data/eval_sw.tsv")[:5])
-    moved = steer.moved_selections(model, encoded, coefficients, 1.0, batch_tokens=150)
-    new, total = dict.fromkeys(coefficients, 0), 0
-    for e in encoded:  # one at a time, so without padding
-        runs = []
-        for strength in (0, 1.0):
-            seen = {}
-            with torch.inference_mode(), common.edit_routing(
-                    model, boosts=steer.scaled(coefficients, strength), count_moved=False), common.record_routing(
-                    model, lambda layer, *output: seen.__setitem__(layer, output[2].tolist())):
-                model(torch.tensor([e["ids"]]))
-            runs.append(seen)
+def test_moved_selections_are_counted_over_real_tokens(tiny, coefficients):
+    model, tokenizer = tiny
+    examples = common.read_examples("tests/data/eval_sw.tsv")[:5]
+    sequences = [e["ids"] for e in common.encode_examples(tokenizer, examples)]
+    moved = steer.moved_selections(model, sequences, coefficients, 1.0, batch_tokens=150)
+
+    def selections(ids, strength):
+        seen = {}
+        boosts = steer.scaled(coefficients, strength)
+        with torch.inference_mode(), common.edit_routing(model, boosts=boosts, count_moved=False), \
+                common.record_routing(model, lambda layer, *answer: seen.update(
+                    {layer: answer[2].tolist()})):
+            model(torch.tensor([ids]))
+        return seen
+
+    new, total = dict.fromkeys(coefficients, 0), sum(2 * len(ids) for ids in sequences)
+    for ids in sequences:  # one at a time, so without padding
+        plain, steered = selections(ids, 0), selections(ids, 1.0)
         for layer in new:
-            new[layer] += sum(len(set(b) - set(a)) for a, b in zip(runs[0][layer], runs[1][layer]))
-        total += 2 * len(e["ids"])
+            new[layer] += sum(len(set(b) - set(a)) for a, b in zip(plain[layer], steered[layer]))
     assert moved == {layer: pytest.approx(n / total, abs=2 / total) for layer, n in new.items()}
     assert max(moved.values()) > 0.05
 
 
-def test_steer_reports_on_other_examples_than_it_chose_on(dumps, monkeypatch, capsys, tmp_path):
-    out = tmp_path / "steer.jsonl"
-    arguments = ["--routing", *dumps, "--languages", "sw,en", "--lambda", 0.2, 2.0, -1.0, "--limit", 20, "--control-seeds", 2,
-                 "--metrics", "prompt_nll", "accuracy", "--control-bands", "0-0", "--out", out]
-    printed = run(steer, monkeypatch, capsys, *arguments)
-    rows = rows_of(out)
-    scores = {(r["cell"], r["settings"]["language"]): np.array(r["scores"]["prompt_nll"]) for r in rows}
-    gain = {strength: np.mean([(scores["baseline", l] - scores[f"shared-lambda{strength}", l])[::2].mean() for l in ("sw", "en")])
-            for strength in (0.2, 2.0, -1.0)}
-    best = max(gain, key=gain.get)
-    assert f"chosen on the even examples: lambda {best}" in printed and "reported on the odd ones" in printed
-    base, steered = scores["baseline", "sw"][1::2], scores[f"shared-lambda{best}", "sw"][1::2]
-    assert f"sw       {base.mean():>9.3f}{steered.mean():>9.3f}{(steered - base).mean():>+9.3f}" in printed
-    kinds = {(r["settings"].get("kind"), r["settings"].get("lambda")) for r in rows if r["cell"] != "baseline"}
-    assert kinds == {("shared", 0.2), ("shared", 2.0), ("shared", -1.0), ("random-seed0", best), ("random-seed1", best),
-                     ("band0-0", best)}
-    for row in rows:
-        if row["cell"] == f"random-seed0-lambda{best}":
-            shared = next(r for r in rows if r["cell"] == f"shared-lambda{best}" and r["settings"]["language"] == row["settings"]["language"])
-            assert row["experts"] == shared["experts"]  # as many in every layer
-    assert run(steer, monkeypatch, capsys, *arguments) == printed and len(rows_of(out)) == len(rows)
+# ------------------------------------------------------------------------------------------- cells
+
+def test_a_cell_is_run_again_only_under_another_edit_or_settings(dumps, monkeypatch, tmp_path):
+    loaded, ran = analyze.load_languages(dumps), []
+    monkeypatch.setattr(common, "evaluate_cell",
+                        lambda *a: ran.append(a) or {"scores": {"prompt_nll": [float(len(ran))]}})
+
+    def experiment(*arguments):
+        args = parsed(ablate, "--routing", *dumps, "--languages", "sw", "--limit", 2,
+                      "--out", tmp_path / "r.jsonl", *arguments)
+        return common.Experiment(args, loaded)
+
+    boost = np.zeros(32)
+    cells = [("sw",), ("sw", "a", {"kind": "a"}), ("sw", "b", {"kind": "b"})]
+    edits = [{}, {"masks": {1: [3]}}, {"boosts": {1: boost}, "rule": "soft"}]
+
+    def scores(experiment):
+        return [experiment.cell(*cell, **edit)["prompt_nll"].tolist()
+                for cell, edit in zip(cells, edits)]
+
+    assert scores(experiment()) == scores(experiment()) == [[1], [2], [3]] and len(ran) == 3
+    other, nudged = experiment(), boost.copy()
+    nudged[7] = 1e-9
+    for number, (cell, edit) in enumerate([
+            (cells[1], {"masks": {1: [4]}}), (cells[1], {"masks": {2: [3]}}),
+            (("sw", "a", {"kind": "c"}), edits[1]), (cells[2], edits[2] | {"rule": "hard"}),
+            (cells[2], edits[2] | {"boosts": {1: nudged}})], 4):
+        assert other.cell(*cell, **edit)["prompt_nll"] == [number]
+    for flags in (["--limit", 3], ["--metrics", "answer_nll"], ["--dtype", "float64"]):
+        assert scores(experiment(*flags)) == [[len(ran) - 2], [len(ran) - 1], [len(ran)]]
+    ran.clear()  # the threshold is how experts are chosen: the unedited model does not know it
+    assert scores(experiment("--threshold", 0.6)) == [[1], [1], [2]]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--lambda", "1e-9"], "moves no selection"),
-    (["--lambda", "nan"], "lambda must be a finite number"),
-    (["--sources", "en,fr"], "no routing for 'fr'"),
-    (["--sources", "en"], "takes two or more languages"),
-    (["--limit", "3"], "takes 4 examples or more"),
-    (["--band", "40-50"], "does not hold MoE layers"),
+def test_another_draw_runs_no_other_cell_again(dumps, tmp_path):
+    arguments = ["--routing", *dumps, "--languages", "sw", "--targets", "sw", "--bands", "all=0-7",
+                 "--limit", 2, "--out", tmp_path / "r.jsonl"]
+    run(ablate, *arguments, "--control-seeds", 1)
+    first = rows_of(tmp_path / "r.jsonl")
+    run(ablate, *arguments, "--control-seeds", 2)
+    more = rows_of(tmp_path / "r.jsonl")
+    assert more[:len(first)] == first and len(more) == len(first) + 1
+
+
+def test_evaluating_on_the_captured_prompts_is_warned_of(dumps, capsys, tmp_path):
+    for name, warned in ("eval", False), ("routing", True):
+        args = parsed(ablate, "--languages", "sw", "--data", f"tests/data/{name}_{{lang}}.tsv",
+                      "--out", tmp_path / "r.jsonl")
+        common.Experiment(args, analyze.load_languages(dumps))
+        line = f"warning: tests/data/{name}_sw.tsv is what the routing was captured on"
+        assert (line in capsys.readouterr().out) == warned
+
+
+# -------------------------------------------------------------------------------------- whole runs
+
+def whole_run(script, out, *arguments):
+    loads, load, arguments = [], common.load_weights, [*arguments, "--out", out]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_weights", lambda *a, **k: loads.append(a) or load(*a, **k))
+        printed = run(script, *arguments)
+    rows = {(row["cell"], row["settings"]["language"]): row for row in rows_of(out)}
+    return SimpleNamespace(script=script, arguments=arguments, out=out, printed=printed, rows=rows,
+                           loads=len(loads))
+
+
+@pytest.fixture(scope="module")
+def ablation(dumps, tmp_path_factory):
+    """Two evaluation languages, two targets, two bands."""
+    out = tmp_path_factory.mktemp("results") / "ablate.jsonl"
+    return whole_run(ablate, out, "--routing", *dumps, "--languages", "en,sw",
+                     "--targets", "sw,en+zh", "--bands", "low=0-2", "late=7-7", "--limit", 6,
+                     "--control-seeds", 2, "--metrics", "prompt_nll", "accuracy")
+
+
+@pytest.fixture(scope="module")
+def steering(dumps, tmp_path_factory):
+    """Two evaluation languages, three lambdas, two draws, a control band; nothing is generated."""
+    out = tmp_path_factory.mktemp("results") / "steer.jsonl"
+    return whole_run(steer, out, "--routing", *dumps, "--languages", "sw,en",
+                     "--lambda", 0.2, 2.0, -1.0, "--control-bands", "0-0", "--limit", 12,
+                     "--control-seeds", 2, "--metrics", "prompt_nll", "answer_nll")
+
+
+def best_lambda(steering):
+    """By hand, over the even examples."""
+    def nats(name, language):
+        return np.mean(steering.rows[name, language]["scores"]["prompt_nll"][::2])
+    return min((0.2, 2.0, -1.0), key=lambda strength: sum(
+        nats(f"shared-lambda{strength}", l) - nats("baseline", l) for l in ("sw", "en")))
+
+
+@pytest.mark.parametrize("name, metrics, generated, sources", [
+    ("ablation", ["prompt_nll", "accuracy"], ["predictions", "cut_responses"], LANGUAGES),
+    ("steering", ["prompt_nll", "answer_nll"], [], ["en", "zh"]),  # what it depends on
 ])
-def test_steering_that_cannot_work_is_an_error(dumps, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["steer.py", "--routing", *dumps, "--limit", "5", "--languages", "sw",
-                                      "--out", str(tmp_path / "r"), *arguments])
-    with pytest.raises((common.InputError, analyze.InputError), match=message):
-        steer.main()
+def test_one_load_makes_a_row_of_settings_and_scores_for_every_cell(
+        name, metrics, generated, sources, dumps, request):
+    done = request.getfixturevalue(name)
+    rows = rows_of(done.out)
+    assert done.loads == 1 and len(done.rows) == len(rows)
+    assert len({json.dumps(row["settings"], sort_keys=True) for row in rows}) == len(rows)
+    for row in rows:
+        assert list(row) == ["cell", "settings", "scores", "mean", "experts", *generated]
+        assert list(row["scores"]) == list(row["mean"]) == metrics
+        for metric, scores in row["scores"].items():
+            assert len(scores) == row["settings"]["limit"]
+            assert row["mean"][metric] == pytest.approx(np.mean(scores), abs=1e-6)
+        assert row["settings"]["revision"] and row["settings"]["max_new_tokens"] == 32
+        if row["cell"] != "baseline":
+            assert row["settings"]["dumps"] == {
+                l: [analyze.dump_digest(dumps[LANGUAGES.index(l)])] for l in sources}
 
 
-def test_sources_are_not_evaluated_unless_they_are_named(dumps, monkeypatch, capsys, tmp_path):
-    printed = run(steer, monkeypatch, capsys, "--routing", *dumps, "--lambda", 0.5, "--limit", 2, "--control-seeds", 1,
-                  "--metrics", "prompt_nll", "--out", tmp_path / "r.jsonl")
-    assert {r["settings"]["language"] for r in rows_of(tmp_path / "r.jsonl")} == set("bn de es fr ja sw".split())
-    assert "\ntogether " in printed
+def test_the_ablation_grid_is_complete(ablation):
+    kinds = {}  # {kind: {cell: experts of each layer}}
+    for row in ablation.rows.values():
+        s = row["settings"]
+        if row["cell"] != "baseline":
+            cell = tuple(s["band"]), s["target"], s["language"]
+            kinds.setdefault(s["experts"], {})[cell] = row["experts"]
+    assert len(ablation.rows) == sum(map(len, kinds.values())) + 2  # unmasked, once per language
+    masked = kinds.pop("exclusive")
+    assert set(masked) == set(itertools.product([(0, 1, 2), (7,)], ["sw", "en+zh"], ["en", "sw"]))
+    assert {"random-seed0", "random-seed1"} < set(kinds)
+    own = {cell: experts for cell, experts in masked.items() if cell[2] in cell[1].split("+")}
+    assert all(cells == own for cells in kinds.values())  # as many experts, layer by layer
 
 
-# ------------------------------------------------------------------------------------------------------------- selections
+def test_the_steering_grid_is_complete(steering):
+    best = best_lambda(steering)
+    controls = [f"random-seed0-lambda{best}", f"random-seed1-lambda{best}", f"band0-0-lambda{best}"]
+    names = ["baseline", "shared-lambda0.2", "shared-lambda2.0", "shared-lambda-1.0", *controls]
+    assert set(steering.rows) == set(itertools.product(names, ["sw", "en"]))
+    for language in ("sw", "en"):
+        shared, *random, band = (steering.rows[name, language] for name in names[3:])
+        assert all(row["experts"] == shared["experts"] for row in random)  # as many, layer by layer
+        assert list(band["experts"]) == ["0"] and "0" not in shared["experts"]
 
-def test_a_contrast_is_masked_and_boosted(dumps, monkeypatch, capsys, tmp_path):
-    selection, out = tmp_path / "selection.json", tmp_path / "results.jsonl"
-    run(analyze, monkeypatch, capsys, "--contrast", dumps[2], dumps[0], "--top", 12, "--selection", selection)
-    differences = analyze.load_selection(selection, np.arange(8), 32)
-    zh, en = (analyze.load_routing(path) for path in (dumps[2], dumps[0]))
+
+def check_by_hand(row, baseline, tiny, **edit):
+    """The row's scores are those of the Swahili problems under the edit, which matters."""
+    model, tokenizer = tiny
+    examples = common.read_examples("tests/data/eval_sw.tsv")[:row["settings"]["limit"]]
+    encoded, metrics = common.encode_examples(tokenizer, examples), list(row["scores"])
+    with common.edit_routing(model, **edit):
+        scores, *_ = common.evaluate(model, tokenizer, encoded, metrics, "sw", max_new_tokens=32)
+    for metric in metrics:
+        np.testing.assert_allclose(row["scores"][metric], scores[metric], atol=1e-5)
+    change = np.subtract(row["scores"]["prompt_nll"], baseline["scores"]["prompt_nll"])
+    assert abs(change).max() > 0.01
+
+
+def test_a_masked_cell_is_what_masking_by_hand_gives(ablation, dumps, tiny):
+    row = ablation.rows["low-exclusive-sw", "sw"]
+    frequency = analyze.frequencies(analyze.load_languages(dumps))
+    exclusive = analyze.language_shares(frequency, 4)[LANGUAGES.index("sw")] > 0.4
+    masks = {layer: np.flatnonzero(exclusive[layer]).tolist() for layer in (0, 1, 2)}
+    assert row["experts"] == {str(layer): len(ids) for layer, ids in masks.items() if ids}
+    check_by_hand(row, ablation.rows["baseline", "sw"], tiny, masks=masks)
+
+
+def test_a_steered_cell_is_what_boosting_by_hand_gives(steering, dumps, tiny):
+    row = steering.rows["shared-lambda2.0", "sw"]
+    en, _, zh = analyze.frequencies(analyze.load_languages(dumps))
+    share = analyze.language_shares(np.stack([en, zh]), 10)
+    boosts = {layer: 2 * np.where((share[:, layer] < 0.7).all(0), share[0, layer], 0)
+              for layer in range(1, 7)}
+    boosts = {layer: boost for layer, boost in boosts.items() if boost.any()}
+    assert row["experts"] == {str(layer): np.count_nonzero(b) for layer, b in boosts.items()}
+    assert row["settings"]["band"] == list(boosts)
+    check_by_hand(row, steering.rows["baseline", "sw"], tiny, boosts=boosts)
+
+
+@pytest.mark.parametrize("name", ["ablation", "steering"])
+def test_a_run_goes_on_where_it_stopped(name, request, monkeypatch):
+    done = request.getfixturevalue(name)
+    whole, evaluate, ran = done.out.read_text(), common.evaluate_cell, []
+    monkeypatch.setattr(common, "evaluate_cell", lambda *a: ran.append(a) or evaluate(*a))
+    assert run(done.script, *done.arguments) == done.printed and not ran
+    assert done.out.read_text() == whole
+    done.out.write_text(whole[:-100])  # a kill while the last line was written
+    assert run(done.script, *done.arguments) == done.printed and len(ran) == 1
+    assert done.out.read_text() == whole
+
+
+@pytest.mark.parametrize("metric", ["prompt_nll", "accuracy"])
+@pytest.mark.parametrize("band, title", [("low", "low (layers 0-2)"), ("late", "late (layers 7)")])
+def test_the_ablation_table_shows_changes_and_those_of_random_draws(ablation, band, title, metric):
+    def scores(cell, language):
+        return np.array(ablation.rows[cell, language]["scores"][metric])
+
+    def change(kind, target, language):
+        return (scores(f"{band}-{kind}-{target}", language) - scores("baseline", language)).mean()
+
+    lines = lines_of(ablation.printed, title, metric)
+    for language, target in (("sw", "sw"), ("en", "en+zh")):
+        all_targets, own = lines[language]
+        assert all_targets == pytest.approx(
+            [scores("baseline", language).mean(), change("exclusive", "sw", language),
+             change("exclusive", "en+zh", language)], abs=6e-4)
+        random = [change(f"random-seed{seed}", target, language) for seed in range(2)]
+        assert own[:4] == pytest.approx(
+            [change("exclusive", target, language), np.mean(random), *sorted(random)], abs=6e-4)
+
+
+@pytest.mark.parametrize("verdict", [True, False])
+def test_the_ablation_table_says_who_is_hurt(ablation, monkeypatch, verdict):
+    signs = []
+    monkeypatch.setattr(ablate, "is_hurt", lambda *a: signs.append(a[-1]) or verdict)
+    lines = run(ablate, *ablation.arguments).split("\n")
+    # two bands in each metric, two own languages: of nats, less is better
+    assert signs == [-1] * 4 + [1] * 4
+    assert sum(line.endswith("hurt") for line in lines) == (8 if verdict else 0)
+
+
+def test_steering_is_reported_on_other_examples_than_it_is_chosen_on(steering):
+    best = best_lambda(steering)
+    assert f"chosen on the even examples: lambda {best}" in steering.printed
+    kinds = ("shared", "random-seed0", "random-seed1")
+    names = ["baseline", *(f"{kind}-lambda{best}" for kind in kinds)]
+    for metric in ("prompt_nll", "answer_nll"):
+        base, steered, *draws = (
+            np.array([steering.rows[name, l]["scores"][metric][1::2] for l in ("sw", "en")])
+            for name in names)
+        lines = lines_of(steering.printed, f"{metric}, lambda {best}")
+        for name, rows in (("sw", 0), ("en", 1), ("together", slice(None))):
+            before, after = base[rows].mean(), steered[rows].mean()
+            random = [(draw[rows] - base[rows]).mean() for draw in draws]
+            found = lines[name][0]
+            assert found[:3] == pytest.approx([before, after, after - before], abs=6e-4)
+            assert found[5:8] == pytest.approx([np.mean(random), *sorted(random)], abs=6e-4)
+        band = steering.rows[f"band0-0-lambda{best}", "sw"]["scores"][metric][1::2]
+        assert lines["sw"][1][1] == pytest.approx(np.mean(band), abs=6e-4)
+
+
+def test_predictions_are_captured_again_with_their_responses(ablation, tmp_path):
+    row = ablation.rows["baseline", "en"]
+    predictions = rows_of(row["predictions"])
+    assert set(predictions[0]) >= {"prompt", "response", "answer", "score"}
+    assert "=" in predictions[0]["response"]
+    assert [p["score"] for p in predictions] == row["scores"]["accuracy"]
+    run(capture, "--data", ablation.out.with_suffix("") / "baseline" / "{lang}.jsonl",
+        "--languages", "en", "--out", tmp_path)
+    prompt, response, both = (analyze.load_routing(str(tmp_path / "en.npz"), part)
+                              for part in ("prompt", "response", "all"))
+    assert response["num_tokens"] > 6 * 5
+    assert (prompt["counts"] + response["counts"] == both["counts"]).all()
+
+
+def test_sources_are_not_evaluated_unless_they_are_named(dumps, tmp_path):
+    out = tmp_path / "r.jsonl"
+    arguments = ["--routing", *dumps, "--lambda", 0.5, "--limit", 2, "--control-seeds", 1,
+                 "--metrics", "prompt_nll", "--out", out]
+    assert "\ntogether " in run(steer, *arguments)
+    assert {r["settings"]["language"] for r in rows_of(out)} == set("bn de es fr ja sw".split())
+    run(steer, *arguments, "--languages", "en")
+    assert rows_of(out)[-1]["settings"]["language"] == "en"
+
+
+def test_a_lambda_that_moves_no_selection_is_an_error(dumps, tmp_path):
+    with pytest.raises(common.InputError, match="lambda 1e-09 moves no selection.*a larger one"):
+        run(steer, "--routing", *dumps, "--languages", "sw", "--limit", 4, "--lambda", 1e-9,
+            "--out", tmp_path / "r.jsonl")
+
+
+# -------------------------------------------------------------------------------------- selections
+
+@pytest.fixture(scope="module")
+def contrast(dumps, tmp_path_factory):
+    """(the file of) the twelve largest differences between Chinese and English."""
+    path = tmp_path_factory.mktemp("contrast") / "selection.json"
+    run(analyze, "--contrast", dumps[2], dumps[0], "--top", 12, "--selection", path)
+    en, _, zh = analyze.frequencies(analyze.load_languages(dumps))
+    differences = analyze.load_selection(path, np.arange(8), 32)
     assert (differences != 0).sum() == 12 and (differences > 0).any() and (differences < 0).any()
-    np.testing.assert_allclose(differences[differences != 0],
-                               (zh["counts"] / zh["num_tokens"] - en["counts"] / en["num_tokens"])[differences != 0], atol=1e-6)
-    common_arguments = ["--routing", *dumps, "--selection", selection, "--languages", "en,zh", "--limit", 4, "--control-seeds", 1,
-                        "--metrics", "prompt_nll", "--out", out]
-    printed = run(ablate, monkeypatch, capsys, *common_arguments)  # by default in all of its layers
-    assert "note:" not in printed
+    chosen = differences != 0
+    np.testing.assert_allclose(differences[chosen], (zh - en)[chosen], atol=1e-6)
+    return path, differences
+
+
+def test_a_contrast_is_masked(contrast, dumps, tmp_path):
+    (selection, differences), out = contrast, tmp_path / "r.jsonl"
+    arguments = ["--routing", *dumps, "--selection", selection, "--languages", "en,zh",
+                 "--limit", 2, "--control-seeds", 1, "--out", out]
+    printed = run(ablate, *arguments)  # by default in all of its layers
     rows = [r for r in rows_of(out) if r["settings"].get("experts") == "selection"]
-    assert [r["settings"]["language"] for r in rows] == ["en", "zh"]  # both with their controls
-    assert rows[0]["experts"] == {str(layer): int(n) for layer, n in enumerate((differences > 0).sum(1)) if n}
-    assert "selection experts" in printed and printed.count("[") >= 4
-    assert "experts that A's tokens select more lie outside of the bands" in run(
-        ablate, monkeypatch, capsys, *common_arguments, "--bands", f"{np.flatnonzero((differences > 0).any(1))[0]}")
+    assert "note:" not in printed and [r["settings"]["language"] for r in rows] == ["en", "zh"]
+    more = {str(layer): int(n) for layer, n in enumerate((differences > 0).sum(1)) if n}
+    assert rows[0]["experts"] == more
+    own = printed.split("own ")[1]
+    assert "\nen " in own and "\nzh " in own  # both with their controls
+    first = next(iter(more))
+    outside = sum(more.values()) - more[first]
+    assert f"note: {outside} of the {sum(more.values())} experts" in run(
+        ablate, *arguments, "--bands", first)
     with pytest.raises(common.InputError, match="leave out --targets"):
-        run(ablate, monkeypatch, capsys, *common_arguments, "--targets", "en")
-    printed = run(steer, monkeypatch, capsys, *common_arguments, "--rule", "soft", "--lambda", 0.5)
-    assert f"12 experts of {selection}" in printed
-    row = next(r for r in rows_of(out) if r["settings"].get("kind") == "selection")
-    model, tokenizer = common.load_model("tests/tiny_moe", device="cpu")
-    encoded = common.encode_examples(tokenizer, common.read_examples("tests/data/eval_en.tsv")[:4])
-    with common.edit_routing(model, boosts={layer: 0.5 * np.sign(d) for layer, d in enumerate(differences) if d.any()}, rule="soft"):
-        scores, *_ = common.evaluate(model, tokenizer, encoded, ["prompt_nll"], "en")
-    np.testing.assert_allclose(row["scores"]["prompt_nll"], scores["prompt_nll"], atol=1e-5)
+        run(ablate, *arguments, "--targets", "en")
 
 
-def test_a_selection_stays_in_its_band():
-    selection = np.array([[0.5, 0, 0], [0, -0.6, 0.7], [0, 0, 0]])
-    layers = np.array([1, 2, 3])
-    assert {layer: c.tolist() for layer, c in steer.selection_coefficients(selection, layers).items()} == {1: [1, 0, 0], 2: [0, -1, 1]}
-    assert list(steer.selection_coefficients(selection, layers, "2-3")) == [2]
-    with pytest.raises(common.InputError, match="no experts in the band 3-3"):
-        steer.selection_coefficients(selection, layers, "3-3")
+def test_a_contrast_is_boosted(contrast, dumps, tiny, tmp_path):
+    (selection, differences), out = contrast, tmp_path / "r.jsonl"
+    printed = run(steer, "--routing", *dumps, "--selection", selection, "--languages", "sw",
+                  "--limit", 4, "--control-seeds", 1, "--rule", "soft", "--lambda", 2, "--out", out)
+    assert f"12 experts  {selection}" in printed
+    baseline, row, _ = rows_of(out)
+    assert row["settings"]["kind"] == "selection"
+    boosts = {layer: 2 * np.sign(d) for layer, d in enumerate(differences) if d.any()}
+    check_by_hand(row, baseline, tiny, boosts=boosts, rule="soft")
+    right = [np.array(r["scores"]["accuracy"]) for r in (baseline, row)]  # of all, with one lambda
+    line = next(l for l in printed.split("\n") if l.startswith("sw "))
+    assert numbers(line)[:2] == [r.mean() for r in right]
+    fixed, broken = line.split()[-3:-1]
+    assert (int(fixed), int(broken)) == ((right[1] > right[0]).sum(), (right[1] < right[0]).sum())

@@ -1,106 +1,255 @@
-"""What common.py sees of a router is what the experts are given, for every family and for nothing else."""
+"""Which modules are routers, of which layer and shape; and the room of common.py that finds them, alone.
 
+That what is recorded and edited is what the experts get, in every family: test_architectures.py.
+"""
+
+import ast
+import builtins
+import dis
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from transformers import (DeepseekV2Config, DeepseekV3Config, GptOssConfig, GraniteMoeConfig, JetMoeConfig, LlamaConfig,
-                          MixtralConfig, OlmoeConfig, PhimoeConfig, Qwen2MoeConfig, Qwen3MoeConfig, AutoModelForCausalLM)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, LlamaConfig,
+                          Qwen3MoeConfig)
 
-from common import InputError, find_routers, load_model, record_routing, routing_shape
+import capture
+import common
+from common import (InputError, edit_routing, find_routers, load_model, record_routing,
+                    routing_shape)
 
-SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, num_experts_per_tok=2, max_position_embeddings=128, pad_token_id=0)
-LATENT = dict(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4,
-              moe_intermediate_size=24, first_k_dense_replace=1, n_shared_experts=1, n_routed_experts=8)
-FAMILIES = {
-    "qwen3_moe": Qwen3MoeConfig(**SIZE, num_experts=8, moe_intermediate_size=24, mlp_only_layers=[1], norm_topk_prob=True),
-    "qwen2_moe": Qwen2MoeConfig(**SIZE, num_experts=8, moe_intermediate_size=24, shared_expert_intermediate_size=24),
-    "olmoe": OlmoeConfig(**SIZE, num_experts=8),
-    "mixtral": MixtralConfig(**SIZE, num_local_experts=8),
-    "gpt_oss": GptOssConfig(**SIZE, num_local_experts=8),
-    "deepseek_v2": DeepseekV2Config(**SIZE | LATENT, topk_method="group_limited_greedy", n_group=4, topk_group=2),
-    "deepseek_v3": DeepseekV3Config(**SIZE | LATENT, n_group=4, topk_group=2),
-    "phimoe": PhimoeConfig(**SIZE, num_local_experts=8),
-    "granitemoe": GraniteMoeConfig(**SIZE, num_local_experts=8),
-}
-LAYERS = {"qwen3_moe": [0, 2], "deepseek_v2": [1, 2], "deepseek_v3": [1, 2]}
+TINY = "tests/tiny_moe"  # 8 layers of 32 experts, top_k 2
+SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
+            num_attention_heads=4, num_experts_per_tok=2, moe_intermediate_size=24,
+            max_position_embeddings=128, pad_token_id=0)
 
 
 def build(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # some families start with equal routers, which pick the same experts for every token
+    with torch.no_grad():  # routers that start equal pick the same experts for every token
         for router in find_routers(model).values():
-            for parameter in router.parameters():
-                parameter.normal_()
+            router.weight.normal_()
     return model
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param, build(FAMILIES[request.param])
+def build_qwen(num_experts=8, top_k=2):
+    """Experts in the layers 0 and 2; layer 1 is dense."""
+    return build(Qwen3MoeConfig(**SIZE | {"num_experts_per_tok": top_k}, num_key_value_heads=2,
+                                num_experts=num_experts, mlp_only_layers=[1], norm_topk_prob=True))
 
 
-def what_experts_get(model):
-    """Hooks that collect (top_k_index, top_k_weights) as each layer's experts module receives them, in layer order."""
-    received = []
-    for router_owner in [m for m in model.modules() if hasattr(m, "experts") and not hasattr(m, "layers")]:
-        router_owner.experts.register_forward_pre_hook(lambda module, args: received.append(args[1:3]))
-    return received
+def build_deepseek():
+    """Experts in the layers 1 and 2, 8 of them in 4 groups, of which a token gets 2; top_k 2."""
+    return build(DeepseekV3Config(
+        **SIZE, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+        qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_shared_experts=1,
+        n_routed_experts=8, n_group=4, topk_group=2))
 
 
-def test_one_router_per_moe_layer_at_its_decoder_layer(family):
-    name, model = family
-    assert list(find_routers(model)) == LAYERS.get(name, [0, 1, 2])
+IDS = torch.arange(1, 21).view(2, 10)
 
 
-def test_routers_report_their_own_number_of_experts_and_top_k(family):
-    _, model = family
-    assert set(routing_shape(model).values()) == {(8, 2)}
+def routing(model):
+    """{layer: (logits, weights, selected)} of one forward pass."""
+    calls = {}
+    with torch.inference_mode(), record_routing(
+            model, lambda layer, *answer: calls.__setitem__(layer, answer)):
+        model(IDS)
+    return calls
 
 
-def test_recorded_selections_and_weights_are_what_the_experts_get(family):
-    _, model = family
-    received, recorded = what_experts_get(model), []
-    with torch.no_grad(), record_routing(model, lambda *call: recorded.append(call)):
-        model(torch.randint(1, 64, (2, 9)))
-    assert [layer for layer, *_ in recorded] == list(find_routers(model))
-    assert len(received) == len(recorded)
-    for (_, logits, weights, selected), (index, given) in zip(recorded, received):
-        assert logits.shape == (18, 8)
-        assert torch.equal(selected, index) and torch.equal(weights, given)
-    assert len({tuple(row.tolist()) for *_, selected in recorded for row in selected.sort(-1)[0]}) > 3
+def used_most(model, layer, n=1):
+    return routing(model)[layer][2].flatten().bincount().argsort(descending=True)[:n].tolist()
+
+
+def untouched(model):
+    return not any("forward" in router.__dict__ or router._forward_hooks
+                   for router in find_routers(model).values())
+
+
+def test_a_router_is_named_by_its_decoder_layer_and_dense_layers_have_none():
+    qwen, deepseek = build_qwen(), build_deepseek()
+    assert {layer: type(router).__name__ for layer, router in find_routers(qwen).items()} == {
+        0: "Qwen3MoeTopKRouter", 2: "Qwen3MoeTopKRouter"}
+    assert find_routers(qwen)[2] is qwen.model.layers[2].mlp.gate
+    assert routing_shape(qwen) == {0: (8, 2), 2: (8, 2)}
+    assert routing_shape(deepseek) == {1: (8, 2), 2: (8, 2)}
+    assert list(routing(qwen)) == [0, 2] and list(routing(deepseek)) == [1, 2]
+
+
+@pytest.fixture(params=[(8, 3), (6, 2), (6, 3)], ids=str)
+def mixed(request):
+    """A model with 8 experts and top_k 2 in layer 0, and one or both different in layer 2; that shape."""
+    model, shape = build_qwen(), request.param
+    model.model.layers[2].mlp = build_qwen(*shape).model.layers[2].mlp
+    return model, *shape
+
+
+def test_routers_of_two_shapes_are_recorded_each_in_its_own(mixed):
+    model, num_experts, top_k = mixed
+    received = {}
+    for layer in (0, 2):
+        model.model.layers[layer].mlp.experts.register_forward_pre_hook(
+            lambda module, args, layer=layer: received.__setitem__(layer, args[1:3]))
+    assert routing_shape(model) == {0: (8, 2), 2: (num_experts, top_k)}
+    for layer, (logits, weights, selected) in routing(model).items():
+        assert (logits.shape[-1], selected.shape[-1]) == routing_shape(model)[layer]
+        assert logits.shape[0] == 20 and weights.shape == selected.shape
+        assert torch.equal(selected, received[layer][0]) and torch.equal(weights, received[layer][1])
+
+
+def test_routers_of_two_shapes_are_masked_each_in_its_own(mixed):
+    model, num_experts, top_k = mixed
+    left = {0: [1, 6], 2: list(range(num_experts - top_k, num_experts))}  # just top_k of each
+    masks = {0: sorted(set(range(8)) - set(left[0])), 2: list(range(num_experts - top_k))}
+    plain = routing(model)
+    with edit_routing(model, masks=masks):
+        for layer, (_, _, selected) in routing(model).items():
+            assert torch.isin(plain[layer][2], torch.tensor(masks[layer])).any()
+            assert selected.sort(-1)[0].tolist() == [left[layer]] * 20
+
+
+def test_routers_of_two_shapes_are_boosted_each_in_its_own(mixed):
+    model, num_experts, top_k = mixed
+    boosts, plain = {0: np.eye(8)[7], 2: np.eye(num_experts)[num_experts - 1]}, routing(model)
+    with edit_routing(model, boosts=boosts, rule="hard"):
+        for layer, (_, _, selected) in routing(model).items():
+            assert (selected == len(boosts[layer]) - 1).any(-1).all()
+    with edit_routing(model, boosts={2: boosts[2]}, rule="hard") as moved:
+        routing(model)
+    # one selection moved of each of the 20 tokens that had not selected the last expert
+    without = 20 - int((plain[2][2] == num_experts - 1).sum())
+    assert 0 < without and moved == {2: without / (20 * top_k)}
+
+
+def test_an_edit_that_does_not_fit_its_own_layers_router_is_refused(mixed):
+    model, num_experts, top_k = mixed
+    for edit, message in [
+            (dict(masks={2: range(num_experts - top_k + 1)}), f"layer 2: .*fewer than top_k {top_k}"),
+            (dict(masks={2: [num_experts]}), f"layer 2: .*experts 0 to {num_experts - 1},"),
+            (dict(boosts={2: np.zeros(num_experts + 2)}), f"layer 2: a boost is {num_experts} finite")]:
+        with pytest.raises(InputError, match=message):
+            with edit_routing(model, **edit):
+                pytest.fail("the block was entered")
+
+
+def test_routers_of_two_shapes_fit_no_dump(mixed):
+    model, num_experts, top_k = mixed
+    both = re.escape(str(sorted([(8, 2), (num_experts, top_k)])))
+    for use in (lambda: capture.one_shape(routing_shape(model)),
+                lambda: capture.capture(model, IDS.tolist())):
+        with pytest.raises(InputError, match=rf"differ in \(num_experts, top_k\): {both}; a dump cannot hold that"):
+            use()
+
+
+def test_layers_of_one_shape_fit_a_dump():
+    assert capture.one_shape({0: (8, 2), 2: (8, 2)}) == ([0, 2], 8, 2)
 
 
 def test_hooks_are_gone_after_an_exception():
-    model = build(FAMILIES["qwen3_moe"])
+    model = build_qwen()
     with pytest.raises(ZeroDivisionError):
         with record_routing(model, lambda *call: 1 / 0):
-            model(torch.ones(1, 3, dtype=torch.int64))
-    assert not any(router._forward_hooks for router in find_routers(model).values())
+            model(IDS)
+    assert untouched(model)
 
 
 def test_a_dense_model_is_refused_in_one_line():
+    dense = LlamaConfig(**SIZE | {"num_experts_per_tok": None})
     with pytest.raises(InputError, match="^LlamaForCausalLM has no routers .*dense") as error:
-        find_routers(AutoModelForCausalLM.from_config(LlamaConfig(**SIZE | {"num_experts_per_tok": None})))
+        find_routers(AutoModelForCausalLM.from_config(dense))
     assert "\n" not in str(error.value)
 
 
-def test_an_unsupported_family_is_refused_in_one_line():
-    config = JetMoeConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8,
-                          intermediate_size=48, num_local_experts=8)
-    with pytest.raises(InputError, match="^JetMoeForCausalLM is not supported") as error:
-        find_routers(AutoModelForCausalLM.from_config(config))
-    assert "\n" not in str(error.value)
+# ------------------------------------------------------------------------------------- room alone
 
+def room():
+    """The import lines of common.py, and its text from the ruled line "routers" to the next one."""
+    text = Path(common.__file__).read_text(encoding="utf-8")
+    imports = [ast.get_source_segment(text, node) for node in ast.parse(text).body
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if re.fullmatch("# -{20,} routers", line))
+    stop = next(i for i in range(start + 1, len(lines)) if re.match("# -{20,}", lines[i]))
+    return "\n".join([*imports, *lines[start:stop], ""])
+
+
+USE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+import room
+
+model, ids = AutoModelForCausalLM.from_pretrained(sys.argv[1]), torch.arange(5, 105).view(2, 50)
+
+def selected():
+    seen = {}
+    with torch.no_grad(), room.record_routing(model, lambda layer, *answer: seen.update({layer: answer[2]})):
+        model(ids)
+    return seen
+
+plain = selected()
+masks = {layer: [int(chosen.mode().values.mode().values)] for layer, chosen in plain.items()}
+with room.edit_routing(model, masks=masks):
+    edited = selected()
+count = lambda seen: [int((chosen == masks[layer][0]).sum()) for layer, chosen in seen.items()]
+others = sorted({"common", "capture", "analyze", "ablate", "steer"} & set(sys.modules))
+print(json.dumps([count(plain), count(edited), others]))
+"""
+
+
+def test_the_routers_room_works_alone_in_a_fresh_process(tmp_path):
+    (tmp_path / "room.py").write_text(room(), encoding="utf-8")
+    (tmp_path / "use.py").write_text(USE, encoding="utf-8")
+    elsewhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    outcome = subprocess.run([sys.executable, "use.py", os.path.abspath(TINY)], cwd=tmp_path,
+                             env=elsewhere, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    plain, edited, others = json.loads(outcome.stdout)
+    assert len(plain) == 8 and min(plain) > 0  # what is masked was selected before
+    assert edited == [0] * 8 and others == []
+
+
+def test_the_routers_room_uses_no_name_from_outside_it():
+    def names(code):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                yield instruction.argval
+        for constant in code.co_consts:
+            if hasattr(constant, "co_code"):
+                yield from names(constant)
+
+    code, defined = compile(room(), "room.py", "exec"), {"__name__": "room"}
+    exec(code, defined)
+    assert {"InputError", "find_routers", "record_routing", "edit_routing"} <= defined.keys()
+    assert set(names(code)) - defined.keys() - set(dir(builtins)) - {"__module__", "__qualname__"} == set()
+
+
+# --------------------------------------------------------------------------------------- the model
 
 def test_a_dense_checkpoint_is_refused_before_its_weights_are_read(tmp_path):
-    from transformers import AutoTokenizer
     LlamaConfig(**SIZE).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained("tests/tiny_moe").save_pretrained(tmp_path)  # and no weights at all
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path)  # and no weights at all
     with pytest.raises(InputError, match="LlamaForCausalLM has no routers"):
         load_model(str(tmp_path))
 
 
 def test_a_missing_model_is_one_line():
-    with pytest.raises(InputError, match="no model 'no/such/model'"):
+    with pytest.raises(InputError, match="no model 'no/such/model'") as error:
         load_model("no/such/model")
+    assert "\n" not in str(error.value)
+
+
+def test_options_reach_the_model_above_those_of_every_run(monkeypatch):
+    monkeypatch.setattr(common, "MODEL_OPTIONS", {"attn_implementation": "eager"})
+    of_every_run = load_model(TINY, device="cpu")[0]
+    of_this_one = load_model(TINY, device="cpu", attn_implementation="sdpa")[0]
+    assert [m.config._attn_implementation for m in (of_every_run, of_this_one)] == ["eager", "sdpa"]
+    with pytest.raises(InputError, match="cannot load the weights .*no_such_kernel"):
+        load_model(TINY, device="cpu", attn_implementation="no_such_kernel")

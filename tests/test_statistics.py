@@ -391,11 +391,11 @@ def test_scores_are_correlated_with_the_similarity_to_the_reference(planted, mon
     similarity = dict(zip(result["languages"].tolist(), result["band_similarity"][0, -1]))
     scores = {name: similarity[name] ** 3 for name in ("fr", "de", "nl")} | {"it": -1, "es": 5}
     (tmp_path / "s.json").write_text(json.dumps(scores))
+    monkeypatch.setattr(analyze, "REFERENCE", "it")
     with pytest.raises(InputError, match="has 3 of the dumps' languages"):
-        run(monkeypatch, capsys, tmp_path, *paths, "--reference", "it",
-            "--scores", tmp_path / "s.json")
+        run(monkeypatch, capsys, tmp_path, *paths, "--scores", tmp_path / "s.json")
     (tmp_path / "s.json").write_text(json.dumps(scores | {"en": similarity["en"] ** 3}))
-    printed, result = run(monkeypatch, capsys, tmp_path, *paths, *THREE, "--reference", "it",
+    printed, result = run(monkeypatch, capsys, tmp_path, *paths, *THREE,
                           "--scores", tmp_path / "s.json")
     # of 24 orders, this one and its reverse
     assert result["score_correlation"][0] == pytest.approx([1, 2 / 24])
@@ -503,7 +503,7 @@ def test_a_bad_argument_is_refused_and_nothing_is_written(planted, monkeypatch, 
 @pytest.mark.parametrize("flag, message", [
     ("--bootstrap=10", "is a recorder's, without single tokens"),
     ("--vocabulary", "is a recorder's, without single tokens"),
-    ("--parallel", "holds no mean_probs, which --parallel needs")])
+    ("--parallel", "is a recorder's, without single tokens")])
 def test_a_recorders_file_is_refused_by_name_where_single_tokens_are_needed(
         monkeypatch, capsys, tmp_path, flag, message):
     layer = {str(e): {"activation_tokens": 1 + e} for e in range(8)} | {"total_tokens": 18}
@@ -548,8 +548,8 @@ def test_a_contrast_is_printed_and_written(planted, monkeypatch, capsys, tmp_pat
 
 @pytest.mark.parametrize("text, message", [
     ("{}", "is no selection of experts"),
-    ('{"experts": {"9": {"0": 1}}}', "names expert 0 of layer 9"),
-    ('{"experts": {"1": {"32": 1}}}', "names expert 32 of layer 1")])
+    ('{"experts": {"9": {"0": 1}}}', "is no selection of experts of this model, .*9 is not in list"),
+    ('{"experts": {"1": {"32": 1}}}', "is no selection of experts of this model, 32 in layers 0-5")])
 def test_a_selection_that_does_not_fit_the_model_is_refused(tmp_path, text, message):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(InputError, match=message):
@@ -561,10 +561,10 @@ def test_every_array_that_is_written_is_described(planted, monkeypatch, capsys, 
     (tmp_path / "s.json").write_text(json.dumps(scores))
     _, result = run(monkeypatch, capsys, tmp_path, *planted, "--bootstrap", 5, "--parallel",
                     "--vocabulary", "--scores", tmp_path / "s.json")
-    words = re.findall(r"\w+(?:\.\.\.)?", analyze.save_analysis.__doc__)
+    words = set(re.findall(r"\w+", analyze.save_analysis.__doc__))
 
     def described(key):
-        """By its name, or as band_... of a name that is described."""
-        return key in words or any(key.startswith(word[:-3]) and described(key[len(word) - 3:])
-                                   for word in words if word.endswith("_..."))
+        """By its name, with M for a measure, or as the interval of a figure that is described."""
+        name = re.sub(f"_({'|'.join(analyze.MEASURES)})$", "_M", key)
+        return {key, name} & words or key.startswith("interval_") and described(key[9:])
     assert [key for key in result if not described(key)] == []
