@@ -96,10 +96,13 @@ def probe_routers(model):
             block = decoder.get_submodule(name.rpartition(".")[0])
             with explained(f"{family} is not supported: its {kind} does not map hidden states to "
                            "(router_logits, routing_weights, selected_experts)"):
-                # AFMoE's router wants three dimensions, the others take them
-                size = 1, 2, model.config.get_text_config().hidden_size
-                hidden = next(router.parameters()).new_zeros(size)
-                found[int(layer[1])] = router, *probe_router(router, block, hidden)
+                size = model.config.get_text_config().hidden_size
+                hidden = next(router.parameters()).new_zeros(2, size)
+                try:
+                    answer = probe_router(router, block, hidden)
+                except ValueError:  # AFMoE's router wants three dimensions
+                    answer = probe_router(router, block, hidden[None])
+            found[int(layer[1])] = router, *answer
     require(found, f"{family} has no routers that transformers declares: a dense model, or a "
                    "family that is not supported")
     return dict(sorted(found.items()))
@@ -194,16 +197,17 @@ class EditedScoring(TorchFunctionMode):
         super().__init__()
         # Inkling scores its always-on experts along with the others, behind them
         self.num_experts, self.width = num_experts, getattr(router, "n_total_experts", num_experts)
-        outer = getattr(router.forward, "edit", (router.forward, [], []))
-        self.unedited, self.mask, self.boosts = outer[0], outer[1] + mask, outer[2]
-        weight = next(router.parameters())
+        self.unedited, outer_mask, self.boosts = getattr(
+            router.forward, "edit", (router.forward, [], []))
+        weight, self.mask = next(router.parameters()), outer_mask + mask
         if boost is not None:  # in float32 at least
             dtype = torch.promote_types(weight.dtype, torch.float32)
             boost = torch.as_tensor(boost, dtype=dtype, device=weight.device)
             self.boosts = [*self.boosts, (boost, rule)]
         self.edits, self.moved, self.selections = 0, 0, 0
-        self.masked, self.selected = torch.zeros(  # stay on the device until they are read
-            2, num_experts, dtype=torch.bool, device=weight.device)
+        # tallies stay on the device until they are read
+        self.selected = torch.zeros(num_experts, dtype=torch.bool, device=weight.device)
+        self.masked = self.selected.clone()
         self.masked[self.mask] = True
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
