@@ -85,7 +85,7 @@ def routing_shape(model):
 
 
 def probe_routers(model):
-    """{decoder layer: (router, router_logits, selected_experts)}, given two tokens of zeros."""
+    """{decoder layer: (router, router_logits, selected_experts)}, given three tokens of zeros."""
     decoder, family, found = model.get_decoder(), type(model).__name__, {}
     declared = declared_routers(model)
     for name, router in decoder.named_modules():
@@ -96,10 +96,13 @@ def probe_routers(model):
             block = decoder.get_submodule(name.rpartition(".")[0])
             with explained(f"{family} is not supported: its {kind} does not map hidden states to "
                            "(router_logits, routing_weights, selected_experts)"):
-                # AFMoE's router wants three dimensions, the others take them
-                size = 1, 2, model.config.get_text_config().hidden_size
-                hidden = next(router.parameters()).new_zeros(size)
-                found[int(layer[1])] = router, *probe_router(router, block, hidden)
+                size = model.config.get_text_config().hidden_size
+                hidden = next(router.parameters()).new_zeros(3, size)
+                try:
+                    answer = probe_router(router, block, hidden)
+                except ValueError:  # AFMoE's router wants three dimensions
+                    answer = probe_router(router, block, hidden[None])
+            found[int(layer[1])] = router, *answer
     require(found, f"{family} has no routers that transformers declares: a dense model, or a "
                    "family that is not supported")
     return dict(sorted(found.items()))
@@ -133,6 +136,7 @@ def read_router(router, output):
     """(router_logits, routing_weights, selected_experts) of what a router returned."""
     if len(output) == 2:  # Llama 4: scores of all experts, 0 where one is not selected, and logits
         scores, router_logits = output
+        require(scores.shape == router_logits.shape, "neither selections nor scores")
         return router_logits, *scores.topk(router.top_k, -1)
     return output[:3]
 
@@ -185,25 +189,25 @@ def boost_logits(router_logits, boost, rule="proportional"):
 class EditedScoring(TorchFunctionMode):
     """While a router's own forward runs, its logits are edited; no choice sees a masked expert.
 
-    The router goes on to score the edited logits as its family does. A mask has to reach the
-    choice as well: a bias that is added to sigmoid scores could bring a masked expert back. The
-    edits that are around this one are taken in: first all boosts, then all masks.
+    The router scores the edited logits as its family does. A mask has to reach the choice, too: a
+    bias behind the scores could bring it back. Nested edits: all the boosts, then all the masks.
     """
 
     def __init__(self, router, num_experts, mask, boost, rule):
         super().__init__()
         # Inkling scores its always-on experts along with the others, behind them
         self.num_experts, self.width = num_experts, getattr(router, "n_total_experts", num_experts)
-        outer = getattr(router.forward, "edit", (router.forward, [], []))
-        self.unedited, self.mask, self.boosts = outer[0], outer[1] + mask, outer[2]
-        weight = next(router.parameters())
+        self.unedited, outer_mask, self.boosts = getattr(
+            router.forward, "edit", (router.forward, [], []))
+        self.mask, weight = outer_mask + mask, next(router.parameters())
         if boost is not None:  # in float32 at least
             dtype = torch.promote_types(weight.dtype, torch.float32)
             boost = torch.as_tensor(boost, dtype=dtype, device=weight.device)
             self.boosts = [*self.boosts, (boost, rule)]
+        # tallies, which stay on the device until they are read
         self.edits, self.moved, self.selections = 0, 0, 0
-        self.masked, self.selected = torch.zeros(  # stay on the device until they are read
-            2, num_experts, dtype=torch.bool, device=weight.device)
+        self.selected = torch.zeros(num_experts, dtype=torch.bool, device=weight.device)
+        self.masked = self.selected.clone()
         self.masked[self.mask] = True
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -485,7 +489,7 @@ def read_text_line(line):
 
 def read_tsv_line(line):
     prompt, tab, answer = line.rpartition("\t")
-    require(tab, "no tab between question and answer" if line.strip() else "an empty line")
+    require(tab, "no tab between question and answer")
     return {"prompt": prompt, "answer": answer, "kind": answer_kind(answer)}
 
 
@@ -578,8 +582,7 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
 
 def right_padded(sequences):
     """int64 (sequences, longest). It needs no mask: attention is causal, and padding comes last."""
-    tensors = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
-    return pad_sequence(tensors, batch_first=True)
+    return pad_sequence([torch.as_tensor(s).long() for s in sequences], batch_first=True)
 
 
 def length_batches(lengths, batch_tokens, fill=0.9):
@@ -699,10 +702,10 @@ def span_scores(prediction, golds, language=None):
         return [word for word in text.split() if word not in ("a", "an", "the")]
 
     said = units(prediction)
-    scores = [(float(said == gold), 2 * overlap / (len(said) + len(gold)))
+    scores = [(said == gold, 2 * overlap / (len(said) + len(gold)))
               for gold in map(units, golds)
               if (overlap := (Counter(said) & Counter(gold)).total())]
-    return max(scores, default=(0.0, 0.0))
+    return max(scores, default=(False, 0.0))
 
 
 def import_langdetect():
@@ -713,12 +716,11 @@ def import_langdetect():
 
 
 def in_language(responses, language):
-    """1 for each response in the language, as langdetect finds, else 0; Chinese variants are zh."""
-    langdetect, found = import_langdetect(), [0.0] * len(responses)
+    """Whether each response is in the language, as langdetect finds; Chinese variants are zh."""
+    langdetect, found = import_langdetect(), [False] * len(responses)
     for i, response in enumerate(responses):
         with contextlib.suppress(langdetect.LangDetectException):  # nothing but digits, say
-            detected = base_language(langdetect.detect(response))
-            found[i] = float(detected == base_language(language))
+            found[i] = base_language(langdetect.detect(response)) == base_language(language)
     return found
 
 
@@ -866,7 +868,7 @@ def load_rows(path):
 
 
 def append_row(path, row):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(Path(path).parent, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
@@ -875,7 +877,7 @@ def append_row(path, row):
 
 def save_predictions(path, encoded, responses, scores):
     """JSONL of prompt, response, answer and score, which capture.py reads; whole or not there."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(Path(path).parent, exist_ok=True)
     rows = [{key: e.get(key) for key in ("prompt", "answer", "kind")} | {"response": r, "score": s}
             for e, r, s in zip(encoded, responses, scores)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -888,7 +890,7 @@ def positive(text):
     return int(text)
 
 
-NUMBER = {"type": positive, "metavar": "N"}
+NUMBER, REAL = {"type": positive, "metavar": "N"}, {"type": float, "metavar": "X"}
 
 
 def add_model_arguments(p):
@@ -912,10 +914,9 @@ def add_task_arguments(p):
     add("--limit", **NUMBER, help="only the first N examples of each language")
     add("--out", help="JSON line by line; a cell in it is not run again (default: %(default)s)")
     add = p.add_argument_group("which experts").add_argument
-    add("--experts-per-language", type=float, metavar="N", help="the most frequent ones: a number, "
+    add("--experts-per-language", **REAL, help="the most frequent ones: a number, "
         "or a part below 1 (default: %(default).3g)")
-    add("--threshold", type=float, metavar="T", help="exclusive above this share (default: "
-        "%(default)s)")
+    add("--threshold", **REAL, help="exclusive above this share (default: %(default)s)")
     add("--selection", metavar="FILE", help="instead, those that analyze.py --contrast selected")
     add("--control-seeds", **NUMBER, help="random draws (default: %(default)s)")
     return add
@@ -926,10 +927,9 @@ def parse_task_arguments(p, script):
     add = p.add_argument_group("generating answers").add_argument
     add("--max-new-tokens", **NUMBER, help="(default: the checkpoint's generation config, or "
         f"{MAX_NEW_TOKENS})")
-    add("--temperature", type=float, metavar="T", help="sample; the paper: 0.7 (default: greedy)")
-    add("--top-p", type=float, metavar="P", help="with --temperature; the paper: 0.8")
-    add("--top-k-sampling", dest="top_k", type=positive, metavar="K",
-        help="with --temperature; the paper: 20")
+    add("--temperature", **REAL, help="sample; the paper: 0.7 (default: greedy)")
+    add("--top-p", **REAL, help="with --temperature; the paper: 0.8")
+    add("--top-k-sampling", dest="top_k", **NUMBER, help="with --temperature; the paper: 20")
     add("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
     add_model_arguments(p)
     p.set_defaults(**{name.lower(): value for name, value in vars(script).items()
@@ -954,13 +954,14 @@ def evaluation_settings(args, config):
 
 def load_tasks(args, tokenizer, config, dumps):
     """{language: (encoded examples, their file's sha256)}; a warning if dumps are of the same."""
-    captured, tasks = sum((dump["data_sha256"] for dump in dumps), []), {}
+    tasks = {}
     for language, path in find_data(args.data, args.languages).items():
         encoded = encode_examples(tokenizer, read_examples(path)[:args.limit], args.chat_template,
                                   min(args.max_length, max_positions(config)))
         check_metrics(args.metrics, encoded, path)
-        tasks[language] = encoded, hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        if tasks[language][1] in captured:
+        sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        tasks[language] = encoded, sha
+        if any(sha in dump["data_sha256"] for dump in dumps):
             print(f"warning: {path} is what the routing was captured on: experts are chosen on "
                   "what they are judged by")
     return tasks
