@@ -44,28 +44,40 @@ OUT = "results/ablate.jsonl"
 OF_ALL = ("shared", "selection")     # targets that are no language: every language has its controls
 
 
+def load_dumps(args):
+    """The dumps of args.routing; args.experts_per_language, if a part, becomes a number of them."""
+    dumps = analyze.load_languages(args.routing)
+    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
+                                                          dumps[0]["num_experts"])
+    return dumps
+
+
+def selected_experts(args, dumps):
+    """What args.selection holds: (layers, experts), a selected expert's difference, else 0."""
+    return analyze.load_selection(args.selection, dumps[0]["layers"], dumps[0]["num_experts"])
+
+
 def choose_experts(args, dumps):
     """{target: bool (layers, experts)}: exclusive to a language, or to several as "bn+sw"; what all
     share; or what a file selects.
     """
-    share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
     if args.selection:  # of either sign, those that A's tokens select more
-        return {"selection": analyze.load_selection(args.selection, dumps[0]["layers"],
-                                                    dumps[0]["num_experts"]) > 0}
+        return {"selection": selected_experts(args, dumps) > 0}
+    share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
     if args.experts == "shared":
         return {"shared": analyze.shared_experts(share, args.threshold)}
-    names, chosen = [dump["language"] for dump in dumps], {}
-    for target in args.targets.split(",") if args.targets else names:
-        rows = [names.index(known(language, names)) for language in target.split("+")]
-        chosen[target] = analyze.exclusive_experts(share[rows].sum(0), args.threshold)
-    return chosen
+    targets = args.targets.split(",") if args.targets else [dump["language"] for dump in dumps]
+    return {target: analyze.exclusive_experts(
+        share[rows_of(target.split("+"), dumps)].sum(0), args.threshold) for target in targets}
 
 
-def known(language, names):
-    if language not in names:
-        raise common.InputError(f"no routing for '{language}' among the dumps; run: python "
-                                f"capture.py --languages {language}")
-    return language
+def rows_of(languages, dumps):
+    """Which of the dumps are those of the languages; InputError if one has none."""
+    names = [dump["language"] for dump in dumps]
+    for language in languages:
+        common.require(language in names, f"no routing for '{language}' among the dumps; run: "
+                       f"python capture.py --languages {language}")
+    return [names.index(language) for language in languages]
 
 
 def random_control(masked, used, seed):
@@ -95,34 +107,31 @@ def usage_matched_control(masked, candidates, frequency):
     return control
 
 
-def is_own(target, language):
-    return target in OF_ALL or language in target.split("+")
-
-
 def plan_cells(args, chosen, bands, dumps, languages):
     """{(band, target, language): {kind: bool (layers, experts) to mask}}; kind "masked" is what the
     experiment is about, "random-seed0", ... and "usage-matched" are its controls.
     """
-    names, frequency, plan = [d["language"] for d in dumps], analyze.frequencies(dumps), {}
+    frequencies, plan = analyze.frequencies(dumps), {}
+    by_language = {dump["language"]: rows for dump, rows in zip(dumps, frequencies)}
     for band, target, language in itertools.product(bands, chosen, languages):
-        masked = chosen[target] & bands[band][:, None]
-        use = frequency[names.index(language)] if language in names else frequency.mean(0)
+        masked, of_target = chosen[target] & bands[band][:, None], target.split("+")
         if args.experts == "random":
-            used = frequency[[names.index(name) for name in target.split("+")]].any(0)
+            used = frequencies[rows_of(of_target, dumps)].any(0)
             masked = random_control(masked, used, [zlib.crc32(f"{band} {target}".encode())])
         cell = plan[band, target, language] = {"masked": masked}
-        if target in OF_ALL or language in target.split("+"):
+        if target in OF_ALL or language in of_target:
+            frequency = by_language.get(language, frequencies.mean(0))
             seed = zlib.crc32(f"{band} {target} {language}".encode())
             for draw in range(args.control_seeds):
-                cell[f"random-seed{draw}"] = random_control(masked, use > 0, [seed, draw])
-            cell["usage-matched"] = usage_matched_control(masked, ~chosen[target], use)
+                cell[f"random-seed{draw}"] = random_control(masked, frequency > 0, [seed, draw])
+            cell["usage-matched"] = usage_matched_control(masked, ~chosen[target], frequency)
     return plan
 
 
 def as_masks(chosen, layers):
     """bool (layers, experts) -> {decoder layer: expert ids}, as edit_routing takes it."""
-    return {int(layers[row]): np.flatnonzero(chosen[row]).tolist()
-            for row in np.flatnonzero(chosen.any(1))}
+    return {layer: np.flatnonzero(row).tolist()
+            for layer, row in zip(layers.tolist(), chosen) if row.any()}
 
 
 def run_cells(experiment, plan, bands, layers):
@@ -150,31 +159,29 @@ def is_hurt(masked, random, matched, sign):
     return bool(worst and all(sign * bound < 0 for bound in bounds))
 
 
-def print_band(title, metric, scores, plan):
+def print_band(band, metric, results, plan):
     """The table of one band: all languages under all targets, then own ones beside their controls.
-
-    scores {(target, language): {kind: (examples,)}}, plan likewise with the masks
     """
-    print(f"\n{title}  {metric}: change when experts are masked, of")
-    columns = {"": list(dict.fromkeys(language for _, language in scores)), "unmasked": [
-        f"{np.nanmean(s['unmasked']):.3f}" for s in scores.values()]}
-    for (target, _), s in scores.items():
-        columns.setdefault(target, []).append(f"{np.nanmean(s['masked'] - s['unmasked']):+.3f}")
+    scores = {key: {kind: values[metric] for kind, values in cell.items()}
+              for key, cell in results.items() if key[0] == band}
+    columns = {"": list(dict.fromkeys(language for *_, language in scores)), "unmasked": [
+        f"{np.nanmean(cell['unmasked']):.3f}" for cell in scores.values()]}
+    for (_, target, _), cell in scores.items():
+        change = np.nanmean(cell["masked"] - cell["unmasked"])
+        columns.setdefault(target, []).append(f"{change:+.3f}")
     analyze.print_table(columns)
-    own = {cell: s for cell, s in scores.items() if "usage-matched" in s}
-    if not own:
-        print("no target's own language is evaluated, so there are no controls")
-        return
-    print("own      experts  change  random (least  most)    beyond random [95 %]   beyond matched")
-    for cell, s in own.items():
-        random = np.array([values for kind, values in s.items() if kind.startswith("random")])
-        changes = np.nanmean(random - s["unmasked"], 1)
-        controls = random, s["usage-matched"]
-        print(f"{cell[1]:<9}{plan[cell]['masked'].sum():>7}"
-              f"{np.nanmean(s['masked'] - s['unmasked']):>+8.3f}{changes.mean():>+8.3f} "
-              f"({changes.min():+.3f} {changes.max():+.3f})"
-              + "".join(common.change_text(*common.mean_change(s["masked"], c)) for c in controls)
-              + ("  hurt" if is_hurt(s["masked"], *controls, common.better(metric)) else ""))
+    own = {key: cell for key, cell in scores.items() if "usage-matched" in cell}
+    print("own      experts  change  random (least  most)    beyond random [95 %]   beyond matched"
+          if own else "no target's own language is evaluated, so there are no controls")
+    for key, cell in own.items():
+        masked, unmasked, matched = (cell[k] for k in ("masked", "unmasked", "usage-matched"))
+        random = np.array([values for kind, values in cell.items() if kind.startswith("random")])
+        changes = np.nanmean(random - unmasked, 1)
+        print(f"{key[2]:<9}{plan[key]['masked'].sum():>7}{np.nanmean(masked - unmasked):>+8.3f}"
+              f"{changes.mean():>+8.3f} ({changes.min():+.3f} {changes.max():+.3f})"
+              + common.change_text(*common.mean_change(masked, random))
+              + common.change_text(*common.mean_change(masked, matched))
+              + "  hurt" * is_hurt(masked, random, matched, common.better(metric)))
 
 
 def parse_arguments():
@@ -187,39 +194,37 @@ def parse_arguments():
     add("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, "
         "middle and last tenth; those of a selection)")
     args = common.parse_task_arguments(p, sys.modules[__name__])
-    if args.selection and args.targets:
-        raise common.InputError("--selection takes the place of languages' experts; leave out "
-                                "--targets")
-    args.experts = "selection" if args.selection else args.experts
+    if args.selection:
+        args.experts = "selection"
+        common.require(not args.targets, "--selection takes the place of languages' experts; leave "
+                                         "out --targets")
     return args
 
 
 def main():
     args = parse_arguments()
-    dumps = analyze.load_languages(args.routing)
-    layers, num_experts = dumps[0]["layers"], dumps[0]["num_experts"]
-    args.experts_per_language = analyze.number_of_experts(args.experts_per_language, num_experts)
-    bands, chosen = analyze.parse_bands(args.bands, layers), choose_experts(args, dumps)
+    dumps = load_dumps(args)
+    layers, chosen = dumps[0]["layers"], choose_experts(args, dumps)
+    bands = analyze.parse_bands(args.bands, layers)
     if args.selection and not args.bands:
         bands = {"selected": chosen["selection"].any(1)}
     experiment = common.Experiment(args, dumps)
     plan = plan_cells(args, chosen, bands, dumps, experiment.tasks)
-    for mask in itertools.chain(*(masks.values() for masks in plan.values())):
+    for mask in itertools.chain(*map(dict.values, plan.values())):
         common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.routers,
                           experiment.shape)
     print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-    outside = ~np.any(list(bands.values()), 0)
-    for target in {"selection"} & chosen.keys():
-        if chosen[target][outside].any():
-            print(f"note: {chosen[target][outside].sum()} of the {chosen[target].sum()} experts "
-                  "that A's tokens select more lie outside of the bands")
+    if args.selection:
+        outside = chosen["selection"][~np.any(list(bands.values()), 0)]
+        if outside.any():
+            print(f"note: {outside.sum()} of the {chosen['selection'].sum()} experts that A's "
+                  "tokens select more lie outside of the bands")
     results = run_cells(experiment, plan, bands, layers)
     for metric, band in itertools.product(next(iter(results.values()))["unmasked"], bands):
-        print_band(f"{band} (layers {analyze.describe(layers[bands[band]])})", metric,
-                   {key[1:]: {kind: s[metric] for kind, s in cell.items()}
-                    for key, cell in results.items() if key[0] == band},
-                   {key[1:]: masks for key, masks in plan.items() if key[0] == band})
+        print(f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
+              "experts are masked, of")
+        print_band(band, metric, results, plan)
     print(f"\n{args.out}")
 
 

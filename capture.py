@@ -17,17 +17,16 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
 
-from common import (InputError, add_model_arguments, checkpoint_id, dtype_name, encode_prompt,
-                    find_data, length_batches, load_config, load_weights, max_positions, positive,
-                    read_examples, record_routing, right_padded, routing_shape, run_batches,
-                    run_script, write_whole)
+from common import (NUMBER, add_model_arguments, checkpoint_id, dtype_name, encode_prompt, explained,
+                    find_data, length_batches, load_config, load_weights, max_positions,
+                    read_examples, record_routing, require, right_padded, routing_shape,
+                    run_batches, run_script, write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -54,15 +53,15 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progr
     Padding stands on the right and needs no mask: attention is causal, so it reaches no real token.
     """
     layers, num_experts, top_k = one_shape(routing_shape(model))
-    lengths, padded = [len(s) for s in sequences], 0
+    lengths = [len(sequence) for sequence in sequences]
     offsets, shape = np.cumsum([0, *lengths]), (len(lengths), len(layers), num_experts)
-    id_type = (torch.uint8, np.uint8) if num_experts <= 256 else (torch.int16, np.uint16)
-    sums = {"counts": np.empty(shape, np.int64), "weight_sums": np.empty(shape),
-            "mean_probs": np.empty(shape, np.float32)}
-    selected_experts = np.empty((0 if stats_only else offsets[-1], len(layers), top_k), id_type[1])
+    arrays = {"counts": np.empty(shape, np.int64), "weight_sums": np.empty(shape),
+              "mean_probs": np.empty(shape, np.float32)}
+    if not stats_only:
+        id_type = np.uint8 if num_experts <= 256 else np.uint16
+        arrays["selected_experts"] = np.empty((offsets[-1], len(layers), top_k), id_type)
 
     def run(batch):
-        nonlocal padded
         ids = right_padded([sequences[i] for i in batch]).to(model.device)
         length = torch.tensor([[[lengths[i]]] for i in batch], device=ids.device)
         real, routing = torch.arange(ids.shape[1], device=ids.device)[:, None] < length, {}
@@ -70,23 +69,22 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progr
         def on_router(layer, *answer):
             # to one device, where a model is spread over several
             logits, weights, chosen = (x.to(ids.device).reshape(*ids.shape, -1) for x in answer)
-            routing[layer] = *sequence_sums(logits, weights, chosen, real), chosen.to(id_type[0])
+            routing[layer] = *sequence_sums(logits, weights, chosen, real), chosen.short()
 
         with record_routing(model, on_router):
             model.get_decoder()(input_ids=ids, use_cache=False)
         # what leaves the device does so once per batch, all layers in one: (batch, layers, ...)
-        *totals, chosen = (torch.stack(x, 1) for x in zip(*(routing[layer] for layer in layers)))
-        for array, total in zip(sums.values(), totals):
+        *sums, chosen = (torch.stack(x, 1) for x in zip(*(routing[layer] for layer in layers)))
+        for array, total in zip(arrays.values(), sums):
             array[batch] = total.cpu().numpy()
         for i, experts in zip(batch, () if stats_only else chosen.cpu().numpy()):
-            selected_experts[offsets[i]:offsets[i + 1]] = experts[:, :lengths[i]].swapaxes(0, 1)
-        num_tokens = sum(lengths[i] for i in batch)
-        padded += ids.numel() - num_tokens
+            arrays["selected_experts"][offsets[i]:offsets[i + 1]] = (
+                experts[:, :lengths[i]].swapaxes(0, 1))
         if progress is not None:
-            progress.update(num_tokens)
+            progress.update(sum(lengths[i] for i in batch))
+        return [ids.shape[1] - lengths[i] for i in batch]
 
-    run_batches(run, length_batches(lengths, batch_tokens))
-    return sums | ({} if stats_only else {"selected_experts": selected_experts}), padded
+    return arrays, sum(run_batches(run, length_batches(lengths, batch_tokens)))
 
 
 def sequence_sums(router_logits, routing_weights, selected_experts, real):
@@ -95,19 +93,18 @@ def sequence_sums(router_logits, routing_weights, selected_experts, real):
     All (batch, tokens, experts or top_k), real (batch, tokens, 1). No step waits for the device.
     """
     weights = routing_weights.to(torch.promote_types(routing_weights.dtype, torch.float32))
-    none = torch.zeros(router_logits.shape, dtype=weights.dtype, device=weights.device)
-    probs = router_logits.softmax(-1, dtype=torch.float32) / real.sum(1, keepdim=True)
+    none = torch.zeros_like(router_logits, dtype=weights.dtype)
     chosen = none.scatter(-1, selected_experts, 1.0)
     given = none.scatter(-1, selected_experts, weights)
+    probs = router_logits.softmax(-1, dtype=torch.float32) / real.sum(1, keepdim=True)
     return [(each * real).sum(1) for each in (chosen, given, probs)]
 
 
 def one_shape(shape):
     """([decoder layers], num_experts, top_k) of a routing_shape: a dump holds one of each."""
     kinds = set(shape.values())
-    if len(kinds) > 1:
-        raise InputError(f"layers differ in (num_experts, top_k): {sorted(kinds)}; a dump cannot "
-                         "hold that")
+    require(len(kinds) == 1, f"layers differ in (num_experts, top_k): {sorted(kinds)}; a dump "
+                             "cannot hold that")
     return list(shape), *kinds.pop()
 
 
@@ -146,9 +143,8 @@ def pools(num_tokens, pool_tokens):
 def save_dump(path, dump, meta):
     """Write a dump, whole or not at all. Every token must be counted top_k times in every layer."""
     broken = dump["layers"][~np.isfinite(dump["mean_probs"]).all((0, 2))].tolist()
-    if broken:
-        raise InputError(f"router logits are NaN or infinite in layers {broken}; try --dtype "
-                         "float32")
+    require(not broken, f"router logits are NaN or infinite in layers {broken}; try --dtype "
+                        "float32")
     selections = dump["sequence_offsets"][-1] * meta["top_k"]
     if not (dump["counts"].sum(1) == selections).all():
         raise RuntimeError(f"{path}: counts do not add up to {selections}, tokens * top_k")
@@ -160,16 +156,13 @@ def is_done(path, meta, overwrite):
     """Whether the dump is there with the same settings; InputError says which are others."""
     if overwrite or not path.exists():
         return False
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            there = json.loads(str(file["meta"]))
-    except (ValueError, KeyError, OSError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path} is no routing dump; move it away or add --overwrite") from error
-    differ = [f"{key} {there.get(key)} there, {meta[key]} now"
-              for key in SETTINGS if there.get(key) != meta[key]]
-    if differ:
-        raise InputError(f"{path} was made with other settings ({'; '.join(differ)}); add "
-                         "--overwrite or another --out")
+    with (explained(f"{path} is no routing dump; move it away or add --overwrite"),
+          np.load(path, allow_pickle=False) as file):
+        made = json.loads(str(file["meta"]))
+    differ = [f"{key} {made.get(key)} there, {meta[key]} now"
+              for key in SETTINGS if made.get(key) != meta[key]]
+    require(not differ, f"{path} was made with other settings ({'; '.join(differ)}); add "
+                        "--overwrite or another --out")
     return True
 
 
@@ -178,27 +171,29 @@ def plan_dumps(args, config, num_experts, top_k):
     (index, parts), plan = args.shard, {}
     meta = {**vars(args), "format": FORMAT, "revision": checkpoint_id(args.model, config),
             "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
-            "out": str(args.out), "shard": f"{index}/{parts}",
+            "shard": f"{index}/{parts}",
             "transformers": transformers.__version__, "torch": torch.__version__}
     for language, path in find_data(args.data, args.languages).items():
         examples = read_examples(path)[:args.limit]
-        examples = examples[len(examples) * (index - 1) // parts:len(examples) * index // parts]
-        if not examples:
-            raise InputError(f"{path}: fewer prompts than shards; lower N of --shard I/{parts}")
+        first, last = (len(examples) * part // parts for part in (index - 1, index))
+        require(first < last, f"{path}: fewer prompts than shards; lower N of --shard I/{parts}")
         sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         name = f"{language}.npz" if parts == 1 else f"{language}.{index}of{parts}.npz"
-        plan[language] = (examples, meta | {"language": language, "data": path, "data_sha256": sha},
-                          args.out / name)
+        plan[language] = (examples[first:last], {
+            **meta, "language": language, "data": path, "data_sha256": sha}, Path(args.out, name))
     return plan
 
 
 def encode_corpus(tokenizer, examples, chat_template, longest):
     """(sequences, prompt_lengths, number cut): ids of prompt and response, cut at longest."""
-    prompts = [encode_prompt(tokenizer, e["prompt"], chat_template) for e in examples]
-    sequences = [prompt + tokenizer(e.get("response", ""), add_special_tokens=False)["input_ids"]
-                 for prompt, e in zip(prompts, examples)]
-    return ([s[:longest] for s in sequences], [min(len(p), longest) for p in prompts],
-            sum(len(s) > longest for s in sequences))
+    sequences, prompt_lengths, cut = [], [], 0
+    for example in examples:
+        prompt = encode_prompt(tokenizer, example["prompt"], chat_template)
+        ids = prompt + tokenizer(example.get("response", ""), add_special_tokens=False)["input_ids"]
+        sequences.append(ids[:longest])
+        prompt_lengths.append(min(len(prompt), longest))
+        cut += len(ids) > longest
+    return sequences, prompt_lengths, cut
 
 
 def parse_shard(text):
@@ -216,37 +211,28 @@ def parse_arguments():
     add("--model", default=MODEL, help="folder or hub id (default: %(default)s)")
     add("--data", default=DATA, help="prompts; {lang} is the language (default: %(default)s)")
     add("--languages", help="as bn,de (default: every file that --data matches)")
-    add("--limit", type=positive, help="only the first LIMIT prompts of each language")
+    add("--limit", **NUMBER, help="only the first N prompts of each language")
     add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="part I of N of each one")
     add = p.add_argument_group("what is written").add_argument
-    add("--out", type=Path, default=Path(OUT), help="folder of the dumps (default: %(default)s)")
+    add("--out", default=OUT, help="folder of the dumps (default: %(default)s)")
     add("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
-    add("--pool-tokens", type=positive, default=POOL_TOKENS,
+    add("--pool-tokens", **NUMBER, default=POOL_TOKENS,
         help="languages are batched, and written, together up to so many (default: %(default)s)")
     add_model_arguments(p)
     p.set_defaults(batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
     return p.parse_args()
 
 
-def capture_pool(model, plan, corpora, layers, args):
-    """Capture some languages together, write their dumps, and say how fast."""
-    sequences = [s for corpus in corpora.values() for s in corpus[0]]
+def capture_pool(model, corpora, args):
+    """({language: arrays of its dump}, how fast that was) of some languages, captured together."""
+    sequences = [sequence for corpus in corpora.values() for sequence in corpus[0]]
     total, started = sum(map(len, sequences)), time.perf_counter()
     with tqdm(total=total, desc=" ".join(corpora), unit="tok", unit_scale=True, leave=False) as bar:
         arrays, padded = capture(model, sequences, args.batch_tokens, args.stats_only, bar)
-    seconds = time.perf_counter() - started
-    for language, dump in cut_dumps(arrays, corpora, layers).items():
-        _, meta, path = plan[language]
-        save_dump(path, dump, meta)
-        print(f"{language:<8} {len(dump['mean_probs']):>6} sequences "
-              f"{dump['sequence_offsets'][-1]:>10,} tokens  {path}")
-        if meta["truncated"]:
-            longest = max(map(len, corpora[language][0]))
-            print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
-                  "--max-length")
-    print(f"{'':<8} {total:,} tokens, {padded / (padded + total):.1%} padding, "
-          f"{total / seconds:,.0f} tokens/s")
+    speed = total / (time.perf_counter() - started)
+    return cut_dumps(arrays, corpora, list(routing_shape(model))), (
+        f"{total:,} tokens, {padded / (padded + total):.1%} padding, {speed:,.0f} tokens/s")
 
 
 def main():
@@ -258,18 +244,27 @@ def main():
     for language, (examples, meta, path) in plan.items():
         if is_done(path, meta, args.overwrite):
             print(f"{language:<8} there already  {path}")
-        else:
-            *corpora[language], meta["truncated"] = encode_corpus(
-                tokenizer, examples, args.chat_template, longest)
+            continue
+        *corpora[language], meta["truncated"] = encode_corpus(
+            tokenizer, examples, args.chat_template, longest)
+        if meta["truncated"]:
+            print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
+                  "--max-length")
     if not corpora:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     model = load_weights(args.model, config, args.dtype, args.device)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
           f"{model.dtype}  {model.device}")
     num_tokens = {language: sum(map(len, corpus[0])) for language, corpus in corpora.items()}
     for pool in pools(num_tokens, args.pool_tokens):
-        capture_pool(model, plan, {language: corpora[language] for language in pool}, layers, args)
+        dumps, speed = capture_pool(model, {l: corpora[l] for l in pool}, args)
+        for language, dump in dumps.items():
+            _, meta, path = plan[language]
+            save_dump(path, dump, meta)
+            print(f"{language:<8} {len(dump['mean_probs']):>6} sequences "
+                  f"{dump['sequence_offsets'][-1]:>10,} tokens  {path}")
+        print(f"{'':<8} {speed}")
 
 
 if __name__ == "__main__":

@@ -20,15 +20,15 @@ run goes on where it stopped. In a notebook:
 """
 
 import argparse
-import collections
 import math
 import sys
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+import ablate
 import analyze
+import capture
 import common
 
 # ------------------------------------------------------------------------------------------------
@@ -54,16 +54,11 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=EXPERT
                           threshold=THRESHOLD):
     """{decoder layer: float64 (num_experts,)}: the first source's share in what the sources share.
 
-    dumps  of analyze.load_languages; those of other languages than the sources are not looked at
+    dumps  of analyze.load_languages; of other languages than the sources they do not matter
     band   decoder layers "10-39", inclusive; by default 10/48 to 40/48 of the depth, the paper's
     InputError if no expert is shared in the band.
     """
-    by_language = {dump["language"]: dump for dump in dumps}
-    for source in sources:
-        if source not in by_language:
-            raise common.InputError(f"no routing for '{source}' among the dumps; run: python "
-                                    f"capture.py --languages {source}")
-    frequency = analyze.frequencies([by_language[source] for source in sources])
+    frequency = analyze.frequencies(dumps)[ablate.rows_of(sources, dumps)]
     share = analyze.language_shares(frequency, experts_per_language)
     coefficients = np.where(analyze.shared_experts(share, threshold), share[0], 0)
     return in_band(coefficients, dumps[0]["layers"], band or PAPER_BAND,
@@ -82,8 +77,7 @@ def selection_coefficients(selection, layers, band=None):
 def in_band(coefficients, layers, band, message):
     """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any."""
     rows = band_rows(band, layers) & coefficients.any(1)
-    if not rows.any():
-        raise common.InputError(message)
+    common.require(rows.any(), message)
     return dict(zip(layers[rows].tolist(), coefficients[rows]))
 
 
@@ -91,15 +85,19 @@ def band_rows(band, layers):
     """bool (layers,) of decoder layers "10-39", of a part of the depth as PAPER_BAND, or of all."""
     if isinstance(band, str):
         return analyze.parse_bands([band], layers)[band]
-    first, last = band or (0, 1)
-    position = np.arange(len(layers))
-    return (position >= int(first * len(layers))) & (position < math.ceil(last * len(layers)))
+    first, last = (part * len(layers) for part in band or (0, 1))
+    row = np.arange(len(layers))
+    return (row >= int(first)) & (row < math.ceil(last))
 
 
 def random_coefficients(coefficients, seed):
     """The same coefficients in every layer, on experts drawn at random."""
     rng = np.random.default_rng(seed)
     return {layer: rng.permutation(c) for layer, c in coefficients.items()}
+
+
+def count(coefficients):
+    return sum(map(np.count_nonzero, coefficients.values()))
 
 
 def scaled(coefficients, strength):
@@ -111,33 +109,19 @@ def steer(model, coefficients, strength, rule=RULE, **options):
     return common.edit_routing(model, boosts=scaled(coefficients, strength), rule=rule, **options)
 
 
-@torch.inference_mode()
-def selections(model, sequences, batch_tokens):
-    """{layer: (tokens, top_k)}: the experts selected for all tokens of the sequences."""
-    found = collections.defaultdict(list)
-    for batch in common.length_batches([len(s) for s in sequences], batch_tokens):
-        ids = common.right_padded([sequences[i] for i in batch]).to(model.device)
-        real = torch.cat([torch.arange(ids.shape[1]) < len(sequences[i]) for i in batch])
-
-        def on_router(layer, router_logits, routing_weights, selected_experts):
-            found[layer].append(selected_experts.flatten(0, -2).cpu()[real])
-
-        with common.record_routing(model, on_router):
-            model.get_decoder()(input_ids=ids, use_cache=False)
-    return {layer: torch.cat(selected) for layer, selected in found.items()}
-
-
 def moved_selections(model, sequences, coefficients, strength, rule=RULE,
                      batch_tokens=BATCH_TOKENS):
     """{steered layer: part of the sequences' expert selections that steering changes}.
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
-    before = selections(model, sequences, batch_tokens)
+    before, _ = capture.capture(model, sequences, batch_tokens)
     with steer(model, coefficients, strength, rule, count_moved=False):
-        after = selections(model, sequences, batch_tokens)
-    return {layer: int(common.number_moved(before[layer], after[layer])) / after[layer].numel()
-            for layer in coefficients}
+        after, _ = capture.capture(model, sequences, batch_tokens)
+    before, after = before["selected_experts"], after["selected_experts"]
+    rows = {layer: row for row, layer in enumerate(common.routing_shape(model))}
+    return {layer: common.number_moved(before[:, rows[layer]], after[:, rows[layer]])
+            / after[:, 0].size for layer in coefficients}
 
 
 def choose_lambda(base, steered, metric):
@@ -178,7 +162,7 @@ def effect(base, scores, controls):
 def effects_by_language(base, scores, controls):
     """{language: effect}, and "together" where all have as many problems; of {language: scores}."""
     effects = {l: effect(base[l], scores[l], [c[l] for c in controls]) for l in base}
-    if len({len(values) for values in base.values()}) == 1 < len(base):
+    if len(set(map(len, base.values()))) == 1 < len(base):
         base, scores, *controls = (np.array(list(x.values())) for x in (base, scores, *controls))
         effects["together"] = effect(base, scores, controls)
     return effects
@@ -198,14 +182,15 @@ def print_effects(effects, metric):
 
 def choose_coefficients(args, dumps):
     """{name: coefficients}: "shared" or "selection", and as controls of it "band0-7", ..."""
-    layers, num_experts = dumps[0]["layers"], dumps[0]["num_experts"]
-    bands = {"selection" if args.selection else "shared": args.band,
-             **{f"band{band}": band for band in args.control_bands}}
-    if args.selection:
-        selection = analyze.load_selection(args.selection, layers, num_experts)
-        return {name: selection_coefficients(selection, layers, b) for name, b in bands.items()}
-    return {name: steering_coefficients(dumps, args.sources, band, args.experts_per_language,
-                                        args.threshold) for name, band in bands.items()}
+    def in_one(band):
+        if args.selection:
+            return selection_coefficients(selection, dumps[0]["layers"], band)
+        return steering_coefficients(dumps, args.sources, band, args.experts_per_language,
+                                     args.threshold)
+
+    selection = args.selection and ablate.selected_experts(args, dumps)
+    return {"selection" if args.selection else "shared": in_one(args.band),
+            **{f"band{band}": in_one(band) for band in args.control_bands}}
 
 
 def run_cells(experiment, languages, name, strength, coefficients):
@@ -236,28 +221,25 @@ def parse_arguments():
     add("--rule", choices=common.RULES, help="see common.boost_logits (default: %(default)s)")
     args = common.parse_task_arguments(p, sys.modules[__name__])
     args.sources = [] if args.selection else args.sources.split(",")
-    if not np.isfinite(args.lambdas).all():
-        raise common.InputError(f"lambda must be a finite number, not {args.lambdas}")
-    if len(set(args.sources)) < 2 and not args.selection:
-        raise common.InputError(f"--sources takes two or more languages, as {SOURCES}, for experts "
-                                "to be shared")
+    common.require(np.isfinite(args.lambdas).all(),
+                   f"lambda must be a finite number, not {args.lambdas}")
+    common.require(args.selection or len(set(args.sources)) > 1, "--sources takes two or more "
+                   f"languages, as {SOURCES}, for experts to be shared")
     return args
 
 
 def prepare(args):
     """(experiment, evaluated languages, {name: coefficients}), checked before weights are read."""
-    dumps = analyze.load_languages(args.routing)
-    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
-                                                          dumps[0]["num_experts"])
+    dumps = ablate.load_dumps(args)
     coefficients = choose_coefficients(args, dumps)
     experiment = common.Experiment(
         args, [dump for dump in dumps if args.selection or dump["language"] in args.sources])
     # the sources give; unless named, only other languages are evaluated
     giving = [] if args.languages else args.sources
     languages = [l for l in experiment.tasks if l not in giving] or list(experiment.tasks)
-    if len(args.lambdas) > 1 and min(len(experiment.tasks[l][0]) for l in languages) < 4:
-        raise common.InputError("choosing among several lambdas takes 4 examples or more; raise "
-                                "--limit or give one --lambda")
+    fewest = min(len(experiment.tasks[language][0]) for language in languages)
+    common.require(len(args.lambdas) == 1 or fewest >= 4, "choosing among several lambdas takes 4 "
+                   "examples or more; raise --limit or give one --lambda")
     return experiment, languages, coefficients
 
 
@@ -270,16 +252,15 @@ def print_moved(experiment, languages, coefficients):
                                  args.batch_tokens)
         print(f"lambda {strength}: selections moved (%), by layer  "
               + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in moved.items()))
-        if not any(moved.values()):
-            raise common.InputError(f"lambda {strength} moves no selection in any layer; take a "
-                                    "larger one")
+        common.require(any(moved.values()), f"lambda {strength} moves no selection in any layer; "
+                                            "take a larger one")
 
 
 def main():
     args = parse_arguments()
     experiment, languages, coefficients = prepare(args)
     (kind, boosted), *bands = coefficients.items()
-    print(f"{args.model}  {sum(map(np.count_nonzero, boosted.values()))} experts  "
+    print(f"{args.model}  {count(boosted)} experts  "
           f"{args.selection or 'shared by ' + ','.join(args.sources)}  rule {args.rule}  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     print_moved(experiment, languages, boosted)
@@ -294,20 +275,19 @@ def main():
         strength: values(scores, metric, even) for strength, scores in steered.items()}, metric)
     controls = [run_cells(experiment, languages, f"random-seed{seed}", best,
                           random_coefficients(boosted, seed)) for seed in range(args.control_seeds)]
-    others = {name: run_cells(experiment, languages, name, best, c) for name, c in bands}
+    others = [run_cells(experiment, languages, name, best, c) for name, c in bands]
 
     if several:
         print(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean gain "
               f"of {metric}: {', '.join(f'{l} {gain:+.4f}' for l, gain in gains.items())})")
     for metric in base[languages[0]]:
-        print(f"\n{metric}, lambda {best}\n         unsteered  steered  change 95 % interval"
-              "     random (least  most)" + "  fixed  broken      p" * (metric in common.RIGHT_OR_WRONG))
-        before = values(base, metric, odd)
-        print_effects(effects_by_language(before, values(steered[best], metric, odd), [
-            values(scores, metric, odd) for scores in controls]), metric)
-        for name, scores in others.items():
-            number = sum(map(np.count_nonzero, coefficients[name].values()))
-            print(f"control {name}, {number} experts")
+        print(f"\n{metric}, lambda {best}\n         unsteered  steered  change 95 % interval     "
+              "random (least  most)" + "  fixed  broken      p" * (metric in common.RIGHT_OR_WRONG))
+        before, after, *draws = (values(scores, metric, odd)
+                                 for scores in (base, steered[best], *controls))
+        print_effects(effects_by_language(before, after, draws), metric)
+        for (name, c), scores in zip(bands, others):
+            print(f"control {name}, {count(c)} experts")
             print_effects(effects_by_language(before, values(scores, metric, odd), []), metric)
     print(f"\n{args.out}")
 
