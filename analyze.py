@@ -755,54 +755,46 @@ def report(result, dumps, bands, args):
 def draw_heatmaps(figure, result, bands):
     """Similarity of every pair, a panel per band, in the linkage order of the mean over layers."""
     order, matrices = linkage_order(result["similarity"].mean(0)), result["band_similarity"]
-    names, side = result["languages"][order], max(3.2, 0.16 * len(order) + 1.5)
-    figure.set_size_inches(side * len(bands) + 1, side + 0.5)
-    axes = figure.subplots(1, len(bands), squeeze=False)[0]
-    for axis, (band, rows), matrix in zip(axes, bands.items(), matrices):
-        image = axis.imshow(matrix[order][:, order], vmin=matrices.min(), vmax=1, cmap="cividis")
-        axis.set_title(f"{band}, layers {describe(result['layers'][rows])}")
+    names, side = result["languages"][order], 2.5 + 0.16 * len(order)
+    figure.set_size_inches(side * len(bands) + 1, side)
+    for k, band in enumerate(bands):
+        axis = figure.add_subplot(1, len(bands), k + 1, title=band)
+        image = axis.imshow(matrices[k][order][:, order], vmin=matrices.min(), vmax=1)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axis.set_yticks(range(len(names)), names, fontsize=8)
-    figure.colorbar(image, ax=axes, label="routing similarity, 1 - JSD", shrink=0.8)
+    figure.colorbar(image, ax=figure.axes, label="routing similarity, 1 - JSD")
 
 
 def draw_layers(figure, result, bands):
-    """The profile over layers, after a bootstrap with intervals and the floor of similarity."""
+    """The profile over layers; after a bootstrap with 95 % intervals and the floor."""
+    panels = {"similarity, 1 - JSD": ("layer_similarity", "layer_floor"),
+              "routing entropy / log E": ("mean_entropy",),
+              "experts": ("layer_exclusive", "layer_shared")}
     figure.set_size_inches(8, 7)
-    axes = figure.subplots(3, sharex=True)
-    for axis, title, keys in ((axes[0], "similarity, 1 - JSD", ("layer_similarity", "layer_floor")),
-                              (axes[1], "routing entropy / log E", ("mean_entropy",)),
-                              (axes[2], "experts", ("layer_exclusive", "layer_shared"))):
-        for key in keys:
-            if key in result:
-                axis.plot(result["layers"], result[key], ".-", label=key.split("_")[1])
+    for axis, (title, keys) in zip(figure.subplots(3, sharex=True), panels.items()):
+        for key in result.keys() & keys:
+            axis.plot(result["layers"], result[key], ".-", label=key.split("_")[1])
             if f"interval_{key}" in result:
-                axis.fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25,
-                                  label="95 % interval")
+                axis.fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25)
         axis.set_ylabel(title)
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-        axis.grid(alpha=0.3)
+        axis.legend()
     axis.set_xlabel("decoder layer")
 
 
 def draw_experts(figure, result, bands):
-    """Layers x experts, coloured by the language it is exclusive to (of two, the larger share), or
-    as shared; twenty colours, which repeat.
+    """Layers x experts: a square if it is shared, or exclusive to a language; ten colours, which
+    repeat in other shapes.
     """
-    from matplotlib import colormaps, colors
-    exclusive, labels = result["exclusive"], ["neither", "shared", *result["languages"]]
-    largest = (exclusive * result["share"]).argmax(0)
-    kind = np.where(exclusive.any(0), largest + 2, result["shared"])
-    layers, experts = map(range, kind.shape)
-    colours = ["#EEEEEE", "#000000", *colormaps["tab20"](np.arange(len(labels) - 2) % 20)]
-    figure.set_size_inches(len(experts) * 0.05 + 6, len(layers) * 0.13 + 2)
+    kinds = dict(zip(result["languages"], result["exclusive"])) | {"shared": result["shared"]}
+    layers, experts = result["shared"].shape
+    figure.set_size_inches(0.08 * experts + 3, 0.12 * layers + 2)
     axis = figure.subplots()
-    image = axis.pcolormesh(experts, layers, kind, edgecolors="white", linewidth=0.3,
-                            norm=colors.NoNorm(), cmap=colors.ListedColormap(colours))
     axis.set(xlabel="expert", ylabel="decoder layer")
-    axis.set_yticks(layers, result["layers"], fontsize=8)
-    legend = [f"{label} ({(kind == k).sum()})" for k, label in enumerate(labels)][:22]
-    figure.colorbar(image).set_ticks(range(len(legend)), labels=legend)
+    for k, (kind, chosen) in enumerate(kinds.items()):
+        rows, ids = np.nonzero(chosen)
+        axis.plot(ids, result["layers"][rows], "sov^Dph<>*"[k // 10 % 10], markersize=4,
+                  label=f"{kind} ({len(ids)})")
+    figure.legend(loc="outside right upper")
 
 
 def save_figures(folder, result, bands):

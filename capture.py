@@ -23,8 +23,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from common import (NUMBER, add_model_arguments, checkpoint_id, dtype_name, encode_prompt, explained,
-                    find_data, length_batches, load_config, load_weights, max_positions,
+from common import (NUMBER, add_model_arguments, checkpoint_id, dtype_name, encode_prompt,
+                    explained, find_data, length_batches, load_config, load_weights, max_positions,
                     read_examples, record_routing, require, right_padded, routing_shape,
                     run_batches, run_script, write_whole)
 

@@ -157,7 +157,7 @@ def record_routing(model, on_router):
         for layer, (router, logits, _) in probe_routers(model).items():
             # Gemma 4 gives probabilities for logits; their log is as good as logits
             total = logits.float().sum(-1)
-            probabilities = logits.min() > 0 and total.allclose(torch.ones_like(total))
+            probabilities = (logits > 0).all() and total.allclose(torch.ones_like(total))
             hooks.enter_context(router.register_forward_hook(
                 functools.partial(hook, layer, probabilities)))
         yield
@@ -207,14 +207,14 @@ class EditedScoring(TorchFunctionMode):
         # tallies, which stay on the device until they are read
         self.edits, self.moved, self.selections = 0, 0, 0
         self.selected = torch.zeros(num_experts, dtype=torch.bool, device=weight.device)
-        self.masked = self.selected.clone()
-        self.masked[self.mask] = True
+        ids = torch.as_tensor(self.mask, dtype=torch.int64, device=weight.device)
+        self.masked = self.selected.index_fill(0, ids, True)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in CHOICES and self.mask:
             # (..., num_experts), or (..., groups, experts of a group) of a router with groups
             shape = args[0].shape[-1 if args[0].shape[-1] == self.num_experts else -2:]
-            if shape.numel() == self.num_experts:
+            if shape.numel() == self.num_experts and len(shape) < args[0].dim():
                 args = args[0].masked_fill(self.masked.view(shape), -torch.inf), *args[1:]
         output = func(*args, **kwargs or {})
         if func is F.linear and output.shape[-1] == self.width:
@@ -321,8 +321,8 @@ def check_edit(masks, boosts, rule, routers, shape):
             require(np.sort(free.reshape(groups, -1).sum(1))[:limit].sum() >= top_k,
                     f"the router chooses within {limit} of {groups} groups, and the mask leaves "
                     f"some such choice fewer than top_k {top_k} experts")
-            boost = torch.as_tensor(boosts.get(layer, [0] * num_experts))
-            require(boost.shape == (num_experts,) and boost.isfinite().all(),
+            boost = np.asarray(boosts.get(layer, np.zeros(num_experts)))
+            require(boost.shape == (num_experts,) and np.isfinite(boost).all(),
                     f"a boost is {num_experts} finite numbers, one per expert")
         if ids:
             checked[layer] = ids
@@ -331,11 +331,11 @@ def check_edit(masks, boosts, rule, routers, shape):
 
 def expert_ids(mask, num_experts):
     """Sorted expert ids of a mask: ids already, or bool (num_experts,), of numpy or torch."""
-    mask = torch.as_tensor(list(mask))
-    if mask.dtype == torch.bool and len(mask) == num_experts:
-        mask = mask.nonzero().flatten()
+    mask = np.asarray(list(mask))
+    if mask.dtype == bool and len(mask) == num_experts:
+        mask = np.flatnonzero(mask)
     ids = sorted(set(mask.tolist()))
-    require(mask.dtype != torch.bool and set(ids) <= set(range(num_experts)),
+    require(mask.dtype != bool and set(ids) <= set(range(num_experts)),
             f"a mask is some of the experts 0 to {num_experts - 1}, or {num_experts} booleans")
     return ids
 

@@ -1,5 +1,5 @@
-"""Every Mixture-of-Experts causal language model of the installed transformers, as a tiny random model:
-exact, or refused.
+"""Every Mixture-of-Experts causal language model of the installed transformers, as a tiny random
+model: exact, or refused.
 
     python -m pytest tests/test_architectures.py
     python tests/test_architectures.py            # the README's table of families
@@ -22,48 +22,53 @@ import capture  # noqa: E402
 from common import (InputError, RULES, edit_routing, find_routers, record_routing,  # noqa: E402
                     routing_shape)
 
-PIN = "5.23.0"  # of requirements.txt; in older versions some families are refused, which skips their tests
+PIN = "5.23.0"  # of requirements.txt; older versions refuse some families, which skips their tests
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, moe_intermediate_size=24, shared_expert_intermediate_size=24,
     max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, num_experts=8,
-    num_local_experts=8, n_routed_experts=8, moe_num_experts=8, num_experts_per_tok=2, moe_topk=2, moe_k=2,
-    top_k_experts=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-    first_k_dense_replace=1, n_group=4, topk_group=2, sliding_window=16, linear_num_key_heads=2,
-    linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_head_dim=8,
-    linear_num_heads=4, mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=8,
-    moe_shared_expert_intermediate_size=24, swa_num_attention_heads=4, swa_num_key_value_heads=2,
-    swa_head_dim=8)
-# what a family wants besides: where a small size contradicts a default, or a default is the easy case
+    num_local_experts=8, n_routed_experts=8, moe_num_experts=8, num_experts_per_tok=2, moe_topk=2,
+    moe_k=2, top_k_experts=2, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_group=4, topk_group=2,
+    sliding_window=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=8, linear_head_dim=8, linear_num_heads=4, mamba_num_heads=8,
+    mamba_head_dim=8, ssm_state_size=8, moe_shared_expert_intermediate_size=24,
+    swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8)
+# what a family wants besides: where a small size contradicts a default, or a default is easy
 MORE = {
     "dbrx": dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=64,
                  attn_config=dict(kv_n_heads=2, rope_theta=1e4),
                  ffn_config=dict(ffn_hidden_size=48, moe_num_experts=8, moe_top_k=2)),
     "deepseek_v2": dict(topk_method="group_limited_greedy"),
     "doge": dict(is_moe=True, num_experts=16),
-    "dots3_note": dict(vision_config=dict(adapter_out_dim=32), audio_config=dict(adapter_out_dim=32)),
+    "dots3_note": dict(vision_config=dict(adapter_out_dim=32),
+                       audio_config=dict(adapter_out_dim=32)),
     "dots1": dict(n_shared_experts=1),
     "dots3_note_text": dict(num_hidden_layers=2),
-    "gemma4_text": dict(enable_moe_block=True, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8),
+    "gemma4_text": dict(enable_moe_block=True, vocab_size_per_layer_input=64,
+                        hidden_size_per_layer_input=8),
     "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
                              layer_types=["mamba", "attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1),
-    "longcat_flash": dict(num_layers=2, zero_expert_num=2, expert_ffn_hidden_size=24, ffn_hidden_size=48),
+    "longcat_flash": dict(num_layers=2, zero_expert_num=2, expert_ffn_hidden_size=24,
+                          ffn_hidden_size=48),
     "qwen3_moe": dict(mlp_only_layers=[1], norm_topk_prob=True),
-    "qwen4_exp_text": dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=16,
-                           indexer_compress_ratio=4, ngram_vocab_size_base=64),
+    "qwen4_exp_text": dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8,
+                           indexer_budget=16, indexer_compress_ratio=4, ngram_vocab_size_base=64),
     "zaya": dict(num_experts_per_tok=1),
 }
 UNSUPPORTED = {  # and why
     "dbrx": "its block, not its router, selects the experts",
-    "doge": "retrieves experts by product keys within the experts module; there is no router to watch or edit",
-    "jetmoe": "routes attention heads as well, and its router returns sorted tokens instead of selections",
+    "doge": "retrieves experts by product keys within the experts module; there is no router to "
+            "watch or edit",
+    "jetmoe": "routes attention heads as well, and its router returns sorted tokens instead of "
+              "selections",
     "zaya": "a class of its router skips all experts, and is reported as expert 0",
 }
 
 
 def model_types():
-    """Every causal language model type whose modelling file declares router_logits to be recorded."""
+    """Every causal language model type whose modelling file declares router_logits."""
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         path = inspect.getsourcefile(transformers.CONFIG_MAPPING[model_type])
         path = path.replace("configuration_", "modeling_")
@@ -74,8 +79,9 @@ def model_types():
 def tiny_config(model_type):
     config_class = transformers.CONFIG_MAPPING[model_type]
     text = config_class.sub_configs.get("text_config")
-    if text is not None:  # a model of several towers: its text tower is small, and the others are not built
-        return config_class(text_config=tiny_config(text.model_type).to_dict(), **MORE.get(model_type, {}))
+    if text is not None:  # of several towers: that of text is small, and the others are not built
+        return config_class(text_config=tiny_config(text.model_type).to_dict(),
+                            **MORE.get(model_type, {}))
     known = inspect.signature(config_class.__init__).parameters
     sizes = SMALL | (dict(num_key_value_heads=4) if "kv_lora_rank" in known else {})
     return config_class(**{k: v for k, v in sizes.items() if k in known} | MORE.get(model_type, {}))
@@ -96,7 +102,7 @@ def build(model_type):
         if transformers.__version__ == PIN:
             raise
         pytest.skip(f"refused in transformers {transformers.__version__}: {error}")
-    with torch.no_grad():  # many families start with equal routers, which pick the same for every token
+    with torch.no_grad():  # routers that start equal pick the same experts for every token
         for router in find_routers(model).values():
             for parameter in router.parameters():
                 if parameter.dim() == 2 and parameter.shape[1] == 32:
@@ -109,7 +115,7 @@ SUPPORTED = [t for t in TYPES if t not in UNSUPPORTED]
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=SUPPORTED)  # of the module: all tests of a family, then the next
+@pytest.fixture(scope="module", params=SUPPORTED)  # a family's tests, then the next's
 def model_type(request):
     return request.param
 
@@ -126,7 +132,7 @@ def blocks(model):
 
 
 def routing(model):
-    """{layer: (logits, weights, selected)}, (tokens, ...) each, of one forward pass, and its output."""
+    """{layer: (logits, weights, selected)}, (tokens, ...) each, of a forward pass; its output."""
     calls = {}
 
     def on_router(layer, *answer):
@@ -144,7 +150,7 @@ def outputs(model):
 
 
 def routing_at_the_experts(model):
-    """routing(model); its selections and weights are those that reach the experts, in all layers with any."""
+    """routing(model); in every layer its selections and weights are those that the experts get."""
     received, handles = {}, []
     for layer, block in blocks(model).items():
         def hook(module, args, kwargs, layer=layer):
@@ -164,7 +170,8 @@ def routing_at_the_experts(model):
             assert torch.equal(given.flatten(0, -2), weights)
         else:  # Llama 4 hands every token to every expert, times its score
             scaled = received[layer][0].view(num_experts, 24, -1)
-            assert torch.equal((scaled != 0).any(-1).T, torch.zeros(24, num_experts).scatter(1, selected, 1).bool())
+            expected = torch.zeros(24, num_experts, dtype=torch.bool).scatter(1, selected, True)
+            assert torch.equal((scaled != 0).any(-1).T, expected)
     return calls, output
 
 
@@ -174,7 +181,7 @@ def most_used(calls, n):
 
 
 def zero_boosts(model):
-    return {layer: np.zeros(num_experts) for layer, (num_experts, _) in routing_shape(model).items()}
+    return {layer: np.zeros(n) for layer, (n, _) in routing_shape(model).items()}
 
 
 def test_what_is_captured_is_what_the_experts_get(model):
@@ -189,7 +196,7 @@ def test_what_is_captured_is_what_the_experts_get(model):
 def test_there_is_a_router_for_every_layer_with_experts_and_for_no_other(model):
     names = [name for name, _ in model.get_decoder().named_modules() if name.endswith(".experts")]
     layers = sorted({int(part) for name in names for part in name.split(".") if part.isdigit()})
-    if model.config.model_type == "deepseek_v4":  # its first layers have experts that a hash of the token chooses
+    if model.config.model_type == "deepseek_v4":  # in its first layers a hash of the token chooses
         layers = [l for l, kind in enumerate(model.config.mlp_layer_types) if kind != "hash_moe"]
     assert list(find_routers(model)) == layers and layers
     assert layers[-1] < model.config.get_text_config().num_hidden_layers
@@ -231,7 +238,7 @@ def test_masked_experts_are_never_selected_and_the_rest_is_scored_as_ever(model)
 def test_a_strong_boost_is_selected_by_every_token(model):
     plain, _ = routing(model)
     last = max(plain)
-    # a group competes by its best or two best experts, so where there are groups of two, both are boosted
+    # a group competes by its best or two best experts: where there are groups of two, boost both
     groups = getattr(find_routers(model)[last], "num_group", 1) or 1
     wanted, boost = [4, 5] if groups > 1 else [5], zero_boosts(model)[last]
     for rule, strength in (("soft", 1000), ("hard", 1)):
@@ -312,7 +319,7 @@ if __name__ == "__main__":
             exact.append(name) if routing_shape(build(name)) else None
         except pytest.skip.Exception as reason:
             refused[name] = str(reason)
-    print(f"Exact in transformers {transformers.__version__}, {len(exact)} model types: {', '.join(exact)}. "
-          "Refused:\n")
+    print(f"Exact in transformers {transformers.__version__}, {len(exact)} model types: "
+          f"{', '.join(exact)}. Refused:\n")
     for name, reason in refused.items():
         print(f"- `{name}`: {reason}")

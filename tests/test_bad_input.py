@@ -127,6 +127,8 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "no examples": ("ablate", ABLATE + "--languages xx", "no such file: tests/data/eval_xx.tsv"),
     "masks all": ("ablate", ABLATE + "--experts shared --experts-per-language 32 --threshold 0.99",
                   "masking 3[0-9] of 32 experts leaves fewer than top_k 2"),
+    "long prompt": ("ablate", ABLATE + "--data {}/long.txt --max-length 99999",
+                    "prompt 1 has [0-9]+ tokens, more than 2048; take it out"),
     "greedy top_p": ("ablate", ABLATE + "--top-p 0.9", "--top-p .* need a --temperature"),
     "no results": ("ablate", ABLATE + "--out {}/blank.txt", "is not a results file; move it away"),
     "no source": ("steer", STEER + "--sources en,fr", "no routing for 'fr' .*; run: python"),
@@ -184,14 +186,18 @@ def test_odd_corpora_are_analyzed(place, monkeypatch, capsys, tmp_path, dumps, s
     assert shown in capsys.readouterr().out
 
 
-def test_a_full_disk_leaves_no_partial_file_and_running_again_goes_on(monkeypatch, tmp_path):
-    command = ["capture.py", "--languages", "en", "--limit", 20, "--out", tmp_path]
+@pytest.mark.parametrize("script, written", [("capture.py", "en.npz"), ("analyze.py", "a.npz")])
+def test_a_full_disk_leaves_no_partial_file_and_running_again_goes_on(
+        script, written, place, monkeypatch, tmp_path):
+    command = [script, place / "tiny_en.npz", "--out", tmp_path / "a.npz"]
+    if script == "capture.py":
+        command = [script, "--languages", "en", "--limit", 20, "--out", tmp_path]
     full = process(*command, preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (4096, 4096)))
     check_outcome(full, r"\[Errno \d+\] File too large")
     assert list(tmp_path.iterdir()) == []
     assert not in_process(monkeypatch, *command)
-    assert [file.name for file in tmp_path.iterdir()] == ["en.npz"]
+    assert [file.name for file in tmp_path.iterdir()] == [written]
 
 
 def test_an_interrupt_says_how_to_go_on_and_leaves_whole_files(tmp_path):

@@ -59,13 +59,14 @@ def test_edited_selections_follow_the_rule(qwen, rule, formula):
 
 def test_boosted_logits_by_hand():
     # of the mean 1, deviations -3, 1, 2 and 0: a variance of 14 / 3
-    logits, boost = torch.tensor([[-2.0, 2.0, 3.0, 1.0]]).double(), torch.tensor([0.5, -0.5, 0.0, 1.0])
+    logits = torch.tensor([[-2.0, 2.0, 3.0, 1.0]], dtype=torch.float64)
+    boost = torch.tensor([0.5, -0.5, 0.0, 1.0], dtype=torch.float64)
     std = (14 / 3) ** 0.5
     for rule, expected in [
             ("proportional", [-1, 1, 3, 2]),
             ("soft", [-2 + 0.5 * std, 2 - 0.5 * std, 3, 1 + std]),
             ("hard", [3.03, -2.02, 3, 3.03])]:  # a hundredth of 3 above it, of 2 below -2
-        edited = common.boost_logits(logits, boost.double(), rule)
+        edited = common.boost_logits(logits, boost, rule)
         np.testing.assert_allclose(edited.numpy(), [expected], rtol=1e-12)
         assert edited[0, 2] == 3
 
@@ -109,6 +110,35 @@ def test_edits_nest(qwen):
         inside = routing(qwen)[0][2]
         assert (inside == b).any() and not (inside == a).any()
     assert (routing(qwen)[0][2] == a).any() and untouched(qwen)
+
+
+def test_in_nested_edits_all_boosts_come_before_all_masks(qwen):
+    hidden, router = hidden_states(4), find_routers(qwen)[0]
+    first, second = np.eye(8)[1] * 0.7, np.eye(8)[[2, 6]].sum(0) * -0.4
+
+    def change(z):
+        for boost in (first, second):
+            z = z + torch.tensor(boost) * z.std(-1, keepdim=True)  # which a mask would move far
+        z[:, [1, 4]] = -1e9
+        return z
+
+    expected_weights, expected = by_hand(router, hidden, change)
+    with torch.inference_mode(), edit_routing(qwen, {0: [1]}, {0: first}, "soft"):
+        with edit_routing(qwen, {0: [4]}, {0: second}, "soft"):
+            _, weights, selected = router(hidden)
+    assert torch.equal(selected, expected)
+    torch.testing.assert_close(weights.double(), expected_weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_a_mask_is_ids_or_one_boolean_for_each_expert(qwen, kind):
+    hidden, router = hidden_states(5), find_routers(qwen)[0]
+    answers = []
+    for mask in ([1, 2, 6], [False, True, True, False, False, False, True, False]):
+        with torch.inference_mode(), edit_routing(qwen, masks={0: kind(mask)}):
+            answers.append(router(hidden)[2])
+    assert torch.equal(*answers)
+    assert set(answers[0].unique().tolist()) == {0, 3, 4, 5, 7}
 
 
 def test_it_works_in_bfloat16_and_changes_no_bit_at_zero():
@@ -176,10 +206,11 @@ def test_an_edit_that_fails_half_way_leaves_the_edit_around_it(qwen, second_fail
 def test_moved_counts_the_selections_that_a_boost_changed(qwen):
     hidden, router = hidden_states(3, 50), find_routers(qwen)[0]
     before = router(hidden)[2]
-    with torch.inference_mode(), edit_routing(qwen, boosts={0: np.eye(8)[2] * 0.8}) as moved:
+    boost = 3 * (np.eye(8)[2] + np.eye(8)[5])
+    with torch.inference_mode(), edit_routing(qwen, boosts={0: boost}) as moved:
         after = router(hidden)[2]
-    new = sum(len(set(a) - set(b)) for a, b in zip(after.tolist(), before.tolist()))
-    assert new > 0 and moved == {0: new / 100}
+    new = [len(set(a) - set(b)) for a, b in zip(after.tolist(), before.tolist())]
+    assert set(new) == {0, 1, 2} and moved == {0: sum(new) / 100}  # of 50 tokens' 2 selections
 
 
 def test_boosts_that_move_nothing_say_so(qwen):
@@ -196,7 +227,8 @@ def test_an_edit_that_no_router_ran_under_is_an_error(qwen):
 
 def test_a_masked_expert_that_is_selected_is_an_error(qwen, monkeypatch):
     monkeypatch.setattr(common, "CHOICES", set())
-    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda self, *_: self)  # no mask reaches the logits
+    # no mask reaches the logits
+    monkeypatch.setattr(torch.Tensor, "masked_fill", lambda self, *_: self)
     with pytest.raises(RuntimeError, match="layer 0: the experts .* were masked and yet selected"):
         with edit_routing(qwen, masks={0: used_most(qwen, 0, 4)}):
             find_routers(qwen)[0](torch.randn(50, 32))
@@ -217,8 +249,8 @@ def test_a_mask_must_leave_top_k_experts_in_any_choice_of_groups():
     model = build_deepseek()  # 4 groups of 2 experts, of which a token gets 2, top_k 2
     with edit_routing(model, masks={1: [0, 2]}):  # one expert left in each of two groups
         model(IDS)
-    with pytest.raises(InputError, match="within 2 of 4 groups, and the mask leaves some such choice "
-                                         "fewer than top_k 2"):
+    message = "within 2 of 4 groups, and the mask leaves some such choice fewer than top_k 2"
+    with pytest.raises(InputError, match=message):
         with edit_routing(model, masks={1: [0, 1, 2]}):
             pytest.fail("the block was entered")
 
@@ -227,6 +259,7 @@ def test_a_mask_must_leave_top_k_experts_in_any_choice_of_groups():
     (dict(masks={1: [0]}), "layer 1 has no router; MoE layers are"),
     (dict(masks={0: [8]}), "experts 0 to 7"),
     (dict(masks={0: [-1]}), "experts 0 to 7"),
+    (dict(masks={0: [True] * 2 + [False] * 5}), "or 8 booleans"),
     (dict(masks={0: range(7)}), "leaves fewer than top_k 2"),
     (dict(boosts={0: np.zeros(7)}), "8 finite numbers"),
     (dict(boosts={0: np.full(8, np.nan)}), "8 finite numbers"),

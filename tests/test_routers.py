@@ -1,4 +1,4 @@
-"""Which modules are routers, of which layer and shape; and the room of common.py that finds them, alone.
+"""Which modules are routers, of which layer and shape; and common.py's room of routers, alone.
 
 That what is recorded and edited is what the experts get, in every family: test_architectures.py.
 """
@@ -86,7 +86,7 @@ def test_a_router_is_named_by_its_decoder_layer_and_dense_layers_have_none():
 
 @pytest.fixture(params=[(8, 3), (6, 2), (6, 3)], ids=str)
 def mixed(request):
-    """A model with 8 experts and top_k 2 in layer 0, and one or both different in layer 2; that shape."""
+    """A model with 8 experts, top_k 2 in layer 0 and another shape in layer 2; and that shape."""
     model, shape = build_qwen(), request.param
     model.model.layers[2].mlp = build_qwen(*shape).model.layers[2].mlp
     return model, *shape
@@ -102,7 +102,8 @@ def test_routers_of_two_shapes_are_recorded_each_in_its_own(mixed):
     for layer, (logits, weights, selected) in routing(model).items():
         assert (logits.shape[-1], selected.shape[-1]) == routing_shape(model)[layer]
         assert logits.shape[0] == 20 and weights.shape == selected.shape
-        assert torch.equal(selected, received[layer][0]) and torch.equal(weights, received[layer][1])
+        index, given = received[layer]
+        assert torch.equal(selected, index) and torch.equal(weights, given)
 
 
 def test_routers_of_two_shapes_are_masked_each_in_its_own(mixed):
@@ -132,20 +133,21 @@ def test_routers_of_two_shapes_are_boosted_each_in_its_own(mixed):
 def test_an_edit_that_does_not_fit_its_own_layers_router_is_refused(mixed):
     model, num_experts, top_k = mixed
     for edit, message in [
-            (dict(masks={2: range(num_experts - top_k + 1)}), f"layer 2: .*fewer than top_k {top_k}"),
-            (dict(masks={2: [num_experts]}), f"layer 2: .*experts 0 to {num_experts - 1},"),
-            (dict(boosts={2: np.zeros(num_experts + 2)}), f"layer 2: a boost is {num_experts} finite")]:
-        with pytest.raises(InputError, match=message):
+            (dict(masks={2: range(num_experts - top_k + 1)}), f"fewer than top_k {top_k}"),
+            (dict(masks={2: [num_experts]}), f"the experts 0 to {num_experts - 1},"),
+            (dict(boosts={2: np.zeros(num_experts + 2)}), f"a boost is {num_experts} finite")]:
+        with pytest.raises(InputError, match=f"^layer 2.* {message}"):
             with edit_routing(model, **edit):
                 pytest.fail("the block was entered")
 
 
 def test_routers_of_two_shapes_fit_no_dump(mixed):
     model, num_experts, top_k = mixed
-    both = re.escape(str(sorted([(8, 2), (num_experts, top_k)])))
+    both = str(sorted([(8, 2), (num_experts, top_k)]))
+    message = re.escape(f"differ in (num_experts, top_k): {both}; a dump cannot hold that")
     for use in (lambda: capture.one_shape(routing_shape(model)),
                 lambda: capture.capture(model, IDS.tolist())):
-        with pytest.raises(InputError, match=rf"differ in \(num_experts, top_k\): {both}; a dump cannot hold that"):
+        with pytest.raises(InputError, match=message):
             use()
 
 
@@ -190,7 +192,8 @@ model, ids = AutoModelForCausalLM.from_pretrained(sys.argv[1]), torch.arange(5, 
 
 def selected():
     seen = {}
-    with torch.no_grad(), room.record_routing(model, lambda layer, *answer: seen.update({layer: answer[2]})):
+    on_router = lambda layer, logits, weights, chosen: seen.update({layer: chosen})
+    with torch.no_grad(), room.record_routing(model, on_router):
         model(ids)
     return seen
 
@@ -228,7 +231,8 @@ def test_the_routers_room_uses_no_name_from_outside_it():
     code, defined = compile(room(), "room.py", "exec"), {"__name__": "room"}
     exec(code, defined)
     assert {"InputError", "find_routers", "record_routing", "edit_routing"} <= defined.keys()
-    assert set(names(code)) - defined.keys() - set(dir(builtins)) - {"__module__", "__qualname__"} == set()
+    known = defined.keys() | set(dir(builtins)) | {"__module__", "__qualname__"}
+    assert set(names(code)) - known == set()
 
 
 # --------------------------------------------------------------------------------------- the model
