@@ -44,40 +44,20 @@ OUT = "results/ablate.jsonl"
 OF_ALL = ("shared", "selection")     # targets that are no language: every language has its controls
 
 
-def load_dumps(args):
-    """The dumps of args.routing; args.experts_per_language, if a part, becomes a number of them."""
-    dumps = analyze.load_languages(args.routing)
-    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
-                                                          dumps[0]["num_experts"])
-    return dumps
-
-
-def selected_experts(args, dumps):
-    """What args.selection holds: (layers, experts), a selected expert's difference, else 0."""
-    return analyze.load_selection(args.selection, dumps[0]["layers"], dumps[0]["num_experts"])
-
-
 def choose_experts(args, dumps):
     """{target: bool (layers, experts)}: exclusive to a language, or to several as "bn+sw"; what all
     share; or what a file selects.
     """
     if args.selection:  # of either sign, those that A's tokens select more
-        return {"selection": selected_experts(args, dumps) > 0}
+        return {"selection": analyze.load_selection(args.selection, dumps[0]["layers"],
+                                                    dumps[0]["num_experts"]) > 0}
     share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
     if args.experts == "shared":
         return {"shared": analyze.shared_experts(share, args.threshold)}
     targets = args.targets.split(",") if args.targets else [dump["language"] for dump in dumps]
-    return {target: analyze.exclusive_experts(
-        share[rows_of(target.split("+"), dumps)].sum(0), args.threshold) for target in targets}
-
-
-def rows_of(languages, dumps):
-    """Which of the dumps are those of the languages; InputError if one has none."""
-    names = [dump["language"] for dump in dumps]
-    for language in languages:
-        common.require(language in names, f"no routing for '{language}' among the dumps; run: "
-                       f"python capture.py --languages {language}")
-    return [names.index(language) for language in languages]
+    rows = {target: analyze.rows_of(target.split("+"), dumps) for target in targets}
+    return {target: analyze.exclusive_experts(share[rows[target]].sum(0), args.threshold)
+            for target in targets}
 
 
 def random_control(masked, used, seed):
@@ -116,7 +96,7 @@ def plan_cells(args, chosen, bands, dumps, languages):
     for band, target, language in itertools.product(bands, chosen, languages):
         masked, of_target = chosen[target] & bands[band][:, None], target.split("+")
         if args.experts == "random":
-            used = frequencies[rows_of(of_target, dumps)].any(0)
+            used = frequencies[analyze.rows_of(of_target, dumps)].any(0)
             masked = random_control(masked, used, [zlib.crc32(f"{band} {target}".encode())])
         cell = plan[band, target, language] = {"masked": masked}
         if target in OF_ALL or language in of_target:
@@ -203,7 +183,9 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    dumps = load_dumps(args)
+    dumps = analyze.load_languages(args.routing)
+    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
+                                                          dumps[0]["num_experts"])
     layers, chosen = dumps[0]["layers"], choose_experts(args, dumps)
     bands = analyze.parse_bands(args.bands, layers)
     if args.selection and not args.bands:

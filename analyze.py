@@ -884,6 +884,15 @@ def frequencies(dumps):
     return activation_frequency([d["counts"] for d in dumps], [d["num_tokens"] for d in dumps])
 
 
+def rows_of(languages, dumps):
+    """Which of the dumps are those of the languages; InputError if one has none."""
+    names = [dump["language"] for dump in dumps]
+    for language in languages:
+        require(language in names, f"no routing for '{language}' among the dumps; run: python "
+                                   f"capture.py --languages {language}")
+    return [names.index(language) for language in languages]
+
+
 def compute(dumps, bands, args):
     """All arrays of analysis.npz, listed at save_analysis."""
     languages, by_sequence = [d["language"] for d in dumps], None

@@ -20,15 +20,15 @@ run goes on where it stopped. In a notebook:
 """
 
 import argparse
+import collections
 import math
 import sys
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-import ablate
 import analyze
-import capture
 import common
 
 # ------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=EXPERT
     band   decoder layers "10-39", inclusive; by default 10/48 to 40/48 of the depth, the paper's
     InputError if no expert is shared in the band.
     """
-    frequency = analyze.frequencies(dumps)[ablate.rows_of(sources, dumps)]
+    frequency = analyze.frequencies(dumps)[analyze.rows_of(sources, dumps)]
     share = analyze.language_shares(frequency, experts_per_language)
     coefficients = np.where(analyze.shared_experts(share, threshold), share[0], 0)
     return in_band(coefficients, dumps[0]["layers"], band or PAPER_BAND,
@@ -109,19 +109,33 @@ def steer(model, coefficients, strength, rule=RULE, **options):
     return common.edit_routing(model, boosts=scaled(coefficients, strength), rule=rule, **options)
 
 
+@torch.inference_mode()
+def selections(model, sequences, batch_tokens):
+    """{layer: (tokens, top_k)}: the experts selected for all tokens of the sequences."""
+    found = collections.defaultdict(list)
+    for batch in common.length_batches([len(s) for s in sequences], batch_tokens):
+        ids = common.right_padded([sequences[i] for i in batch]).to(model.device)
+        real = torch.cat([torch.arange(ids.shape[1]) < len(sequences[i]) for i in batch])
+
+        def on_router(layer, router_logits, routing_weights, selected_experts):
+            found[layer].append(selected_experts.flatten(0, -2).cpu()[real])
+
+        with common.record_routing(model, on_router):
+            model.get_decoder()(input_ids=ids, use_cache=False)
+    return {layer: torch.cat(selected) for layer, selected in found.items()}
+
+
 def moved_selections(model, sequences, coefficients, strength, rule=RULE,
                      batch_tokens=BATCH_TOKENS):
     """{steered layer: part of the sequences' expert selections that steering changes}.
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
-    before, _ = capture.capture(model, sequences, batch_tokens)
+    before = selections(model, sequences, batch_tokens)
     with steer(model, coefficients, strength, rule, count_moved=False):
-        after, _ = capture.capture(model, sequences, batch_tokens)
-    before, after = before["selected_experts"], after["selected_experts"]
-    rows = {layer: row for row, layer in enumerate(common.routing_shape(model))}
-    return {layer: common.number_moved(before[:, rows[layer]], after[:, rows[layer]])
-            / after[:, 0].size for layer in coefficients}
+        after = selections(model, sequences, batch_tokens)
+    return {layer: int(common.number_moved(before[layer], after[layer])) / after[layer].numel()
+            for layer in coefficients}
 
 
 def choose_lambda(base, steered, metric):
@@ -182,15 +196,15 @@ def print_effects(effects, metric):
 
 def choose_coefficients(args, dumps):
     """{name: coefficients}: "shared" or "selection", and as controls of it "band0-7", ..."""
-    def in_one(band):
-        if args.selection:
-            return selection_coefficients(selection, dumps[0]["layers"], band)
-        return steering_coefficients(dumps, args.sources, band, args.experts_per_language,
-                                     args.threshold)
-
-    selection = args.selection and ablate.selected_experts(args, dumps)
-    return {"selection" if args.selection else "shared": in_one(args.band),
-            **{f"band{band}": in_one(band) for band in args.control_bands}}
+    bands = {"selection" if args.selection else "shared": args.band,
+             **{f"band{band}": band for band in args.control_bands}}
+    if args.selection:
+        selection = analyze.load_selection(args.selection, dumps[0]["layers"],
+                                           dumps[0]["num_experts"])
+        return {name: selection_coefficients(selection, dumps[0]["layers"], band)
+                for name, band in bands.items()}
+    return {name: steering_coefficients(dumps, args.sources, band, args.experts_per_language,
+                                        args.threshold) for name, band in bands.items()}
 
 
 def run_cells(experiment, languages, name, strength, coefficients):
@@ -230,7 +244,9 @@ def parse_arguments():
 
 def prepare(args):
     """(experiment, evaluated languages, {name: coefficients}), checked before weights are read."""
-    dumps = ablate.load_dumps(args)
+    dumps = analyze.load_languages(args.routing)
+    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
+                                                          dumps[0]["num_experts"])
     coefficients = choose_coefficients(args, dumps)
     experiment = common.Experiment(
         args, [dump for dump in dumps if args.selection or dump["language"] in args.sources])

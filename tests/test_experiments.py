@@ -100,7 +100,7 @@ def test_experts_are_chosen_by_the_targets_shares(arguments, chosen):
 
 @pytest.mark.parametrize("targets", ["fr", "aa,fr", "aa+fr"])
 def test_a_target_without_routing_is_told_how_to_capture_it(targets):
-    with pytest.raises(common.InputError, match="'fr'.*run: python capture.py --languages fr"):
+    with pytest.raises(analyze.InputError, match="'fr'.*run: python capture.py --languages fr"):
         ablate.choose_experts(parsed(ablate, "--targets", targets), HAND)
 
 
@@ -217,7 +217,7 @@ def test_coefficients_are_the_first_sources_share_in_what_the_sources_share():
     assert coefficients(["aa", "bb"], "0-1", 0.55) == {1: [0, 0.5, 0, 0]}
     with pytest.raises(common.InputError, match="share no expert.*raise --threshold"):
         coefficients(["aa", "bb"], "0-0", 0.55)
-    with pytest.raises(common.InputError, match="'fr'.*run: python capture.py --languages fr"):
+    with pytest.raises(analyze.InputError, match="'fr'.*run: python capture.py --languages fr"):
         coefficients(["aa", "fr"], "0-1", 0.7)
 
 
