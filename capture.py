@@ -49,7 +49,6 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progr
     counts, weight_sums, mean_probs  (sequences, layers, experts): selections, the routing weights
                                      given with them, and the mean of softmax(router_logits)
     selected_experts                 (tokens, layers, top_k), one sequence after the other
-
     Padding stands on the right and needs no mask: attention is causal, so it reaches no real token.
     """
     layers, num_experts, top_k = one_shape(routing_shape(model))
@@ -58,33 +57,37 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progr
     arrays = {"counts": np.empty(shape, np.int64), "weight_sums": np.empty(shape),
               "mean_probs": np.empty(shape, np.float32)}
     if not stats_only:
-        id_type = np.uint8 if num_experts <= 256 else np.uint16
-        arrays["selected_experts"] = np.empty((offsets[-1], len(layers), top_k), id_type)
+        arrays["selected_experts"] = np.empty(
+            (offsets[-1], len(layers), top_k), np.uint8 if num_experts <= 256 else np.uint16)
+
+    routing, real = {}, None  # of the batch at hand
+
+    def on_router(layer, *answer):
+        # to one device, where a model is spread over several
+        logits, weights, chosen = (x.to(real.device).reshape(*real.shape[:2], -1) for x in answer)
+        routing[layer] = *sequence_sums(logits, weights, chosen, real), chosen.short()
 
     def run(batch):
+        nonlocal real
         ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        length = torch.tensor([[[lengths[i]]] for i in batch], device=ids.device)
-        real, routing = torch.arange(ids.shape[1], device=ids.device)[:, None] < length, {}
-
-        def on_router(layer, *answer):
-            # to one device, where a model is spread over several
-            logits, weights, chosen = (x.to(ids.device).reshape(*ids.shape, -1) for x in answer)
-            routing[layer] = *sequence_sums(logits, weights, chosen, real), chosen.short()
-
-        with record_routing(model, on_router):
-            model.get_decoder()(input_ids=ids, use_cache=False)
+        length = torch.tensor([[[lengths[i]]] for i in batch])
+        real = (torch.arange(ids.shape[1])[:, None] < length).to(ids.device)
+        routing.clear()
+        model.get_decoder()(input_ids=ids, use_cache=False)
+        require(len(routing) == len(layers), f"{len(layers) - len(routing)} routers were bypassed")
         # what leaves the device does so once per batch, all layers in one: (batch, layers, ...)
         *sums, chosen = (torch.stack(x, 1) for x in zip(*(routing[layer] for layer in layers)))
         for array, total in zip(arrays.values(), sums):
             array[batch] = total.cpu().numpy()
         for i, experts in zip(batch, () if stats_only else chosen.cpu().numpy()):
-            arrays["selected_experts"][offsets[i]:offsets[i + 1]] = (
-                experts[:, :lengths[i]].swapaxes(0, 1))
+            rows = arrays["selected_experts"][offsets[i]:offsets[i + 1]]
+            rows[:] = experts[:, :lengths[i]].swapaxes(0, 1)
         if progress is not None:
             progress.update(sum(lengths[i] for i in batch))
         return [ids.shape[1] - lengths[i] for i in batch]
 
-    return arrays, sum(run_batches(run, length_batches(lengths, batch_tokens)))
+    with record_routing(model, on_router):
+        return arrays, sum(run_batches(run, length_batches(lengths, batch_tokens)))
 
 
 def sequence_sums(router_logits, routing_weights, selected_experts, real):

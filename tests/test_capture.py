@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 import analyze
 import capture
 from common import (InputError, encode_prompt, find_data, find_routers, length_batches, load_model,
-                    read_examples, run_batches)
+                    read_examples)
 
 TINY, DATA = "tests/tiny_moe", "tests/data/routing_{lang}.tsv"
 STATISTICS = {"counts", "weight_sums", "mean_probs"}
@@ -141,13 +141,6 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said_once(tiny, cap
     said = "".join(capsys.readouterr())
     assert "out of memory on 11 sequences at once: halving" in said
     assert said.count("out of memory") == 1
-
-
-def test_one_sequence_that_does_not_fit_is_an_error():
-    def run(batch):
-        raise torch.OutOfMemoryError("out of memory")
-    with pytest.raises(InputError, match="out of memory on a single sequence; lower --max-length"):
-        run_batches(run, [[0, 1]])
 
 
 def test_ids_of_300_experts_go_exactly_from_the_router_to_the_analysis(tmp_path):
@@ -431,14 +424,14 @@ def test_a_dump_of_the_same_settings_is_kept_and_of_others_an_error(monkeypatch,
     assert load(tmp_path / "es.npz")["meta"]["max_length"] == 9
 
 
-def test_a_killed_run_leaves_whole_dumps_only_and_goes_on(tmp_path):
+def test_a_killed_run_leaves_whole_dumps_only_and_goes_on(monkeypatch, capsys, tmp_path):
     for language, number in (("bn", 5), ("de", 200)):  # long enough to be killed in the second
         rows = open(DATA.format(lang=language), encoding="utf-8").readlines()[:number]
         (tmp_path / f"{language}.tsv").write_text("".join(rows), encoding="utf-8")
     out = tmp_path / "out"
-    data = str(tmp_path / "{lang}.tsv")
-    command = [sys.executable, "capture.py", "--data", data, "--out", str(out)]
-    process = subprocess.Popen([*command, "--batch-tokens", "1", "--pool-tokens", "1"],
+    same = ("--data", str(tmp_path / "{lang}.tsv"), "--out", str(out), "--dtype", "float64")
+    slow = ("--batch-tokens", "1", "--pool-tokens", "1")
+    process = subprocess.Popen([sys.executable, "capture.py", *same, *slow],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "bn.npz").exists():
         assert process.poll() is None
@@ -448,10 +441,16 @@ def test_a_killed_run_leaves_whole_dumps_only_and_goes_on(tmp_path):
     assert [path.name for path in out.iterdir()] == ["bn.npz"]
     made, whole = os.stat(out / "bn.npz").st_mtime_ns, load(out / "bn.npz")
     assert (whole["counts"].sum(1) == 2 * len(whole["token_ids"])).all()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and re.search("^bn +there already", again.stdout, re.MULTILINE)
+    printed = run(monkeypatch, capsys, *same)
+    assert re.search("^bn +there already", printed, re.MULTILINE)
     assert sorted(path.name for path in out.iterdir()) == ["bn.npz", "de.npz"]
     assert os.stat(out / "bn.npz").st_mtime_ns == made
     de = load(out / "de.npz")
     assert len(de["prompt_lengths"]) == 200
     assert (de["counts"].sum(1) == 2 * len(de["token_ids"])).all()
+
+
+def test_a_router_that_its_block_bypasses_is_an_error(tiny, monkeypatch):
+    monkeypatch.setattr(tiny[0].model.layers[2].mlp, "forward", lambda hidden_states: hidden_states)
+    with pytest.raises(InputError, match="1 routers were bypassed"):
+        capture.capture(tiny[0], [[1, 2, 3]])
