@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import analyze
 import common
+from common import bootstrap_interval as interval
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -109,9 +110,8 @@ def plan_cells(args, chosen, bands, dumps, languages):
 
 
 def as_masks(chosen, layers):
-    """bool (layers, experts) -> {decoder layer: expert ids}, as edit_routing takes it."""
-    return {layer: np.flatnonzero(row).tolist()
-            for layer, row in zip(layers.tolist(), chosen) if row.any()}
+    """bool (layers, experts) -> {decoder layer: bool (experts,)}, as edit_routing takes it."""
+    return {layer: row for layer, row in zip(layers.tolist(), chosen) if row.any()}
 
 
 def run_cells(experiment, plan, bands, layers):
@@ -135,33 +135,34 @@ def is_hurt(masked, random, matched, sign):
     masked, matched (examples,), random (draws, examples); sign +1 where more is better, else -1
     """
     worst = (sign * np.nanmean(masked) < sign * np.nanmean(random, 1)).all()
-    bounds = [*common.mean_change(masked, random)[1:], *common.mean_change(masked, matched)[1:]]
+    bounds = interval(masked - random) + interval(masked - matched)
     return bool(worst and all(sign * bound < 0 for bound in bounds))
 
 
-def print_band(band, metric, results, plan):
-    """The table of one band: all languages under all targets, then own ones beside their controls.
-    """
-    scores = {key: {kind: values[metric] for kind, values in cell.items()}
-              for key, cell in results.items() if key[0] == band}
-    columns = {"": list(dict.fromkeys(language for *_, language in scores)), "unmasked": [
-        f"{np.nanmean(cell['unmasked']):.3f}" for cell in scores.values()]}
-    for (_, target, _), cell in scores.items():
-        change = np.nanmean(cell["masked"] - cell["unmasked"])
-        columns.setdefault(target, []).append(f"{change:+.3f}")
-    analyze.print_table(columns)
-    own = {key: cell for key, cell in scores.items() if "usage-matched" in cell}
-    print("own      experts  change  random (least  most)    beyond random [95 %]   beyond matched"
-          if own else "no target's own language is evaluated, so there are no controls")
-    for key, cell in own.items():
-        masked, unmasked, matched = (cell[k] for k in ("masked", "unmasked", "usage-matched"))
-        random = np.array([values for kind, values in cell.items() if kind.startswith("random")])
-        changes = np.nanmean(random - unmasked, 1)
-        print(f"{key[2]:<9}{plan[key]['masked'].sum():>7}{np.nanmean(masked - unmasked):>+8.3f}"
-              f"{changes.mean():>+8.3f} ({changes.min():+.3f} {changes.max():+.3f})"
-              + common.change_text(*common.mean_change(masked, random))
-              + common.change_text(*common.mean_change(masked, matched))
-              + "  hurt" * is_hurt(masked, random, matched, common.better(metric)))
+def change_rows(results, metric):
+    """For each language, its mean score and what masking each target's experts changes in it."""
+    rows = {}
+    for (_, target, language), cell in results.items():
+        base = cell["unmasked"][metric]
+        row = rows.setdefault(language, {"": language, "unmasked": np.nanmean(base)})
+        row[target] = np.nanmean(cell["masked"][metric] - base)
+    return list(rows.values())
+
+
+def control_rows(results, plan, metric):
+    """For each language with controls, the effect of masking its own experts beside theirs."""
+    rows, sign = [], common.better(metric)
+    for key, cell in results.items():
+        if "usage-matched" in cell:
+            scores = {kind: values[metric] for kind, values in cell.items()}
+            masked, matched = scores["masked"], scores["usage-matched"]
+            random = np.array([scores[kind] for kind in cell if kind.startswith("random")])
+            rows.append({"own": key[2], "experts": plan[key]["masked"].sum()}
+                        | common.effect(scores["unmasked"], masked, random)
+                        | {"beyond random": "[{:+.3f} {:+.3f}]".format(*interval(masked - random)),
+                           "matched": "[{:+.3f} {:+.3f}]".format(*interval(masked - matched)),
+                           "": "hurt" * is_hurt(masked, random, matched, sign)})
+    return rows
 
 
 def parse_arguments():
@@ -193,20 +194,17 @@ def main():
     experiment = common.Experiment(args, dumps)
     plan = plan_cells(args, chosen, bands, dumps, experiment.tasks)
     for mask in itertools.chain(*map(dict.values, plan.values())):
-        common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.routers,
-                          experiment.shape)
+        common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.shape)
     print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-    if args.selection:
-        outside = chosen["selection"][~np.any(list(bands.values()), 0)]
-        if outside.any():
-            print(f"note: {outside.sum()} of the {chosen['selection'].sum()} experts that A's "
-                  "tokens select more lie outside of the bands")
     results = run_cells(experiment, plan, bands, layers)
     for metric, band in itertools.product(next(iter(results.values()))["unmasked"], bands):
         print(f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
               "experts are masked, of")
-        print_band(band, metric, results, plan)
+        of_band = {key: cell for key, cell in results.items() if key[0] == band}
+        analyze.print_rows(change_rows(of_band, metric))
+        print("in the target's own language, beside random and usage-matched experts")
+        analyze.print_rows(control_rows(of_band, plan, metric))
     print(f"\n{args.out}")
 
 

@@ -14,6 +14,7 @@ compared: name the dumps. Under a second; with a thousand bootstrap draws, half 
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,7 +24,6 @@ import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from tqdm import tqdm
@@ -91,6 +91,17 @@ def require(condition, message):
         raise InputError(message)
 
 
+@contextlib.contextmanager
+def explained(message):
+    """What goes wrong in the block, whatever a broken file can raise, becomes an InputError."""
+    try:
+        yield
+    except (InputError, OSError):
+        raise
+    except Exception as error:
+        raise InputError(message) from error
+
+
 # ---------------------------------------------------------------------------------- reading dumps
 
 def load_languages(paths, part="all"):
@@ -100,13 +111,13 @@ def load_languages(paths, part="all"):
     named.
     """
     dumps = [load_routing(path, part) for path in tqdm(paths, "dumps", leave=False, delay=1)]
-    first, languages = dumps[0], {}
+    languages = {}
     for dump in dumps:
         languages.setdefault(dump["language"], []).append(dump)
         for key in ("num_experts", "top_k", "layers", "revision"):
-            value, expected = dump[key], first[key]
-            require(value is None or expected is None or np.array_equal(value, expected),
-                    f"{dump['path'][0]} and {first['path'][0]} have other {key} ({value}, "
+            found, expected = dump[key], dumps[0][key]
+            require(found is None or expected is None or np.array_equal(found, expected),
+                    f"{dump['path'][0]} and {dumps[0]['path'][0]} have other {key} ({found}, "
                     f"{expected}): different models")
     return [add_shards(shards) for shards in languages.values()]
 
@@ -123,7 +134,8 @@ def load_routing(path, part="all"):
     label, path = split_label(path)
     require(not os.path.isdir(path), f"{path} is a folder; name the dumps, as in {path}/*.npz")
     require(os.path.isfile(path), f"no such dump: {path}; run: python capture.py")
-    try:
+    with explained(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json "
+                   "of the paper's recorder"):
         recorder = path.endswith(".json") and part == "all"
         meta, layers, counts, num_tokens, top_k = (
             read_recorder_json(path) if recorder else read_dump(path, part))
@@ -131,11 +143,8 @@ def load_routing(path, part="all"):
         return {"language": label or meta["language"], "meta": meta, "layers": layers,
                 "counts": counts, "num_tokens": num_tokens, "num_experts": counts.shape[1],
                 "top_k": top_k, "revision": meta.get("revision"), "path": [path],
-                "digest": [dump_digest(path)], "data_sha256": [meta.get("data_sha256")]}
-    except (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError,
-            BadZipFile) as error:
-        raise InputError(f"{path} is not a whole routing dump; give an .npz of capture.py or the "
-                         ".json of the paper's recorder") from error
+                "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
+                "data_sha256": [meta.get("data_sha256")]}
 
 
 def split_label(path):
@@ -146,19 +155,6 @@ def split_label(path):
 
 def read_json(path):
     return json.loads(Path(path).read_bytes())
-
-
-def dump_digest(path):
-    """What tells dumps apart: a hash, of an .npz only of its table of contents, which has checksums
-    of the arrays: gigabytes of IDs need not be read for it.
-    """
-    if path.endswith(".json"):
-        content = Path(path).read_bytes()
-    else:
-        with ZipFile(path) as file:
-            entries = [(entry.filename, entry.file_size, entry.CRC) for entry in file.infolist()]
-        content = json.dumps(entries).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def read_recorder_json(path):
@@ -181,8 +177,6 @@ def read_dump(path, part):
     """(meta, layers, counts, num_tokens, top_k) of an .npz."""
     file = open_dump(path)
     meta = json.loads(str(file["meta"]))
-    require(meta.get("format", 1) == 1, f"{path} is of format {meta.get('format')}; this "
-                                        "analyze.py reads format 1")
     if part == "all" and "counts" in file:
         counts, num_tokens, top_k = file["counts"], int(file["sequence_offsets"][-1]), meta["top_k"]
     else:
@@ -345,63 +339,52 @@ def distribution(counts):
     return counts / counts.sum(-1, keepdims=True)
 
 
-def jensen_shannon_similarity(p, q, mean_entropy=None):
-    """1 - Jensen-Shannon divergence in bits, over the last axis: 1 is alike, 0 nothing in common.
+def jensen_shannon(p, q):
+    """How alike two distributions over the last axis are: (similarity, normalised divergence).
 
-    mean_entropy of p and q, where it is known. [.5, .5, 0] and [0, .5, .5] -> .5
+    similarity  1 - Jensen-Shannon divergence in bits: 1 is alike, 0 has nothing in common
+    divergence  JSD over the room that entropy leaves it, log E - (H(p) + H(q)) / 2: 1 is the most
+                by which two of such entropies can differ, and two without room do not (2510.04694)
+    [.5, .5, 0] and [0, .5, .5] -> .5 and .5 / (log2(3) - 1)
     """
-    if mean_entropy is None:
-        mean_entropy = (entropy_bits(p) + entropy_bits(q)) / 2
-    return 1 - entropy_bits((p + q) / 2) + mean_entropy
-
-
-def normalized_divergence(similarity, mean_entropy, num_experts):
-    """The divergence over the room that entropy leaves it, JSD / (log E - (H(p) + H(q)) / 2).
-
-    arXiv 2510.04694. 0 is the same distribution, 1 the most by which two of such entropies can
-    differ; two uniform ones have no room and do not differ: 0. [1, 0] and [0, 1] -> 1
-    """
-    room = np.log2(num_experts) - mean_entropy
-    return np.divide(1 - similarity, room, out=np.zeros_like(room), where=room > 1e-12)
+    mean_entropy = (entropy_bits(p) + entropy_bits(q)) / 2
+    divergence = entropy_bits((p + q) / 2) - mean_entropy
+    room = np.log2(p.shape[-1]) - mean_entropy
+    normalised = np.divide(divergence, room, out=np.zeros_like(room), where=room > 1e-12)
+    return 1 - divergence, normalised
 
 
 def pair_measures(frequency, experts_per_language):
     """{measure: (layers, languages, languages)} of frequency (languages, layers, experts).
 
-    similarity  1 - Jensen-Shannon divergence, in bits, of the languages' parts of the routing
-    divergence  the same divergence normalised by entropy; 0 is alike
-    jaccard     of the sets of each language's most frequent experts
-    cosine      of the frequencies
+    similarity, divergence  see jensen_shannon; of the languages' parts of the routing
+    jaccard                 of the sets of each language's most frequent experts
+    cosine                  of the frequencies
     """
-    n, layers, num_experts = frequency.shape
-    p, similarity = distribution(frequency), np.ones((layers, n, n))
-    entropy = entropy_bits(p).T
-    mean_entropy = (entropy[:, :, None] + entropy[:, None]) / 2
-    for i, j in itertools.combinations(range(n), 2):
-        similarity[:, i, j] = similarity[:, j, i] = jensen_shannon_similarity(
-            p[i], p[j], mean_entropy[:, i, j])
-    unit = frequency / np.linalg.norm(frequency, axis=-1, keepdims=True)
+    p, n = distribution(frequency), len(frequency)
     kept = most_frequent(frequency, experts_per_language).astype(float)
-    in_both, cosine = (np.einsum("ile,jle->lij", x, x) for x in (kept, unit))
-    return {"similarity": similarity,
-            "divergence": normalized_divergence(similarity, mean_entropy, num_experts),
-            "jaccard": in_both / (2 * kept[0, 0].sum() - in_both), "cosine": cosine}
+    in_both = np.einsum("ile,jle->lij", kept, kept)
+    unit = frequency / np.linalg.norm(frequency, axis=-1, keepdims=True)
+    similarity, divergence = np.ones_like(in_both), np.zeros_like(in_both)
+    for i, j in itertools.combinations(range(n), 2):
+        for measure, value in zip((similarity, divergence), jensen_shannon(p[i], p[j])):
+            measure[:, i, j] = measure[:, j, i] = value
+    return {"similarity": similarity, "divergence": divergence,
+            "jaccard": in_both / (2 * kept[0, 0].sum() - in_both),
+            "cosine": np.einsum("ile,jle->lij", unit, unit)}
 
 
 def aligned_divergence(mean_probs):
-    """normalized_divergence averaged over aligned sequences, as in 2510.04694 for parallel data.
+    """The normalised divergence, averaged over aligned sequences as in 2510.04694.
 
     mean_probs: of each language (sequences, layers, experts) -> (layers, languages, languages), and
     the mean over pairs sequence by sequence (sequences, layers)
     """
-    n, (sequences, layers, num_experts) = len(mean_probs), mean_probs[0].shape
+    n, (sequences, layers, _) = len(mean_probs), mean_probs[0].shape
     divergence, by_sequence = np.zeros((layers, n, n)), np.zeros((sequences, layers))
     pairs = list(itertools.combinations(range(n), 2))
     for i, j in tqdm(pairs, "parallel", leave=False):
-        p, q = mean_probs[i].astype(float), mean_probs[j].astype(float)
-        mean_entropy = (entropy_bits(p) + entropy_bits(q)) / 2
-        similarity = jensen_shannon_similarity(p, q, mean_entropy)
-        each = normalized_divergence(similarity, mean_entropy, num_experts)
+        each = jensen_shannon(mean_probs[i].astype(float), mean_probs[j].astype(float))[1]
         divergence[:, i, j] = divergence[:, j, i] = each.mean(0)
         by_sequence += each / len(pairs)
     return divergence, by_sequence
@@ -423,7 +406,8 @@ def analyze(frequency, experts_per_language, threshold):
         "frequency": frequency, "share": share, "exclusive": exclusive, "shared": shared,
         "entropy": entropy_bits(p) / np.log2(p.shape[-1]),
         "reliance": np.stack([to_exclusive, to_shared, 1 - to_exclusive - to_shared], -1),
-        "most_used": p.max(-1), "active": (frequency > 0).sum(-1)}
+        "most_used": p.max(-1), "mean_most_used": p.max(-1).mean(1),
+        "active": (frequency > 0).sum(-1), "mean_active": (frequency > 0).sum(-1).mean(1)}
 
 
 def summarize(result, bands):
@@ -462,11 +446,12 @@ def linkage_order(similarity):
     return clusters[0]
 
 
-def vocabulary_control(dumps, part):
+def vocabulary_control(dumps, part, bands):
     """Is it the words? Similarity over tokens whose ids the other language has, and over others.
 
     -> similarity_own_tokens, similarity_common_tokens (layers, languages, languages), nan without
-    such tokens; common_tokens (languages, languages), the part of the row's that the column has
+    such tokens, and their means over pairs, mean_own_tokens, mean_common_tokens (bands,);
+    common_tokens (languages, languages), the part of the row's that the column has
     """
     both = []  # of each language (languages, layers, experts): selections of tokens that both have
     tokens = [read_tokens(dump["path"], part, "selected_experts", "token_ids") for dump in dumps]
@@ -484,8 +469,9 @@ def vocabulary_control(dumps, part):
     for name, counts in (("own", every - both), ("common", both)):
         with np.errstate(invalid="ignore"):  # 0 / 0 is nan
             p = distribution(counts)
-        similarity = jensen_shannon_similarity(p, p.swapaxes(0, 1))
-        result[f"similarity_{name}_tokens"] = similarity.transpose(2, 0, 1)
+            similarity = jensen_shannon(p, p.swapaxes(0, 1))[0]
+        similarity = result[f"similarity_{name}_tokens"] = similarity.transpose(2, 0, 1)
+        result[f"mean_{name}_tokens"] = band_means(mean_of_pairs(similarity), bands)
     return result
 
 
@@ -505,15 +491,12 @@ def select_contrast(frequency_a, frequency_b, tau=TAU, top=None):
 def load_selection(path, layers, num_experts):
     """What --contrast wrote: float64 (layers, experts), a selected expert's difference, else 0."""
     differences, rows = np.zeros((len(layers), num_experts)), list(layers)
-    try:
+    with explained(f"{path} is no selection of experts of this model, {num_experts} in layers "
+                   f"{describe(layers)}; run: python analyze.py --contrast A.npz B.npz"):
         for layer, row in read_json(path)["experts"].items():
             for expert, difference in row.items():
                 expert = range(num_experts).index(int(expert))
                 differences[rows.index(int(layer)), expert] = difference
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no selection of experts of this model, {num_experts} in layers"
-                         f" {describe(layers)} ({error}); run: python analyze.py --contrast A.npz "
-                         "B.npz") from error
     return differences
 
 
@@ -586,27 +569,24 @@ def family_test(similarity, labels, rng):
     i, j = np.triu_indices(len(labels), 1)
     groups, values = np.unique(labels, return_inverse=True)[1], similarity[i, j]
     same = groups[i] == groups[j]
-    if len(set(same)) < 2:
+    if same.all() or not same.any():
         return np.full(3, np.nan)
-    dealt = groups[permutations(len(labels), rng)]
     # the number of pairs within groups being the same, the gap grows with their sum
-    sums = [(part[:, i] == part[:, j]) @ values for part in np.array_split(dealt, 50)]
-    p = np.mean(np.concatenate(sums) >= values[same].sum() - 1e-12)
-    return values[same].mean(), values[~same].mean(), p
+    sums = np.concatenate([(dealt[:, i] == dealt[:, j]) @ values for dealt in np.array_split(
+        groups[permutations(len(labels), rng)], 50)])
+    return values[same].mean(), values[~same].mean(), np.mean(sums >= sums[0] - 1e-12)
 
 
 def family_tests(similarities, families, rng):
-    """family_test of similarities (bands, n, n): (levels, bands, 3), by family and by branch.
+    """family_test of similarities (bands, n, n): (2, bands, 3), by family and by branch.
 
     families: "family/branch" of each language, or "" where none is known: those are left out.
     """
     known = np.flatnonzero(families)
-    branches = [families[i] for i in known]
+    similarities, branches = similarities[:, known][:, :, known], families[known]
     levels = [[branch.split("/")[0] for branch in branches], branches]
-    if levels[0] == levels[1]:
-        levels.pop()
-    return np.array([[family_test(similarity[np.ix_(known, known)], labels, rng)
-                      for similarity in similarities] for labels in levels])
+    return np.array([[family_test(similarity, labels, rng) for similarity in similarities]
+                     for labels in levels])
 
 
 def rank_correlation(x, y, rng):
@@ -622,8 +602,8 @@ def rank_correlation(x, y, rng):
 
 def texts(result, key, *index, scale=1, digits=3):
     """["0.776 [.772 .781]", ...]: a series of figures and, after a bootstrap, their intervals."""
-    series = [scale * value[index] for value in (result[key], *result.get(f"interval_{key}", ()))]
-    rows = [[f"{value:.{digits}f}" for value in values] for values in zip(*series)]
+    series = [value[index] * scale for value in (result[key], *result.get(f"interval_{key}", ()))]
+    rows = [[f"{value:.{digits}f}" for value in row] for row in zip(*series)]
     return [f"{value} [{' '.join(b.lstrip('0') for b in bounds)}]" if bounds else value
             for value, *bounds in rows]
 
@@ -634,9 +614,14 @@ def print_table(columns, first=9):
     """
     rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
             for row in (columns, *zip(*columns.values()))]
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
-        print(f"{name:<{max(first, widths[0])}}" + "".join(map(str.rjust, cells, widths[1:])))
+        print(name.ljust(max(first, widths[0])), *map(str.rjust, cells, widths[1:]), sep="  ")
+
+
+def print_rows(rows):
+    """print_table of a list of {title: cell}."""
+    print_table({title: [row[title] for row in rows] for row in rows[:1] for title in row})
 
 
 def print_wrapped(text):
@@ -645,23 +630,21 @@ def print_wrapped(text):
 
 def print_bands(result, bands):
     """Means over pairs; the matrix of every band, or of many languages their order alone."""
-    languages, few = result["languages"], len(result["languages"]) <= PRINT_LANGUAGES
-    aligned = "mean_aligned" in result
+    languages = result["languages"]
     titles = {"similarity": "mean_similarity", "floor": "band_floor",
-              "divergence": "mean_aligned" if aligned else "mean_divergence",
+              "divergence": "mean_aligned" if "mean_aligned" in result else "mean_divergence",
               "jaccard": "mean_jaccard", "cosine": "mean_cosine"}
     print("\nmeans over pairs of languages; with --bootstrap [95 % interval] and the floor, random "
           "halves of a\nlanguage; with --parallel, the divergence is that of aligned sequences")
     layers = [describe(result["layers"][rows]) for rows in bands.values()]
     print_table({"band": bands, "layers": layers} | {
         title: texts(result, key) for title, key in titles.items() if key in result})
-    for band, rows, order, matrix in zip(bands, layers, result["order"], result["band_similarity"]):
+    for band, order, matrix in zip(bands, result["order"], result["band_similarity"]):
         print()
-        print_wrapped(f"{'similarity' if few else 'languages'}, {band} (layers {rows}); in order "
-                      f"of average linkage: {' '.join(languages[order])}")
-        if few:
-            columns = [[f"{value:.2f}" for value in column] for column in matrix]
-            print_table({"": languages} | dict(zip(languages, columns)))
+        print_wrapped(f"similarity, {band}; in order of average linkage: "
+                      + " ".join(languages[order]))
+        if len(languages) <= PRINT_LANGUAGES:
+            print_table({"": languages} | dict(zip(languages, matrix)))
 
 
 def print_layers(result):
@@ -678,8 +661,8 @@ def print_layers(result):
     print_table(columns, first=7)
 
 
-def print_languages(result, bands):
-    languages, columns = result["languages"], {"": result["languages"]}
+def print_languages(result):
+    columns = {"": result["languages"]}
     print("\nrouting (%) to experts exclusive to the language, shared, neither; n: experts (with "
           f"--bootstrap,\nthose stable in {STABLE:.0%} of the draws); top: part (%) of the most "
           "used expert; active: experts in use")
@@ -690,51 +673,38 @@ def print_languages(result, bands):
         if "num_stable" in result:
             columns[f"n {kind}"] = map("{} ({})".format, result[f"num_{kind}"],
                                        result["num_stable"][:, k])
-    columns["top"] = [f"{100 * value:.1f}" for value in result["most_used"].mean(1)]
-    columns["active"] = [f"{value:.1f}" for value in result["active"].mean(1)]
-    print_table(columns)
-    if len(languages) > 1:
-        print("\nnearest language, and its similarity")
-        others = result["band_similarity"] - 2 * np.eye(len(languages))
-        print_table({"": languages} | {
-            band: [f"{languages[row.argmax()]} {row.max():.2f}" for row in matrix]
-            for band, matrix in zip(bands, others)})
+    print_table(columns | {"top": texts(result, "mean_most_used", scale=100, digits=1),
+                           "active": texts(result, "mean_active", digits=1)})
 
 
 def print_vocabulary(result, bands):
     print(f"\nsimilarity over tokens whose ids ({mean_of_pairs(result['common_tokens']):.1%} of "
           "them common to a pair, on average)")
-    columns = {"band": bands}
-    for title, key in {"are any": "similarity", "are common": "similarity_common_tokens",
-                       "are the language's own": "similarity_own_tokens"}.items():
-        means = mean_of_pairs(result[key])
-        columns[title] = [np.nanmean(means[rows]) for rows in bands.values()]
-    print_table(columns)
+    print_table({"band": bands, "are any": result["mean_similarity"],
+                 "are common": result["mean_common_tokens"],
+                 "are the language's own": result["mean_own_tokens"]})
 
 
 def print_tests(result, bands):
-    rows = [(level, band, same, other, f"{p:.4f}")
-            for level, tests in zip(("family", "branch"), result["family_tests"])
-            for band, (same, other, p) in zip(bands, tests) if not np.isnan(p)]
-    if rows:
-        print("\nsimilarity of languages of the same family or branch, and of others; p: labels "
-              "dealt out at random")
-        print_table(dict(zip(("", "band", "same", "other", "p"), zip(*rows))))
+    for level, tests in zip(("family", "branch"), result["family_tests"]):
+        if np.isfinite(tests).all():
+            print(f"\nsimilarity within the same {level}, and to others; p: labels dealt out at "
+                  "random")
+            print_table({"band": bands} | dict(zip(("same", "other", "p"), tests.T)))
     unknown = result["languages"][result["families"] == ""]
     if len(unknown):
         print_wrapped(f"note: no family known of {', '.join(unknown)}; see --families")
     if "score_correlation" in result:
         print(f"\nrank correlation of the similarity to {REFERENCE} with the scores")
         rho, p = result["score_correlation"].T
-        print_table({"band": bands, "Spearman": rho, "p": [f"{value:.4f}" for value in p]})
+        print_table({"band": bands, "Spearman": rho, "p": p})
 
 
 def report(result, dumps, bands, args):
     """All tables, and what to know about them."""
-    n, first = len(dumps), dumps[0]
-    print(f"{n} languages  {len(first['layers'])} MoE layers  {first['num_experts']} experts  "
-          f"top_k {first['top_k']}  experts_per_language {args.experts_per_language}  threshold "
-          f"{args.threshold}")
+    n, (layers, experts) = len(dumps), dumps[0]["counts"].shape
+    print(f"{n} languages  {layers} MoE layers  {experts} experts  top_k {dumps[0]['top_k']}  "
+          f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     print_wrapped("tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps))
     if n > PRINT_LANGUAGES:
         print(f"note: with more than {PRINT_LANGUAGES} languages, what is as wide as their number "
@@ -744,7 +714,7 @@ def report(result, dumps, bands, args):
               f"{args.threshold}; raise --threshold")
     print_bands(result, bands)
     print_layers(result)
-    print_languages(result, bands)
+    print_languages(result)
     if "common_tokens" in result and n > 1:
         print_vocabulary(result, bands)
     print_tests(result, bands)
@@ -781,27 +751,11 @@ def draw_layers(figure, result, bands):
     axis.set_xlabel("decoder layer")
 
 
-def draw_experts(figure, result, bands):
-    """Layers x experts: a square if it is shared, or exclusive to a language; ten colours, which
-    repeat in other shapes.
-    """
-    kinds = dict(zip(result["languages"], result["exclusive"])) | {"shared": result["shared"]}
-    layers, experts = result["shared"].shape
-    figure.set_size_inches(0.08 * experts + 3, 0.12 * layers + 2)
-    axis = figure.subplots()
-    axis.set(xlabel="expert", ylabel="decoder layer")
-    for k, (kind, chosen) in enumerate(kinds.items()):
-        rows, ids = np.nonzero(chosen)
-        axis.plot(ids, result["layers"][rows], "sov^Dph<>*"[k // 10 % 10], markersize=4,
-                  label=f"{kind} ({len(ids)})")
-    figure.legend(loc="outside right upper")
-
-
 def save_figures(folder, result, bands):
-    """heatmaps.png, layers.png and experts.png in a folder."""
+    """heatmaps.png and layers.png in a folder."""
     from matplotlib.figure import Figure
     os.makedirs(folder, exist_ok=True)
-    for draw in (draw_heatmaps, draw_layers, draw_experts):
+    for draw in (draw_heatmaps, draw_layers):
         figure, path = Figure(layout="constrained"), f"{folder}/{draw.__name__[5:]}.png"
         draw(figure, result, bands)
         figure.savefig(path, dpi=120)
@@ -855,21 +809,15 @@ def family_of(language, table):
 
 
 def read_scores(path, languages):
-    """(indices, scores) of the languages, but REFERENCE, that a JSON file {language: score} has."""
-    try:
+    """The scores of languages in a JSON file {language: score}."""
+    with explained(f"{path} is not a JSON object with a score of each of {', '.join(languages)}"):
         scores = read_json(path)
-        known = [i for i, name in enumerate(languages) if name in scores and name != REFERENCE]
-        values = [float(scores[languages[i]]) for i in known]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not a JSON object of language: score") from error
-    require(REFERENCE in languages and len(known) > 3, f"--scores takes a dump of '{REFERENCE}' "
-            f"(see REFERENCE) and 4 others with scores; {path} has {len(known)} of the dumps' "
-            "languages")
-    return known, values
+        return [float(scores[language]) for language in languages]
 
 
 def write_whole(path, write):
     """write(file) to a temporary name, which becomes the final one when all is there."""
+    os.makedirs(Path(path).parent, exist_ok=True)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -895,41 +843,46 @@ def rows_of(languages, dumps):
 
 def compute(dumps, bands, args):
     """All arrays of analysis.npz, listed at save_analysis."""
-    languages, by_sequence = [d["language"] for d in dumps], None
-    families = read_families(args.families)
-    choice = args.experts_per_language, args.threshold
-    result = analyze(frequencies(dumps), *choice)
+    rng, languages = np.random.default_rng(args.seed), [dump["language"] for dump in dumps]
+    result = analyze(frequencies(dumps), args.experts_per_language, args.threshold)
+    by_sequence = None
     if args.parallel:
         aligned, by_sequence = aligned_divergence(read_aligned(dumps, args.part))
         result |= {"divergence_aligned": aligned, "layer_aligned": by_sequence.mean(0)}
     result |= summarize(result, bands)
-    similarities = result["band_similarity"]
-    result |= {"languages": np.array(languages), "layers": dumps[0]["layers"],
+    table, similarities = read_families(args.families), result["band_similarity"]
+    families = np.array([family_of(language, table) for language in languages])
+    result |= {"languages": np.array(languages), "layers": dumps[0]["layers"], "families": families,
                "order": np.array(list(map(linkage_order, similarities))),
-               "families": np.array([family_of(language, families) for language in languages])}
-    result["family_tests"] = family_tests(similarities, result["families"],
-                                          np.random.default_rng(args.seed))
+               "family_tests": family_tests(similarities, families, rng)}
     if args.scores:
-        known, scores = read_scores(args.scores, languages)
-        rng, reference = np.random.default_rng(args.seed), languages.index(REFERENCE)
+        reference, = rows_of([REFERENCE], dumps)
+        others = np.flatnonzero(np.arange(len(languages)) != reference)
+        scores = read_scores(args.scores, result["languages"][others])
         result["score_correlation"] = np.array([
-            rank_correlation(row, scores, rng) for row in similarities[:, reference, known]])
+            rank_correlation(row, scores, rng) for row in similarities[:, reference, others]])
     if args.vocabulary:
-        result |= vocabulary_control(dumps, args.part)
+        result |= vocabulary_control(dumps, args.part, bands)
     if args.bootstrap:
-        counts = [sequence_counts(dump, args.part) for dump in dumps]
-        rng = np.random.default_rng(args.seed)
-        floors = [split_half_floor(c, choice[0], rng) for c in counts]
-        result |= {f"floor_{m}": np.stack([floor[m] for floor in floors]) for m in MEASURES}
-        result["layer_floor"] = result["floor_similarity"].mean(0)
-        result["band_floor"] = band_means(result["layer_floor"], bands)
-        intervals, *stability = bootstrap(counts, args.bootstrap, *choice, bands, rng, by_sequence)
-        result |= {f"interval_{key}": value for key, value in intervals.items()}
-        result["exclusive_stability"], result["shared_stability"] = stability
-        stable = [result[kind] & (result[f"{kind}_stability"] >= STABLE) & (result["share"] > 0)
-                  for kind in ("exclusive", "shared")]
-        result["num_stable"] = np.sum(stable, (2, 3)).T
+        result |= noise(result, [sequence_counts(dump, args.part) for dump in dumps], bands, args,
+                        rng, by_sequence)
     return result
+
+
+def noise(result, counts, bands, args, rng, by_sequence):
+    """What --bootstrap adds to a result: floors, intervals, stability. See save_analysis."""
+    floors = [split_half_floor(c, args.experts_per_language, rng) for c in counts]
+    added = {f"floor_{m}": np.stack([floor[m] for floor in floors]) for m in MEASURES}
+    added["layer_floor"] = added["floor_similarity"].mean(0)
+    added["band_floor"] = band_means(added["layer_floor"], bands)
+    intervals, exclusive, shared = bootstrap(
+        counts, args.bootstrap, args.experts_per_language, args.threshold, bands, rng, by_sequence)
+    kept = result["share"] > 0
+    stable = [kept & result["exclusive"] & (exclusive >= STABLE),
+              kept & result["shared"] & (shared >= STABLE)]
+    return added | {f"interval_{key}": value for key, value in intervals.items()} | {
+        "exclusive_stability": exclusive, "shared_stability": shared,
+        "num_stable": np.sum(stable, (2, 3)).T}
 
 
 def save_analysis(path, result, dumps, bands, args):
@@ -943,7 +896,8 @@ def save_analysis(path, result, dumps, bands, args):
     band_M (B, L, L), mean_M (B,), layer_M (layers,)  means over layers, over pairs
     entropy (L, layers), mean_entropy (layers,)       of the routing over log E; mean of languages
     reliance (L, layers, 3), mean_reliance (L, 3)     routing to exclusive, shared, other experts
-    most_used, active (L, layers)                     most used expert's part; experts in use
+    most_used, active (L, layers)                     most used expert's part; experts in use;
+    mean_most_used, mean_active (L,)                  means over layers
     num_exclusive, num_shared (L,)                    experts exclusive to it; shared ones it keeps
     layer_exclusive, layer_shared (layers,)           experts; exclusive, summed over languages
     order (B, L)                                      languages in average-linkage order
@@ -954,8 +908,8 @@ def save_analysis(path, result, dumps, bands, args):
     floor_M (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap: of similarity
     exclusive_stability (L, layers, experts), shared_stability (layers, experts)   part of the draws
     num_stable (L, 2)                                 exclusive and shared ones that are stable
-    similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L): see
-                                                      vocabulary_control
+    similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L),
+    mean_own_tokens, mean_common_tokens (B,)          see vocabulary_control
     meta                                              JSON: arguments, bands, inputs with digests
     """
     meta = vars(args) | {"inputs": inputs_of(dumps), "bands": {
@@ -973,24 +927,21 @@ def run_contrast(args):
                             zip("AB", args.contrast)], args.part)
     frequency, layers = frequencies(dumps), dumps[0]["layers"]
     difference, chosen = select_contrast(*frequency, args.tau, args.top)
-    require(chosen.any(), f"no expert's frequency differs by more than {args.tau} (the most: "
+    require(chosen.any(), f"no frequency in A is larger by more than {args.tau} (the most: "
                           f"{difference.max():.3f}); lower --tau, or give --top")
-    selected = np.where(chosen, difference, 0).round(6)
-    experts = {int(layer): {int(e): row[e] for e in np.flatnonzero(row)}
-               for layer, row in zip(layers, selected) if row.any()}
+    experts = {int(layer): {int(e): round(row[e], 6) for e in np.flatnonzero(of_layer)}
+               for layer, row, of_layer in zip(layers, difference, chosen) if of_layer.any()}
     selection = {"experts": experts, "arguments": vars(args), "inputs": inputs_of(dumps)}
     write_whole(args.selection, lambda file: file.write(json.dumps(selection).encode()))
     for dump in dumps:
         print(f"{dump['language']} {dump['path'][0]}  {dump['num_tokens']:,} tokens")
-    print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}: "
-          + (f"the {args.top} largest differences\n" if args.top else
-             f"difference above {args.tau}\n"))
-    strongest = np.argsort(-np.abs(selected), axis=None, kind="stable")[:min(20, chosen.sum())]
-    rows, ids = np.unravel_index(strongest, chosen.shape)
-    print_table({"layer": layers[rows], "expert": ids,
-                 "difference": [f"{value:+.3f}" for value in difference[rows, ids]],
-                 "frequency in A": frequency[0, rows, ids],
-                 "frequency in B": frequency[1, rows, ids]})
+    rule = f"the {args.top} largest differences" if args.top else f"difference above {args.tau}"
+    print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}: {rule}\n")
+    strongest = np.argsort(-np.abs(difference * chosen), axis=None, kind="stable")
+    rows, ids = np.unravel_index(strongest[:min(20, chosen.sum())], chosen.shape)
+    a, b = frequency[:, rows, ids]
+    print_table({"layer": layers[rows], "expert": ids, "difference": difference[rows, ids],
+                 "frequency in A": a, "frequency in B": b})
     print(f"\n{args.selection}")
 
 
@@ -1014,17 +965,13 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     add = p.add_argument_group("what is written").add_argument
     add("--out", default=OUT, help="(default: %(default)s)")
-    add("--figures", default="", help="folder of heatmaps.png, layers.png, experts.png; needs "
-        "matplotlib")
+    add("--figures", default="", help="folder of heatmaps.png and layers.png; needs matplotlib")
     add = p.add_argument_group("instead: experts that tell two groups of tokens apart").add_argument
     add("--contrast", nargs=2, metavar=("A", "B"), help="two dumps")
     add("--tau", type=float, default=TAU, help="where A has this much more (default: %(default)s)")
     add("--top", type=int, metavar="N", help="the N largest differences, of either sign")
     add("--selection", default="selection.json", help="(default: %(default)s)")
     args = p.parse_args()
-    for path in (args.selection if args.contrast else args.out, args.figures):
-        folder = Path(path).parent
-        require(folder.is_dir(), f"no such folder: {folder}; make it, or give another place")
     require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
     require(not args.figures or find_spec("matplotlib"),
             "--figures needs matplotlib; run: pip install matplotlib")

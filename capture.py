@@ -33,7 +33,6 @@ MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwe
 DATA = "tests/data/routing_{lang}.tsv"  # {lang} stands for the language
 OUT = "routing"                         # folder of the dumps
 BATCH_TOKENS = 8192                     # per forward pass; lower it if memory runs out
-POOL_TOKENS = 2**18                     # languages are batched, and written, together up to so many
 MAX_LENGTH = 4096                       # tokens; a longer sequence is cut, and that is reported
 # ------------------------------------------------------------------------------------------------
 FORMAT = 1  # of the dump
@@ -43,7 +42,7 @@ SETTINGS = ("format", "revision", "dtype", "data_sha256", "limit", "max_length",
 
 
 @torch.inference_mode()
-def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progress=None):
+def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False):
     """Where the routers send every token of sequences (lists of ids), and how many were padded.
 
     counts, weight_sums, mean_probs  (sequences, layers, experts): selections, the routing weights
@@ -82,11 +81,11 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, progr
         for i, experts in zip(batch, () if stats_only else chosen.cpu().numpy()):
             rows = arrays["selected_experts"][offsets[i]:offsets[i + 1]]
             rows[:] = experts[:, :lengths[i]].swapaxes(0, 1)
-        if progress is not None:
-            progress.update(sum(lengths[i] for i in batch))
+        progress.update(sum(lengths[i] for i in batch))
         return [ids.shape[1] - lengths[i] for i in batch]
 
-    with record_routing(model, on_router):
+    with (record_routing(model, on_router),
+          tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress):
         return arrays, sum(run_batches(run, length_batches(lengths, batch_tokens)))
 
 
@@ -111,36 +110,15 @@ def one_shape(shape):
     return list(shape), *kinds.pop()
 
 
-def cut_dumps(arrays, corpora, layers):
-    """What capture returned as {language: arrays of its dump}.
-
-    corpora {language: (sequences, prompt_lengths)}, in the order in which they were captured.
-    """
-    dumps, sequence, token = {}, 0, 0
-    for language, (sequences, prompt_lengths) in corpora.items():
-        offsets = np.cumsum([0, *map(len, sequences)])
-        rows = slice(sequence, sequence + len(sequences))
-        dump = dumps[language] = {
-            "counts": arrays["counts"][rows].sum(0), "mean_probs": arrays["mean_probs"][rows],
-            "weight_sums": arrays["weight_sums"][rows].sum(0), "sequence_offsets": offsets,
-            "prompt_lengths": np.array(prompt_lengths), "layers": np.array(layers, np.int32)}
-        if "selected_experts" in arrays:
-            dump["selected_experts"] = arrays["selected_experts"][token:token + offsets[-1]]
-            dump["token_ids"] = np.concatenate(sequences).astype(np.int32)
-        sequence, token = rows.stop, token + offsets[-1]
-    return dumps
-
-
-def pools(num_tokens, pool_tokens):
-    """Cut {language: tokens} into lists of languages: up to pool_tokens each, or one language."""
-    together, room = [], 0
-    for language, tokens in num_tokens.items():
-        room -= tokens
-        if room < 0:
-            together.append([])
-            room = pool_tokens - tokens
-        together[-1].append(language)
-    return together
+def as_dump(arrays, sequences, prompt_lengths, layers):
+    """What capture returned for the sequences of one language, as the arrays of its dump."""
+    dump = arrays | {"counts": arrays["counts"].sum(0), "weight_sums": arrays["weight_sums"].sum(0),
+                     "sequence_offsets": np.cumsum([0, *map(len, sequences)]),
+                     "prompt_lengths": np.array(prompt_lengths),
+                     "layers": np.array(layers, np.int32)}
+    if "selected_experts" in arrays:
+        dump["token_ids"] = np.concatenate(sequences).astype(np.int32)
+    return dump
 
 
 def save_dump(path, dump, meta):
@@ -170,20 +148,20 @@ def is_done(path, meta, overwrite):
 
 
 def plan_dumps(args, config, num_experts, top_k):
-    """{language: (examples, meta, path of the dump)} of what --data names, done ones included."""
-    (index, parts), plan = args.shard, {}
-    meta = {**vars(args), "format": FORMAT, "revision": checkpoint_id(args.model, config),
-            "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
-            "shard": f"{index}/{parts}",
-            "transformers": transformers.__version__, "torch": torch.__version__}
+    """[(examples, meta, path of the dump)] of what --data names, done ones included."""
+    (index, parts), plan = args.shard, []
     for language, path in find_data(args.data, args.languages).items():
         examples = read_examples(path)[:args.limit]
         first, last = (len(examples) * part // parts for part in (index - 1, index))
         require(first < last, f"{path}: fewer prompts than shards; lower N of --shard I/{parts}")
-        sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         name = f"{language}.npz" if parts == 1 else f"{language}.{index}of{parts}.npz"
-        plan[language] = (examples[first:last], {
-            **meta, "language": language, "data": path, "data_sha256": sha}, Path(args.out, name))
+        plan.append((examples[first:last], {
+            **vars(args), "format": FORMAT, "revision": checkpoint_id(args.model, config),
+            "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
+            "shard": f"{index}/{parts}", "language": language, "data": path,
+            "data_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+            "transformers": transformers.__version__, "torch": torch.__version__},
+            Path(args.out, name)))
     return plan
 
 
@@ -220,54 +198,39 @@ def parse_arguments():
     add("--out", default=OUT, help="folder of the dumps (default: %(default)s)")
     add("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
-    add("--pool-tokens", **NUMBER, default=POOL_TOKENS,
-        help="languages are batched, and written, together up to so many (default: %(default)s)")
     add_model_arguments(p)
     p.set_defaults(batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
     return p.parse_args()
-
-
-def capture_pool(model, corpora, args):
-    """({language: arrays of its dump}, how fast that was) of some languages, captured together."""
-    sequences = [sequence for corpus in corpora.values() for sequence in corpus[0]]
-    total, started = sum(map(len, sequences)), time.perf_counter()
-    with tqdm(total=total, desc=" ".join(corpora), unit="tok", unit_scale=True, leave=False) as bar:
-        arrays, padded = capture(model, sequences, args.batch_tokens, args.stats_only, bar)
-    speed = total / (time.perf_counter() - started)
-    return cut_dumps(arrays, corpora, list(routing_shape(model))), (
-        f"{total:,} tokens, {padded / (padded + total):.1%} padding, {speed:,.0f} tokens/s")
 
 
 def main():
     args = parse_arguments()
     config, tokenizer, skeleton = load_config(args.model)
     layers, num_experts, top_k = one_shape(routing_shape(skeleton))
-    plan, corpora = plan_dumps(args, config, num_experts, top_k), {}
-    longest = min(args.max_length, max_positions(config))
-    for language, (examples, meta, path) in plan.items():
+    longest, todo = min(args.max_length, max_positions(config)), []
+    for examples, meta, path in plan_dumps(args, config, num_experts, top_k):
         if is_done(path, meta, args.overwrite):
-            print(f"{language:<8} there already  {path}")
+            print(f"{meta['language']:<8} there already  {path}")
             continue
-        *corpora[language], meta["truncated"] = encode_corpus(
+        sequences, prompt_lengths, meta["truncated"] = encode_corpus(
             tokenizer, examples, args.chat_template, longest)
         if meta["truncated"]:
-            print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
-                  "--max-length")
-    if not corpora:
+            print(f"{meta['language']:<8} {meta['truncated']} sequences were cut at {longest} "
+                  "tokens; see --max-length")
+        todo.append((sequences, prompt_lengths, meta, path))
+    if not todo:
         return
     Path(args.out).mkdir(parents=True, exist_ok=True)
     model = load_weights(args.model, config, args.dtype, args.device)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
           f"{model.dtype}  {model.device}")
-    num_tokens = {language: sum(map(len, corpus[0])) for language, corpus in corpora.items()}
-    for pool in pools(num_tokens, args.pool_tokens):
-        dumps, speed = capture_pool(model, {l: corpora[l] for l in pool}, args)
-        for language, dump in dumps.items():
-            _, meta, path = plan[language]
-            save_dump(path, dump, meta)
-            print(f"{language:<8} {len(dump['mean_probs']):>6} sequences "
-                  f"{dump['sequence_offsets'][-1]:>10,} tokens  {path}")
-        print(f"{'':<8} {speed}")
+    for sequences, prompt_lengths, meta, path in todo:
+        started, tokens = time.perf_counter(), sum(map(len, sequences))
+        arrays, padded = capture(model, sequences, args.batch_tokens, args.stats_only)
+        speed = tokens / (time.perf_counter() - started)
+        save_dump(path, as_dump(arrays, sequences, prompt_lengths, layers), meta)
+        print(f"{meta['language']:<8} {len(sequences):>6} sequences {tokens:>10,} tokens  "
+              f"{padded / (padded + tokens):.1%} padding  {speed:>7,.0f} tokens/s  {path}")
 
 
 if __name__ == "__main__":

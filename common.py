@@ -95,7 +95,8 @@ def probe_routers(model):
                     f"{family} is not supported: {kind} routes more than a layer's experts")
             block = decoder.get_submodule(name.rpartition(".")[0])
             with explained(f"{family} is not supported: its {kind} does not map hidden states to "
-                           "(router_logits, routing_weights, selected_experts)"):
+                           "(router_logits, routing_weights, selected_experts), as from "
+                           "transformers 5.6 on"):
                 size = model.config.get_text_config().hidden_size
                 hidden = next(router.parameters()).new_zeros(3, size)
                 try:
@@ -190,28 +191,25 @@ class EditedScoring(TorchFunctionMode):
     """While a router's own forward runs, its logits are edited; no choice sees a masked expert.
 
     The router scores the edited logits as its family does. A mask has to reach the choice, too: a
-    bias behind the scores could bring it back. Nested edits: all the boosts, then all the masks.
+    bias behind the scores could bring it back.
     """
 
-    def __init__(self, router, num_experts, mask, boost, rule):
+    def __init__(self, router, mask, boost, rule):
         super().__init__()
+        self.num_experts, self.mask, self.boost, self.rule = len(mask), mask, boost, rule
+        weight = next(router.parameters())
         # Inkling scores its always-on experts along with the others, behind them
-        self.num_experts, self.width = num_experts, getattr(router, "n_total_experts", num_experts)
-        self.unedited, outer_mask, self.boosts = getattr(
-            router.forward, "edit", (router.forward, [], []))
-        self.mask, weight = outer_mask + mask, next(router.parameters())
+        self.width = getattr(router, "n_total_experts", self.num_experts)
+        self.masked = torch.as_tensor(mask, device=weight.device)
         if boost is not None:  # in float32 at least
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            boost = torch.as_tensor(boost, dtype=dtype, device=weight.device)
-            self.boosts = [*self.boosts, (boost, rule)]
+            self.boost = torch.as_tensor(boost, device=weight.device, dtype=torch.promote_types(
+                weight.dtype, torch.float32))
         # tallies, which stay on the device until they are read
         self.edits, self.moved, self.selections = 0, 0, 0
-        self.selected = torch.zeros(num_experts, dtype=torch.bool, device=weight.device)
-        ids = torch.as_tensor(self.mask, dtype=torch.int64, device=weight.device)
-        self.masked = self.selected.index_fill(0, ids, True)
+        self.selected = torch.zeros_like(self.masked)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in CHOICES and self.mask:
+        if func in CHOICES and self.mask.any():
             # (..., num_experts), or (..., groups, experts of a group) of a router with groups
             shape = args[0].shape[-1 if args[0].shape[-1] == self.num_experts else -2:]
             if shape.numel() == self.num_experts and len(shape) < args[0].dim():
@@ -225,9 +223,10 @@ class EditedScoring(TorchFunctionMode):
 
     def edited(self, router_logits):
         dtype = router_logits.dtype
-        for boost, rule in self.boosts:  # in its precision, and back: zero changes no bit
-            router_logits = boost_logits(router_logits.to(boost.dtype), boost, rule).to(dtype)
-        if self.mask:
+        if self.boost is not None:  # in its precision, and back: zero changes no bit
+            router_logits = boost_logits(
+                router_logits.to(self.boost.dtype), self.boost, self.rule).to(dtype)
+        if self.mask.any():
             lowest = max(-1e9, torch.finfo(dtype).min)
             router_logits = router_logits.masked_fill(self.masked, lowest)
         return router_logits
@@ -235,12 +234,12 @@ class EditedScoring(TorchFunctionMode):
 
 def edited_forward(router, scoring, count_moved):
     """A router's forward under EditedScoring, which also tallies what proves the edit."""
-    before = router.forward
+    unedited = router.forward
 
     def forward(*args, **kwargs):
         scoring.edits = 0
         with scoring:
-            output = scoring.unedited(*args, **kwargs)
+            output = unedited(*args, **kwargs)
         if scoring.edits != 1:
             raise RuntimeError(
                 f"{type(router).__name__} computes its logits in a way that cannot be edited "
@@ -248,12 +247,12 @@ def edited_forward(router, scoring, count_moved):
         selected = read_router(router, output)[2]
         scoring.selections += selected.numel()
         scoring.selected.index_fill_(0, selected.flatten(), True)
-        if count_moved or hasattr(before, "edit"):  # an edit around this one tallies for itself
-            plain = read_router(router, before(*args, **kwargs))[2]
-            scoring.moved = scoring.moved + number_moved(plain, selected)
+        if count_moved:
+            plain = read_router(router, unedited(*args, **kwargs))[2]
+            scoring.moved = scoring.moved + newly_selected(plain, selected).sum()
         return output
 
-    forward.edit = scoring.unedited, scoring.mask, scoring.boosts
+    forward.edited = True
     return forward
 
 
@@ -265,7 +264,7 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     boosts  {decoder layer: (num_experts,) floats}, lambda included; see boost_logits for the rule
     Yields a dict that on leaving holds {layer: part of the selections that the boosts moved there,
     given the same hidden states}; for it each boosted router runs twice, which count_moved=False
-    saves. Edits nest: inside two, all their boosts apply, then all their masks.
+    saves. One edit at a time: masks and boosts are given together.
 
     The edit proves itself. InputError before anything runs: a layer without a router, an expert
     that is not there, a mask that leaves fewer than top_k. RuntimeError: logits that are computed
@@ -273,12 +272,13 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     boosts that moved no selection at all.
     """
     boosts, moved, edits = boosts or {}, {}, {}
-    routers, shape = find_routers(model), routing_shape(model)
-    masks = check_edit(masks or {}, boosts, rule, routers, shape)
+    routers = find_routers(model)
+    masks = check_edit(masks or {}, boosts, rule, routing_shape(model))
     with contextlib.ExitStack() as patches:
-        for layer in sorted(masks.keys() | boosts.keys()):
-            edits[layer] = EditedScoring(routers[layer], shape[layer][0], masks.get(layer, []),
-                                         boosts.get(layer), rule)
+        for layer, mask in masks.items():
+            require(not hasattr(routers[layer].forward, "edited"), f"layer {layer} is being edited "
+                    "already; give masks and boosts to one edit_routing")
+            edits[layer] = EditedScoring(routers[layer], mask, boosts.get(layer), rule)
             forward = edited_forward(routers[layer], edits[layer], count_moved and layer in boosts)
             patches.enter_context(patch.object(routers[layer], "forward", forward))
         yield moved
@@ -295,49 +295,42 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
             warnings.warn("the boosts moved no selection in any layer")
 
 
-def number_moved(before, after):
-    """How many of the selections after, (..., top_k), were not there before: a scalar tensor."""
-    return (after[..., :, None] != before[..., None, :]).all(-1).sum()
+def newly_selected(before, after):
+    """Which of the selections after, (..., top_k), were not there before: bool like them."""
+    return (after[..., :, None] != before[..., None, :]).all(-1)
 
 
-def check_edit(masks, boosts, rule, routers, shape):
-    """InputError if an edit does not fit a model with these find_routers and routing_shape.
+def check_edit(masks, boosts, rule, shape):
+    """InputError if an edit does not fit a model with this routing_shape.
 
-    Returns masks as {layer: expert ids}, without those that mask nothing.
+    Returns masks as {layer: bool (num_experts,)}, for all layers that are masked or boosted.
     """
     require(rule in RULES, f"rule '{rule}' is none of {', '.join(RULES)}")
     checked = {}
-    for layer in masks.keys() | boosts.keys():
+    for layer in sorted(masks.keys() | boosts.keys()):
         require(layer in shape, f"layer {layer} has no router; MoE layers are {list(shape)}")
         num_experts, top_k = shape[layer]
         with explained(f"layer {layer}"):
-            ids = expert_ids(masks.get(layer, []), num_experts)
-            free = ~np.isin(np.arange(num_experts), ids)
-            require(free.sum() >= top_k,
-                    f"masking {len(ids)} of {num_experts} experts leaves fewer than top_k {top_k}")
-            # the router may settle on the groups that are left with the fewest
-            groups, limit = (getattr(routers[layer], name, None) or 1
-                             for name in ("num_group", "topk_group"))
-            require(np.sort(free.reshape(groups, -1).sum(1))[:limit].sum() >= top_k,
-                    f"the router chooses within {limit} of {groups} groups, and the mask leaves "
-                    f"some such choice fewer than top_k {top_k} experts")
+            mask = as_mask(masks.get(layer, []), num_experts)
+            require((~mask).sum() >= top_k, f"masking {mask.sum()} of {num_experts} experts leaves "
+                                            f"fewer than top_k {top_k}")
             boost = np.asarray(boosts.get(layer, np.zeros(num_experts)))
             require(boost.shape == (num_experts,) and np.isfinite(boost).all(),
                     f"a boost is {num_experts} finite numbers, one per expert")
-        if ids:
-            checked[layer] = ids
+        if mask.any() or layer in boosts:
+            checked[layer] = mask
     return checked
 
 
-def expert_ids(mask, num_experts):
-    """Sorted expert ids of a mask: ids already, or bool (num_experts,), of numpy or torch."""
+def as_mask(mask, num_experts):
+    """bool (num_experts,) of a mask: that already, or expert ids, of Python, numpy or torch."""
     mask = np.asarray(list(mask))
-    if mask.dtype == bool and len(mask) == num_experts:
-        mask = np.flatnonzero(mask)
-    ids = sorted(set(mask.tolist()))
-    require(mask.dtype != bool and set(ids) <= set(range(num_experts)),
-            f"a mask is some of the experts 0 to {num_experts - 1}, or {num_experts} booleans")
-    return ids
+    if mask.dtype != bool:
+        require(set(mask.tolist()) <= set(range(num_experts)),
+                f"a mask is some of the experts 0 to {num_experts - 1}, not {mask.tolist()}")
+        mask = np.isin(np.arange(num_experts), mask)
+    require(len(mask) == num_experts, f"a mask is {num_experts} booleans, not {len(mask)}")
+    return mask
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -348,9 +341,6 @@ def load_config(name):
     name is a folder or a hub id. InputError if it is neither, if the model is dense, or if its
     routers are unknown.
     """
-    require([int(n) for n in transformers.__version__.split(".")[:2]] >= [5, 6],
-            f"transformers {transformers.__version__} has other routers; run: "
-            "pip install 'transformers>=5.6'")
     with explained(f"no model '{name}': neither a folder with a config.json, nor to be had from "
                    "the hub"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -440,27 +430,27 @@ def find_data(pattern, languages=None):
                                  "put {lang} into --data")
         wanted = wanted or [Path(pattern).stem]
     if not wanted:
-        expression = first + "([^/]+)" + r"\1".join(others)
+        matches = re.compile(first + "([^/]+)" + r"\1".join(others)).fullmatch
         paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
-        wanted = [match[1] for path in paths if (match := re.fullmatch(expression, path))]
+        wanted = [match[1] for match in map(matches, paths) if match]
         require(wanted, f"no file matches '{pattern}' ({{lang}} stands for a language)")
-    files = {language: pattern.replace("{lang}", language) for language in wanted}
-    for language, path in files.items():
+    for language in wanted:
+        path = pattern.replace("{lang}", language)
         require(re.fullmatch(r"\w[\w.-]*", language), f"'{language}' cannot name a file: a "
                 "language is letters, digits, '_', '-' and '.'")
         require(os.path.isfile(path), f"no such file: {path} (for language '{language}')")
-    return files
+    return {language: pattern.replace("{lang}", language) for language in wanted}
 
 
 def read_examples(path):
-    """[{"prompt": str, "response": str?, "answer": str or [str, ...]?, "kind": str?}] of a file.
+    """[{"prompt": str, "response": str?, "answer": [str, ...]?, "kind": str?}] of a file.
 
     .tsv    question, tab, answer (MGSM); no header
     .jsonl  "prompt", "question" or "text"; optionally "response" and "answer"; or rows of Belebele
     .json   SQuAD and XQuAD
     .txt    one prompt per line
-    The kind of an answer chooses its score: "number", "choice" (a letter) or "span" (any of several
-    texts). Prompts keep their spaces. InputError names the file and line that cannot be read.
+    An answer is any of those listed; its kind chooses the score: "number", "choice" (a letter) or
+    "span". Prompts keep their spaces. InputError names the file and line that cannot be read.
     """
     suffix = Path(path).suffix
     require(suffix in (".json", *LINE_READERS),
@@ -490,7 +480,7 @@ def read_text_line(line):
 def read_tsv_line(line):
     prompt, tab, answer = line.rpartition("\t")
     require(tab, "no tab between question and answer")
-    return {"prompt": prompt, "answer": answer, "kind": answer_kind(answer)}
+    return {"prompt": prompt, "answer": [answer], "kind": answer_kind(answer)}
 
 
 def read_json_line(line):
@@ -504,8 +494,8 @@ def read_json_line(line):
     if row.get("response") is not None:
         example["response"] = str(row["response"])
     if answer is not None:
-        answer = answer if isinstance(answer, list) else str(answer)
-        example |= {"answer": answer, "kind": row.get("kind") or answer_kind(answer)}
+        answers = [str(each) for each in (answer if isinstance(answer, list) else [answer])]
+        example |= {"answer": answers, "kind": row.get("kind") or answer_kind(answers[0])}
     return example
 
 
@@ -514,7 +504,7 @@ def read_belebele(row):
     require(answer, "a Belebele row whose correct_answer_num is not 1 to 4")
     options = "\n".join(f"{letter}. {row[f'mc_answer{i}']}" for i, letter in enumerate("ABCD", 1))
     return {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}\n\n"
-                      "Answer with A, B, C or D.", "answer": answer, "kind": "choice"}
+                      "Answer with A, B, C or D.", "answer": [answer], "kind": "choice"}
 
 
 LINE_READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".txt": read_text_line}
@@ -534,15 +524,10 @@ def read_squad(root):
 def answer_kind(answer):
     """"number" if there is nothing but a number in it, else "span"."""
     try:
-        Decimal(plain_digits(str(answer)).replace(",", ""))
+        Decimal(plain_digits(answer).replace(",", ""))
         return "number"
     except ArithmeticError:
         return "span"
-
-
-def gold_answers(example):
-    """All answers that are right, as a list."""
-    return example["answer"] if isinstance(example["answer"], list) else [example["answer"]]
 
 
 def encode_prompt(tokenizer, prompt, chat_template="auto"):
@@ -574,7 +559,7 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
         encoded.append(example | {"ids": ids, "text_span": (before, len(ids) - after)})
         if "answer" in example:
             encoded[-1]["answer_ids"] = tokenizer(
-                gold_answers(example)[0], add_special_tokens=False)["input_ids"]
+                example["answer"][0], add_special_tokens=False)["input_ids"]
     return encoded
 
 
@@ -787,24 +772,30 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **
 
     accuracy is 1 or 0: the number, the letter, or the exact span; spans have f1 beside it.
     """
-    scores, responses, cut, kind = {}, None, 0, encoded[0].get("kind")
+    kind, golds = encoded[0].get("kind"), [e.get("answer") for e in encoded]
+    scores, responses, cut = {}, None, 0
     if {"prompt_nll", "answer_nll"} & set(metrics):
         scores = negative_log_likelihood(model, encoded, batch_tokens)
-    if "accuracy" in metrics and kind == "choice":
-        chosen = choose_letters(model, tokenizer, encoded, batch_tokens)
-        scores["accuracy"] = [c == e["answer"] for c, e in zip(chosen, encoded)]
-    elif {"accuracy", "language"} & set(metrics):
+    if "language" in metrics or ("accuracy" in metrics and kind != "choice"):
         responses, cut = generate(model, tokenizer, encoded, batch_tokens, **generation)
-        if "accuracy" in metrics and kind == "number":
-            scores["accuracy"] = [last_number(r, language) == last_number(e["answer"])
-                                  for r, e in zip(responses, encoded)]
-        elif "accuracy" in metrics:
-            scores["accuracy"], scores["f1"] = zip(*(
-                span_scores(r, gold_answers(e), language) for r, e in zip(responses, encoded)))
-        if "language" in metrics:
-            scores["language"] = in_language(responses, language)
+    if "language" in metrics:
+        scores["language"] = in_language(responses, language)
+    if "accuracy" in metrics:
+        scores |= answer_scores(responses if kind != "choice" else choose_letters(
+            model, tokenizer, encoded, batch_tokens), golds, kind, language)
     wanted = [metric for metric in (*metrics, "f1") if metric in scores]
     return {metric: np.array(scores[metric], float) for metric in wanted}, responses, cut
+
+
+def answer_scores(answers, golds, kind, language):
+    """{"accuracy": ..., and of spans "f1"} of each answer, given a list of right ones for each."""
+    if kind == "span":
+        exact, f1 = zip(*(span_scores(a, gold, language) for a, gold in zip(answers, golds)))
+        return {"accuracy": exact, "f1": f1}
+    if kind == "number":
+        answers = [last_number(answer, language) for answer in answers]
+        golds = [list(map(last_number, gold)) for gold in golds]
+    return {"accuracy": [answer in gold for answer, gold in zip(answers, golds)]}
 
 
 def check_metrics(metrics, encoded, path):
@@ -834,17 +825,21 @@ def bootstrap_interval(differences, draws=2000, seed=0):
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def mean_change(scores, against):
-    """(mean, low, high) of scores (examples,) minus others, (examples,) or (controls, examples)."""
-    return float(np.nanmean(scores - against)), *bootstrap_interval(scores - against)
-
-
-def change_text(mean, low, high):
-    return f"{mean:>+8.3f} {f'[{low:+.3f} {high:+.3f}]':<16}"
+def effect(base, scores, draws=()):
+    """An effect in numbers: means of base and of scores (examples,), the mean of their paired change
+    and its 95 % interval; the mean change by random draws (draws, examples), the least, the most.
+    """
+    changes = [np.nanmean(draw - base) for draw in draws]
+    low, high = bootstrap_interval(scores - base)
+    return {"before": np.nanmean(base), "after": np.nanmean(scores),
+            "change": np.nanmean(scores - base), "low": low, "high": high} | ({
+                "random": np.mean(changes), "least": min(changes), "most": max(changes)}
+                if changes else {})
 
 
 def write_whole(path, write):
     """write(file) to a temporary name, which becomes the final one when all is there."""
+    os.makedirs(Path(path).parent, exist_ok=True)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -877,7 +872,6 @@ def append_row(path, row):
 
 def save_predictions(path, encoded, responses, scores):
     """JSONL of prompt, response, answer and score, which capture.py reads; whole or not there."""
-    os.makedirs(Path(path).parent, exist_ok=True)
     rows = [{key: e.get(key) for key in ("prompt", "answer", "kind")} | {"response": r, "score": s}
             for e, r, s in zip(encoded, responses, scores)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -948,8 +942,8 @@ def evaluation_settings(args, config):
     require(args.temperature or not sampling, "--top-p and --top-k-sampling need a --temperature")
     return {"revision": checkpoint_id(args.model, config), "dtype": dtype_name(args.dtype, config),
             "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
-            "max_new_tokens": limit or MAX_NEW_TOKENS, "sampling": sampling,
-            "seed": args.seed if sampling else None}
+            "generation": {"max_new_tokens": limit or MAX_NEW_TOKENS, "sampling": sampling,
+                           "seed": args.seed if sampling else None}}
 
 
 def load_tasks(args, tokenizer, config, dumps):
@@ -990,11 +984,10 @@ class Experiment:
     def __init__(self, args, dumps):
         self.args, self.rows = args, load_rows(args.out)
         self.config, self.tokenizer, skeleton = load_config(args.model)
-        self.routers, self.shape = find_routers(skeleton), routing_shape(skeleton)
-        self.settings = evaluation_settings(args, self.config)
+        self.shape, self.settings = routing_shape(skeleton), evaluation_settings(args, self.config)
         self.choice = {"experts_per_language": args.experts_per_language,
-                       "threshold": args.threshold, "dumps": {
-                           dump["language"]: dump["digest"] for dump in dumps}}
+                       "threshold": args.threshold,
+                       "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
 
@@ -1007,34 +1000,33 @@ class Experiment:
 
         settings say how the edit was chosen; name becomes the folder of the predictions.
         """
-        settings = {"language": language, "data_sha256": self.tasks[language][1], **self.settings,
-                    **(settings or {})}
+        encoded, sha = self.tasks[language]
+        settings = self.settings | {"language": language, "data_sha256": sha} | (settings or {})
         if edit:
             exact = json.dumps(edit, sort_keys=True, default=np.ndarray.tolist).encode()
             settings |= self.choice | {"edit": hashlib.sha256(exact).hexdigest()[:16]}
         key = json.dumps(settings, sort_keys=True)
         if key not in self.rows:
-            row = {"cell": name, "settings": settings} | evaluate_cell(self, language, name, edit)
+            row = self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(
+                self, language, Path(name, f"{language}.jsonl"), edit)
             append_row(self.args.out, row)
-            self.rows[key] = row
         return {metric: np.array(values) for metric, values in self.rows[key]["scores"].items()}
 
 
-def evaluate_cell(experiment, language, name, edit):
+def evaluate_cell(experiment, language, file, edit):
     """A row beyond its settings: scores, mean, edited experts, predictions, how many were cut."""
-    args, encoded = experiment.args, experiment.tasks[language][0]
-    generation = {key: experiment.settings[key] for key in ("max_new_tokens", "sampling", "seed")}
+    args, (encoded, _) = experiment.args, experiment.tasks[language]
+    generation = experiment.settings["generation"]
     with edit_routing(experiment.model, **edit, count_moved=False):
         scores, responses, cut = evaluate(
             experiment.model, experiment.tokenizer, encoded, args.metrics, language,
             args.batch_tokens, **generation)
-    row = {"scores": {metric: np.round(s, 6).tolist() for metric, s in scores.items()},
-           "mean": {metric: float(np.nanmean(s)) for metric, s in scores.items()},
-           "experts": {layer: len(expert_ids(mask, experiment.shape[layer][0]))
-                       for layer, mask in edit.get("masks", {}).items()}
-           | {layer: int(np.count_nonzero(b)) for layer, b in edit.get("boosts", {}).items()}}
+    row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
+           "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
+           "experts": {layer: int(np.count_nonzero(each)) for kind in ("masks", "boosts")
+                       for layer, each in edit.get(kind, {}).items()}}
     if responses is not None:
-        path = Path(args.out).with_suffix("") / name / f"{language}.jsonl"
+        path = Path(args.out).with_suffix("") / file
         right = row["scores"].get("accuracy", [None] * len(encoded))
         save_predictions(path, encoded, responses, right)
         row |= {"predictions": str(path), "cut_responses": cut}

@@ -20,16 +20,15 @@ run goes on where it stopped. In a notebook:
 """
 
 import argparse
-import collections
 import math
 import sys
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import analyze
 import common
+from capture import capture
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -55,13 +54,16 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=EXPERT
     """{decoder layer: float64 (num_experts,)}: the first source's share in what the sources share.
 
     dumps  of analyze.load_languages; of other languages than the sources they do not matter
-    band   decoder layers "10-39", inclusive; by default 10/48 to 40/48 of the depth, the paper's
+    band   decoder layers "10-39", inclusive; by default the paper's part of the depth
     InputError if no expert is shared in the band.
     """
-    frequency = analyze.frequencies(dumps)[analyze.rows_of(sources, dumps)]
-    share = analyze.language_shares(frequency, experts_per_language)
+    frequency, layers = analyze.frequencies(dumps), dumps[0]["layers"]
+    share = analyze.language_shares(frequency[analyze.rows_of(sources, dumps)],
+                                    experts_per_language)
     coefficients = np.where(analyze.shared_experts(share, threshold), share[0], 0)
-    return in_band(coefficients, dumps[0]["layers"], band or PAPER_BAND,
+    first, last = (part * len(layers) for part in PAPER_BAND)
+    band = band or f"{layers[int(first)]}-{layers[math.ceil(last) - 1]}"
+    return in_band(coefficients, layers, band,
                    f"{','.join(sources)} share no expert in this band; raise --threshold or "
                    "--experts-per-language")
 
@@ -71,33 +73,21 @@ def selection_coefficients(selection, layers, band=None):
 
     selection  analyze.load_selection's (layers, experts); band "A-B", by default all of its layers
     """
-    return in_band(np.sign(selection), layers, band, f"the selection has no experts in {band}")
+    return in_band(np.sign(selection), layers, band or f"{layers[0]}-{layers[-1]}",
+                   f"the selection has no experts in {band}")
 
 
 def in_band(coefficients, layers, band, message):
     """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any."""
-    rows = band_rows(band, layers) & coefficients.any(1)
+    rows = analyze.parse_bands([band], layers)[band] & coefficients.any(1)
     common.require(rows.any(), message)
     return dict(zip(layers[rows].tolist(), coefficients[rows]))
-
-
-def band_rows(band, layers):
-    """bool (layers,) of decoder layers "10-39", of a part of the depth as PAPER_BAND, or of all."""
-    if isinstance(band, str):
-        return analyze.parse_bands([band], layers)[band]
-    first, last = (part * len(layers) for part in band or (0, 1))
-    row = np.arange(len(layers))
-    return (row >= int(first)) & (row < math.ceil(last))
 
 
 def random_coefficients(coefficients, seed):
     """The same coefficients in every layer, on experts drawn at random."""
     rng = np.random.default_rng(seed)
     return {layer: rng.permutation(c) for layer, c in coefficients.items()}
-
-
-def count(coefficients):
-    return sum(map(np.count_nonzero, coefficients.values()))
 
 
 def scaled(coefficients, strength):
@@ -109,43 +99,29 @@ def steer(model, coefficients, strength, rule=RULE, **options):
     return common.edit_routing(model, boosts=scaled(coefficients, strength), rule=rule, **options)
 
 
-@torch.inference_mode()
-def selections(model, sequences, batch_tokens):
-    """{layer: (tokens, top_k)}: the experts selected for all tokens of the sequences."""
-    found = collections.defaultdict(list)
-    for batch in common.length_batches([len(s) for s in sequences], batch_tokens):
-        ids = common.right_padded([sequences[i] for i in batch]).to(model.device)
-        real = torch.cat([torch.arange(ids.shape[1]) < len(sequences[i]) for i in batch])
-
-        def on_router(layer, router_logits, routing_weights, selected_experts):
-            found[layer].append(selected_experts.flatten(0, -2).cpu()[real])
-
-        with common.record_routing(model, on_router):
-            model.get_decoder()(input_ids=ids, use_cache=False)
-    return {layer: torch.cat(selected) for layer, selected in found.items()}
-
-
 def moved_selections(model, sequences, coefficients, strength, rule=RULE,
                      batch_tokens=BATCH_TOKENS):
     """{steered layer: part of the sequences' expert selections that steering changes}.
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
-    before = selections(model, sequences, batch_tokens)
+    before = capture(model, sequences, batch_tokens)[0]["selected_experts"]
     with steer(model, coefficients, strength, rule, count_moved=False):
-        after = selections(model, sequences, batch_tokens)
-    return {layer: int(common.number_moved(before[layer], after[layer])) / after[layer].numel()
-            for layer in coefficients}
+        after = capture(model, sequences, batch_tokens)[0]["selected_experts"]
+    moved = common.newly_selected(before, after).mean((0, 2))
+    return {layer: part for layer, part in zip(common.routing_shape(model), moved.tolist())
+            if layer in coefficients}
 
 
 def choose_lambda(base, steered, metric):
     """(best, {lambda: mean gain over languages}): less nats or more of another metric are a gain.
 
-    base {language: scores (examples,)}, steered {lambda: {language: scores}}
+    base {language: scores (examples,)}, steered {lambda: {language: scores}}. Of several lambdas,
+    even examples choose, and odd ones are left to report on.
     """
-    gains = {}
+    gains, step = {}, min(len(steered), 2)
     for strength, scores in steered.items():
-        change = np.mean([np.nanmean(scores[language] - base[language]) for language in base])
+        change = np.mean([np.nanmean((scores[l] - base[l])[::step]) for l in base])
         gains[strength] = common.better(metric) * change
     return max(gains, key=gains.get), gains
 
@@ -159,39 +135,23 @@ def mcnemar_p(before, after):
     return fixed, broken, min(1.0, 2 * tail)
 
 
-def effect(base, scores, controls):
-    """An effect in numbers: mean before and after, change (mean, low, high), the changes of the
-    random controls, and mcnemar (fixed, broken, p) of right/wrong scores.
+def effect_rows(metric, part, base, scores, draws=()):
+    """An effect for each language, and for all "together" where they have as many problems.
 
-    base, scores and each of controls: (problems,), or (languages, problems) of languages together,
-    where the interval resamples problems, not answers. McNemar's p takes the answers to one problem
-    as independent, which parallel ones are not quite.
+    base, scores and each of draws: {language: scores (examples,)}, of which a part counts.
+    Together, the interval resamples problems, not answers; McNemar's p takes the answers to one
+    problem as independent, which parallel ones are not quite.
     """
-    before, after, *draws = (np.atleast_2d(x).mean(0) for x in (base, scores, *controls))
-    return {"before": np.nanmean(before), "after": np.nanmean(after),
-            "change": common.mean_change(after, before), "mcnemar": mcnemar_p(base, scores),
-            "random": [np.nanmean(draw - before) for draw in draws]}
-
-
-def effects_by_language(base, scores, controls):
-    """{language: effect}, and "together" where all have as many problems; of {language: scores}."""
-    effects = {l: effect(base[l], scores[l], [c[l] for c in controls]) for l in base}
-    if len(set(map(len, base.values()))) == 1 < len(base):
-        base, scores, *controls = (np.array(list(x.values())) for x in (base, scores, *controls))
-        effects["together"] = effect(base, scores, controls)
-    return effects
-
-
-def print_effects(effects, metric):
-    """A line for each of {name: effect}."""
-    for name, e in effects.items():
-        line = f"{name:<9}{e['before']:>9.3f}{e['after']:>9.3f} {common.change_text(*e['change'])}"
-        if e["random"]:
-            least, most = min(e["random"]), max(e["random"])
-            line += f"{np.mean(e['random']):>+8.3f} ({least:+.3f} {most:+.3f})"
+    cells = {l: [x[l][part] for x in (base, scores, *draws)] for l in base}
+    if len({len(before) for before, *_ in cells.values()}) == 1 < len(cells):
+        cells["together"] = [np.array(x) for x in zip(*cells.values())]
+    rows = []
+    for name, (before, after, *controls) in cells.items():
+        means = (np.atleast_2d(x).mean(0) for x in (before, after, *controls))
+        rows.append({"": name} | common.effect(next(means), next(means), list(means)))
         if metric in common.RIGHT_OR_WRONG:
-            line = "{:<77}{:>6}{:>8}{:>7.3f}".format(line, *e["mcnemar"])
-        print(line)
+            rows[-1] |= zip(("fixed", "broken", "p"), mcnemar_p(before, after))
+    return rows
 
 
 def choose_coefficients(args, dumps):
@@ -207,19 +167,34 @@ def choose_coefficients(args, dumps):
                                         args.threshold) for name, band in bands.items()}
 
 
-def run_cells(experiment, languages, name, strength, coefficients):
-    """{language: {metric: scores (examples,)}} under the boosts."""
-    args = experiment.args
-    settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
-                "sources": args.sources, "band": sorted(coefficients)}
-    return {language: experiment.cell(language, f"{name}-lambda{strength}", settings,
-                                      boosts=scaled(coefficients, strength), rule=args.rule)
-            for language in tqdm(languages, desc=f"{name} {strength}", leave=False)}
+def run_cells(experiment, languages, name="baseline", strength=0, coefficients=None):
+    """{metric: {language: scores (examples,)}} under the boosts, or of the unsteered model."""
+    args, edit, settings = experiment.args, {}, {}
+    if coefficients:
+        settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
+                    "sources": args.sources, "band": sorted(coefficients)}
+        edit = {"boosts": scaled(coefficients, strength), "rule": args.rule}
+        name = f"{name}-lambda{strength}"
+    cells = {language: experiment.cell(language, name, settings, **edit)
+             for language in tqdm(languages, desc=name, leave=False)}
+    return {metric: {language: cell[metric] for language, cell in cells.items()}
+            for metric in cells[languages[0]]}
 
 
-def values(results, metric, part):
-    """{language: scores (examples,)} of one metric and a part of the examples."""
-    return {language: scores[metric][part] for language, scores in results.items()}
+def run_all(experiment, languages, coefficients):
+    """({lambda: gain}, unsteered, steered, [random draws], {control band: ...}), as of run_cells:
+    steered by the best of the lambdas, which is chosen on the even examples if there are several.
+    """
+    args, (kind, *bands), metric = experiment.args, coefficients, experiment.args.metrics[0]
+    boosted, base = coefficients[kind], run_cells(experiment, languages)
+    steered = {strength: run_cells(experiment, languages, kind, strength, boosted)
+               for strength in args.lambdas}
+    best, gains = choose_lambda(base[metric], {l: s[metric] for l, s in steered.items()}, metric)
+    draws = [run_cells(experiment, languages, f"random-seed{seed}", best,
+                       random_coefficients(boosted, seed)) for seed in range(args.control_seeds)]
+    others = {name: run_cells(experiment, languages, name, best, coefficients[name])
+              for name in bands}
+    return gains, base, steered[best], draws, others
 
 
 def parse_arguments():
@@ -272,39 +247,32 @@ def print_moved(experiment, languages, coefficients):
                                             "take a larger one")
 
 
+def report(gains, base, steered, draws, others):
+    """A table for each metric; below it, the changes in the control bands."""
+    best, part = max(gains, key=gains.get), slice(None)
+    if len(gains) > 1:
+        part = slice(1, None, 2)
+        print(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean gain "
+              f"of {next(iter(base))}: {', '.join(f'{l} {g:+.4f}' for l, g in gains.items())})")
+    for metric in base:
+        print(f"\n{metric}, lambda {best}, beside random experts")
+        analyze.print_rows(effect_rows(metric, part, base[metric], steered[metric],
+                                       [draw[metric] for draw in draws]))
+        for name, cells in others.items():
+            print(f"control {name}")
+            analyze.print_rows(effect_rows(metric, part, base[metric], cells[metric]))
+
+
 def main():
     args = parse_arguments()
     experiment, languages, coefficients = prepare(args)
-    (kind, boosted), *bands = coefficients.items()
-    print(f"{args.model}  {count(boosted)} experts  "
-          f"{args.selection or 'shared by ' + ','.join(args.sources)}  rule {args.rule}  "
-          f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-    print_moved(experiment, languages, boosted)
-
-    base = {language: experiment.cell(language) for language in languages}
-    steered = {strength: run_cells(experiment, languages, kind, strength, boosted)
-               for strength in args.lambdas}
-    # of several lambdas, even examples choose and odd ones report
-    metric, several = args.metrics[0], len(steered) > 1
-    even, odd = (slice(0, None, 2), slice(1, None, 2)) if several else [slice(None)] * 2
-    best, gains = choose_lambda(values(base, metric, even), {
-        strength: values(scores, metric, even) for strength, scores in steered.items()}, metric)
-    controls = [run_cells(experiment, languages, f"random-seed{seed}", best,
-                          random_coefficients(boosted, seed)) for seed in range(args.control_seeds)]
-    others = [run_cells(experiment, languages, name, best, c) for name, c in bands]
-
-    if several:
-        print(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean gain "
-              f"of {metric}: {', '.join(f'{l} {gain:+.4f}' for l, gain in gains.items())})")
-    for metric in base[languages[0]]:
-        print(f"\n{metric}, lambda {best}\n         unsteered  steered  change 95 % interval     "
-              "random (least  most)" + "  fixed  broken      p" * (metric in common.RIGHT_OR_WRONG))
-        before, after, *draws = (values(scores, metric, odd)
-                                 for scores in (base, steered[best], *controls))
-        print_effects(effects_by_language(before, after, draws), metric)
-        for (name, c), scores in zip(bands, others):
-            print(f"control {name}, {count(c)} experts")
-            print_effects(effects_by_language(before, values(scores, metric, odd), []), metric)
+    numbers = [f"{name}: {sum(map(np.count_nonzero, c.values()))} experts"
+               for name, c in coefficients.items()]
+    print(f"{args.model}  {'  '.join(numbers)}  {args.selection or 'of ' + ','.join(args.sources)}"
+          f"  rule {args.rule}  experts_per_language {args.experts_per_language}  threshold "
+          f"{args.threshold}")
+    print_moved(experiment, languages, next(iter(coefficients.values())))
+    report(*run_all(experiment, languages, coefficients))
     print(f"\n{args.out}")
 
 

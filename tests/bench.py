@@ -240,7 +240,7 @@ def bench_capture(model, args):
                 f"{ratio(measured['bare forward'][0], times):>9.3f}{padding:>9.1%}"
                 f"{memory.device:>9.1f}{memory.host:>+10.2f}")
         if arrays:
-            dumps = capture.cut_dumps(arrays, corpora, list(common.routing_shape(model)))
+            dumps = cut_dumps(arrays, corpora, list(common.routing_shape(model)))
             size, took = written(dumps, lambda *dump: capture.save_dump(*dump, {"top_k": top_k}))
             line += f"{size:>10.1f}{took:>10.2f} s"
             if name == "capture.py":
@@ -251,6 +251,19 @@ def bench_capture(model, args):
     if args.device == "cuda":
         print("does the host wait for the GPU within the layers?",
               waits_inside(model, corpora, args.batch_tokens))
+
+
+def cut_dumps(arrays, corpora, layers):
+    """What capture returned for all languages, {language: (sequences, prompt_lengths)}, as dumps."""
+    dumps, sequence, token = {}, 0, 0
+    for language, (sequences, prompt_lengths) in corpora.items():
+        rows = slice(sequence, sequence + len(sequences))
+        tokens = slice(token, token + sum(map(len, sequences)))
+        part = {key: array[tokens if key == "selected_experts" else rows]
+                for key, array in arrays.items()}
+        dumps[language] = capture.as_dump(part, sequences, prompt_lengths, layers)
+        sequence, token = rows.stop, tokens.stop
+    return dumps
 
 
 def written(dumps, save):

@@ -108,19 +108,12 @@ def test_without_ids_the_statistics_are_those_with_ids(tiny, sequences):
         assert np.array_equal(full[key], stats[key]), key
 
 
-class Progress:
-    total = 0
-
-    def update(self, tokens):
-        self.total += tokens
-
-
 def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said_once(tiny, capsys):
     text = "Anna has {} apples. Tom has 3 apples. How many apples do they have?"
     sequences = [tiny[1](text.format(n))["input_ids"] for n in range(2, 13)]
     assert list(map(len, sequences)) == [20] * 8 + [21] * 3  # 10, 11 and 12 have a token more
     whole, padded = capture.capture(tiny[0], sequences, batch_tokens=10**6)
-    layer, tried, progress = tiny[0].model.layers[5], [], Progress()
+    layer, tried = tiny[0].model.layers[5], []
     forward = layer.forward
 
     def small_device(hidden_states, *args, **kwargs):  # fails behind the fifth router
@@ -131,13 +124,13 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said_once(tiny, cap
 
     layer.forward = small_device
     try:
-        halved, less = capture.capture(tiny[0], sequences, batch_tokens=10**6, progress=progress)
+        halved, less = capture.capture(tiny[0], sequences, batch_tokens=10**6)
     finally:
         del layer.forward
     assert tried == [11, 5, 2, 3, 6, 3, 3]
     assert_same(whole, halved)
     # the longest lead: first beside all eight of the others, in the end beside two
-    assert padded == 8 and less == 2 and progress.total == 8 * 20 + 3 * 21
+    assert padded == 8 and less == 2
     said = "".join(capsys.readouterr())
     assert "out of memory on 11 sequences at once: halving" in said
     assert said.count("out of memory") == 1
@@ -159,7 +152,7 @@ def test_ids_of_300_experts_go_exactly_from_the_router_to_the_analysis(tmp_path)
     ids = np.concatenate(ids)
     assert (ids > 255).mean() > 0.05  # which eight bits would lose
     arrays, _ = capture.capture(model, sequences)
-    dump = capture.cut_dumps(arrays, {"xx": (sequences, [30, 38, 7])}, [0, 1])["xx"]
+    dump = capture.as_dump(arrays, sequences, [30, 38, 7], [0, 1])
     capture.save_dump(tmp_path / "xx.npz", dump, {"language": "xx", "num_experts": 300, "top_k": 4})
     saved = load(tmp_path / "xx.npz")["selected_experts"]
     assert saved.dtype == np.uint16 and np.array_equal(saved, ids)
@@ -195,48 +188,22 @@ def test_batches_hold_every_sequence_once_and_could_not_take_the_next_one():
         assert after is None or too_many or lengths[after[0]] < 0.9 * longest
 
 
-def test_pools_take_languages_in_order_up_to_their_size():
-    tokens = {"a": 5, "b": 4, "c": 2, "d": 30, "e": 1}
-    assert capture.pools(tokens, 9) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert capture.pools(tokens, 10**6) == [["a", "b", "c", "d", "e"]]
-    assert capture.pools(tokens, 1) == [["a"], ["b"], ["c"], ["d"], ["e"]]
-
-
 # ------------------------------------------------------------------------------------------ dumps
 
-def test_a_capture_is_cut_where_one_language_ends_and_the_next_begins():
-    # three sequences of 2, 1 and 2 tokens, one layer, two experts, top_k 1
-    arrays = {"counts": np.array([[[2, 0]], [[0, 1]], [[1, 1]]]),
-              "weight_sums": np.array([[[2.5, 0]], [[0, 1.5]], [[0.5, 1]]]),
-              "mean_probs": np.array([[[0.75, 0.25]], [[0.5, 0.5]], [[0.25, 0.75]]], np.float32)}
-    ids = np.array([0, 0, 1, 0, 1], np.uint8).reshape(5, 1, 1)
-    corpora = {"bn": ([[7, 8], [9]], [2, 1]), "de": ([[5, 6]], [1])}
-    dumps = capture.cut_dumps(arrays | {"selected_experts": ids}, corpora, [3])
-    expected = {
-        "bn": {"counts": [[2, 1]], "weight_sums": [[2.5, 1.5]],
-               "mean_probs": [[[0.75, 0.25]], [[0.5, 0.5]]],
-               "selected_experts": [[[0]], [[0]], [[1]]], "token_ids": [7, 8, 9], "layers": [3],
-               "sequence_offsets": [0, 2, 3], "prompt_lengths": [2, 1]},
-        "de": {"counts": [[1, 1]], "weight_sums": [[0.5, 1]], "mean_probs": [[[0.25, 0.75]]],
-               "selected_experts": [[[0]], [[1]]], "token_ids": [5, 6], "layers": [3],
-               "sequence_offsets": [0, 2], "prompt_lengths": [1]}}
-    assert {language: {key: value.tolist() for key, value in dump.items()}
-            for language, dump in dumps.items()} == expected
-    without_ids = capture.cut_dumps(arrays, corpora, [3])
-    for language, dump in without_ids.items():
-        assert expected[language].keys() - dump.keys() == {"selected_experts", "token_ids"}
-        for key, value in dump.items():
-            assert value.tolist() == expected[language][key], key
-
-
-def test_languages_captured_together_have_the_dumps_that_they_have_alone(tiny, sequences):
-    corpora = {"sw": (sequences[:8], [3] * 8), "zh": (sequences[8:], [4] * 5)}
-    arrays, _ = capture.capture(tiny[0], sequences, batch_tokens=10**6)
-    together = capture.cut_dumps(arrays, corpora, range(8))
-    for language, corpus in corpora.items():
-        arrays, _ = capture.capture(tiny[0], corpus[0], batch_tokens=1)
-        alone = capture.cut_dumps(arrays, {language: corpus}, range(8))
-        assert_same(alone[language], together[language])
+def test_a_dump_is_the_sum_over_sequences_and_where_each_begins():
+    # two sequences of 2 and 1 tokens, one layer, two experts, top_k 1
+    arrays = {"counts": np.array([[[2, 0]], [[0, 1]]]),
+              "weight_sums": np.array([[[2.5, 0]], [[0, 1.5]]]),
+              "mean_probs": np.array([[[0.75, 0.25]], [[0.5, 0.5]]], np.float32)}
+    ids = np.array([0, 0, 1], np.uint8).reshape(3, 1, 1)
+    dump = capture.as_dump(arrays | {"selected_experts": ids}, [[7, 8], [9]], [2, 1], [3])
+    expected = {"counts": [[2, 1]], "weight_sums": [[2.5, 1.5]],
+                "mean_probs": [[[0.75, 0.25]], [[0.5, 0.5]]],
+                "selected_experts": [[[0]], [[0]], [[1]]], "token_ids": [7, 8, 9], "layers": [3],
+                "sequence_offsets": [0, 2, 3], "prompt_lengths": [2, 1]}
+    assert {key: value.tolist() for key, value in dump.items()} == expected
+    without_ids = capture.as_dump(arrays, [[7, 8], [9]], [2, 1], [3])
+    assert expected.keys() - without_ids.keys() == {"selected_experts", "token_ids"}
 
 
 def small_dump(**other):
@@ -289,7 +256,7 @@ def test_a_routers_nan_is_not_saved(tiny, sequences, tmp_path):
         arrays, _ = capture.capture(tiny[0], sequences[:2])
     finally:
         weight.data.copy_(before)
-    dump = capture.cut_dumps(arrays, {"xx": (sequences[:2], [1, 1])}, range(8))["xx"]
+    dump = capture.as_dump(arrays, sequences[:2], [1, 1], range(8))
     with pytest.raises(InputError, match=r"NaN or infinite in layers \[3, 4, 5, 6, 7\]"):
         capture.save_dump(tmp_path / "xx.npz", dump, {"top_k": 2})
     assert list(tmp_path.iterdir()) == []
@@ -335,14 +302,14 @@ def load(path):
 
 def test_less_than_7_in_100_tokens_of_the_data_are_padding(monkeypatch, capsys, tmp_path):
     printed = run(monkeypatch, capsys, "--stats-only", "--dtype", "float32", "--out", tmp_path)
-    dumps = [load(path) for path in tmp_path.iterdir()]
-    lengths = np.concatenate([np.diff(dump["sequence_offsets"]) for dump in dumps])
-    assert len(dumps) == len(find_data(DATA)) == 8 and len(lengths) == 8 * 200
-    padded = sum(lengths[batch].max() * len(batch) - lengths[batch].sum()
-                 for batch in length_batches(lengths.tolist(), capture.BATCH_TOKENS))
-    share = padded / (padded + lengths.sum())
-    assert 0 < share < 0.07
-    assert f"{lengths.sum():,} tokens, {100 * share:.1f}% padding" in printed
+    assert len(find_data(DATA)) == len(list(tmp_path.iterdir())) == 8
+    for path in tmp_path.iterdir():
+        lengths = np.diff(load(path)["sequence_offsets"])
+        padded = sum(lengths[batch].max() * len(batch) - lengths[batch].sum()
+                     for batch in length_batches(lengths.tolist(), capture.BATCH_TOKENS))
+        share = padded / (padded + lengths.sum())
+        assert len(lengths) == 200 and 0 < share < 0.07
+        assert f"{lengths.sum():,} tokens  {100 * share:.1f}% padding" in printed
 
 
 def test_limit_and_shards_are_parts_of_the_same_dump(monkeypatch, capsys, tmp_path):
@@ -430,7 +397,7 @@ def test_a_killed_run_leaves_whole_dumps_only_and_goes_on(monkeypatch, capsys, t
         (tmp_path / f"{language}.tsv").write_text("".join(rows), encoding="utf-8")
     out = tmp_path / "out"
     same = ("--data", str(tmp_path / "{lang}.tsv"), "--out", str(out), "--dtype", "float64")
-    slow = ("--batch-tokens", "1", "--pool-tokens", "1")
+    slow = ("--batch-tokens", "1")
     process = subprocess.Popen([sys.executable, "capture.py", *same, *slow],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "bn.npz").exists():

@@ -18,14 +18,14 @@ def write(path, text):
 
 def test_tsv_jsonl_and_txt_are_read(tmp_path):
     assert read_examples(write(tmp_path / "a.tsv", "How many?\t2,125\nTab\tin it\t-3\r\n")) == [
-        {"prompt": "How many?", "answer": "2,125", "kind": "number"},
-        {"prompt": "Tab\tin it", "answer": "-3", "kind": "number"}]
+        {"prompt": "How many?", "answer": ["2,125"], "kind": "number"},
+        {"prompt": "Tab\tin it", "answer": ["-3"], "kind": "number"}]
     text = write(tmp_path / "a.txt", "one\ntwo\n\n")
     assert read_examples(text) == [{"prompt": "one"}, {"prompt": "two"}]
     rows = ('{"prompt": "p", "response": "r", "answer": 5}\n'
             '{"question": "q"}\n{"text": "t\\u2028x"}\n')
     assert read_examples(write(tmp_path / "a.jsonl", rows)) == [
-        {"prompt": "p", "response": "r", "answer": "5", "kind": "number"}, {"prompt": "q"},
+        {"prompt": "p", "response": "r", "answer": ["5"], "kind": "number"}, {"prompt": "q"},
         {"prompt": "t\u2028x"}]
 
 
@@ -34,7 +34,7 @@ def test_spaces_at_the_edges_of_a_line_stay_on_the_last_line_too(tmp_path, end):
     text = write(tmp_path / "a.txt", f" one \n\ttwo  {end}")
     assert [e["prompt"] for e in read_examples(text)] == [" one ", "\ttwo  "]
     table = read_examples(write(tmp_path / "a.tsv", f" one \t 1 \n  two \t blue {end}"))
-    assert [(e["prompt"], e["answer"]) for e in table] == [(" one ", " 1 "), ("  two ", " blue ")]
+    assert [(e["prompt"], e["answer"]) for e in table] == [(" one ", [" 1 "]), ("  two ", [" blue "])]
     assert [e["kind"] for e in table] == ["number", "span"]
     rows = '{"prompt": " one "}\n{"text": " two\\n"}'
     rows = read_examples(write(tmp_path / "a.jsonl", rows + end))
@@ -104,7 +104,7 @@ def test_held_out_equations_are_in_one_set_only_and_never_trained_on():
         examples = read_examples(f"tests/data/{name}_en.tsv")
         assert len({e["prompt"] for e in examples}) == tiny.PROBLEMS_PER_SET
         steps = [solve(e["prompt"]) for e in examples]
-        assert [str(s[-1][-1]) for s in steps] == [e["answer"] for e in examples]
+        assert [[str(s[-1][-1])] for s in steps] == [e["answer"] for e in examples]
         seen[name] = {step for s in steps for step in s}
     rng = random.Random(5)
     problems = [tiny.draw_problem(rng, "train") for _ in range(20000)]
@@ -121,7 +121,7 @@ def test_the_languages_tell_the_same_problems():
         sets = [read_examples(f"tests/data/{name}_{language}.tsv") for language in tiny.LANGUAGES]
         for parallel in zip(*sets):
             numbers = {tuple(sorted(re.findall(r"\d+", e["prompt"]))) for e in parallel}
-            assert len(numbers) == len({e["answer"] for e in parallel}) == 1
+            assert len(numbers) == len({e["answer"][0] for e in parallel}) == 1
 
 
 def test_the_data_is_what_its_script_makes(tmp_path):

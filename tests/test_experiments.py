@@ -174,7 +174,9 @@ def test_random_experts_are_as_many_and_the_same_ones_in_every_language():
 
 def test_masks_name_decoder_layers_and_leave_out_those_without_experts():
     chosen = np.array([[False, True, True], [False, False, False], [True, False, False]])
-    assert ablate.as_masks(chosen, np.array([3, 5, 7])) == {3: [1, 2], 7: [0]}
+    masks = ablate.as_masks(chosen, np.array([3, 5, 7]))
+    assert {layer: mask.tolist() for layer, mask in masks.items()} == {
+        3: [False, True, True], 7: [True, False, False]}
 
 
 # in nats, 2 is masked: what is worse than 2 beats it
@@ -221,11 +223,10 @@ def test_coefficients_are_the_first_sources_share_in_what_the_sources_share():
         coefficients(["aa", "fr"], "0-1", 0.7)
 
 
-def test_the_default_band_is_the_papers_part_of_the_depth():
-    assert np.flatnonzero(steer.band_rows(steer.PAPER_BAND, np.arange(48))).tolist() == list(range(10, 40))
-    assert np.flatnonzero(steer.band_rows(steer.PAPER_BAND, np.arange(8))).tolist() == [1, 2, 3, 4, 5, 6]
-    assert steer.band_rows(steer.PAPER_BAND, np.arange(1)).any()
-    assert steer.band_rows("4-5", np.array([3, 5, 7])).tolist() == [False, True, False]
+@pytest.mark.parametrize("layers, band", [(48, range(10, 40)), (8, range(1, 7)), (1, [0])])
+def test_the_default_band_is_the_papers_part_of_the_depth(layers, band):
+    dumps = [dump_of(language, [[50, 50, 0, 0]] * layers) for language in ("aa", "bb")]
+    assert list(steer.steering_coefficients(dumps, ["aa", "bb"])) == list(band)
 
 
 def test_a_selection_is_boosted_by_its_signs_and_stays_in_its_band():
@@ -246,59 +247,63 @@ def test_random_coefficients_are_the_same_ones_on_other_experts():
 
 
 def test_the_best_lambda_has_the_most_gain_on_average_over_languages():
-    base = {"aa": np.array([1.0, 1.0]), "bb": np.array([2.0, 2.0, 2.0, np.nan])}
+    def interleaved(*values):
+        return np.stack([values, np.add(values, 9)], 1).ravel()  # even examples are looked at
+
+    base = {"aa": interleaved(1, 1), "bb": interleaved(2, 2, 2, np.nan)}
     steered = {  # means over languages, not answers: +.5 and -.3; -.4 and 0; 0 and +.5
-        0.1: {"aa": np.array([1.5, 1.5]), "bb": np.array([1.7, 1.7, 1.7, np.nan])},
-        0.3: {"aa": np.array([0.6, 0.6]), "bb": np.array([2.0, 2.0, 2.0, np.nan])},
-        -1.0: {"aa": np.array([1.0, 1.0]), "bb": np.array([2.5, 2.0, 3.0, np.nan])}}
+        0.1: {"aa": interleaved(1.5, 1.5), "bb": interleaved(1.7, 1.7, 1.7, np.nan)},
+        0.3: {"aa": interleaved(0.6, 0.6), "bb": interleaved(2, 2, 2, np.nan)},
+        -1.0: {"aa": interleaved(1, 1), "bb": interleaved(2.5, 2, 3, np.nan)}}
+    for cells in (steered[0.1], steered[0.3]):
+        cells["aa"][1::2] += 100  # and odd ones are not
     best, gains = steer.choose_lambda(base, steered, "accuracy")
     assert best == -1.0 and gains == pytest.approx({0.1: 0.1, 0.3: -0.2, -1.0: 0.25})
     best, gains = steer.choose_lambda(base, steered, "prompt_nll")  # of nats, less is better
     assert best == 0.3 and gains == pytest.approx({0.1: -0.1, 0.3: 0.2, -1.0: -0.25})
-
-
-def test_mcnemar_by_hand():
-    before = [0] * 6 + [1] * 4
-    after = [1] * 5 + [0] + [0] * 1 + [1] * 3  # 5 fixed, 1 broken: p = 2 * (1 + 6) / 2**6
-    assert steer.mcnemar_p(before, after) == (5, 1, pytest.approx(14 / 64))
-    assert steer.mcnemar_p([1, 0], [1, 0]) == (0, 0, 1)
-    assert steer.mcnemar_p([1, 0], [0, 1]) == (1, 1, 1)
+    alone = {0.1: {"aa": base["aa"] + np.tile([0, 1], 2)}}  # a single one is judged by all
+    assert steer.choose_lambda({"aa": base["aa"]}, alone, "accuracy") == (0.1, {0.1: 0.5})
 
 
 def test_an_effect_by_hand():
-    found = steer.effect(np.array([0, 0, 1, 1]), np.array([1, 0, 1, 1]),
-                         [np.array([0, 0, 1, 0]), np.array([1, 1, 1, 1])])
-    assert (found["before"], found["after"], found["random"]) == (0.5, 0.75, [-0.25, 0.5])
-    assert found["change"][0] == 0.25 and found["mcnemar"] == (1, 0, 1)
-    nothing = steer.effect(np.array([np.nan, 1, 2]), np.array([np.nan, 3, 4]), [])
-    assert (nothing["before"], nothing["after"], nothing["change"]) == (1.5, 3.5, (2, 2, 2))
+    answers = {"aa": np.array([0, 0, 1, 1])}, {"aa": np.array([1, 0, 1, 1])}
+    draws = [{"aa": np.array([0, 0, 1, 0])}, {"aa": np.array([1, 1, 1, 1])}]
+    found, = steer.effect_rows("accuracy", slice(None), *answers, draws)
+    assert (found["before"], found["after"], found["change"]) == (0.5, 0.75, 0.25)
+    assert (found["random"], found["least"], found["most"]) == (0.125, -0.25, 0.5)
+    assert (found["fixed"], found["broken"], found["p"]) == (1, 0, 1)
+    odd, = steer.effect_rows("prompt_nll", slice(1, None, 2), *answers)
+    assert (odd["before"], odd["after"]) == (0.5, 0.5) and not odd.keys() & {"random", "p"}
 
 
 def test_an_effect_on_languages_together_resamples_problems():
-    base = np.array([[0, 0, 1], [0, 1, 1]])  # (languages, problems)
-    scores = np.array([[1, 0, 1], [1, 1, 0]])
-    found = steer.effect(base, scores, [base, np.ones((2, 3))])
+    base = {"aa": np.array([0, 0, 1]), "bb": np.array([0, 1, 1])}
+    scores = {"aa": np.array([1, 0, 1]), "bb": np.array([1, 1, 0])}
+    *_, found = steer.effect_rows("accuracy", slice(None), base, scores,
+                                  [base, {"aa": np.ones(3), "bb": np.ones(3)}])
+    assert found[""] == "together"
     assert (found["before"], found["after"]) == pytest.approx((3 / 6, 4 / 6))
-    assert found["random"] == pytest.approx([0, 3 / 6])
-    assert found["mcnemar"] == (2, 1, 1)
+    assert (found["least"], found["most"]) == pytest.approx((0, 3 / 6))
+    assert (found["fixed"], found["broken"], found["p"]) == (2, 1, 1)
     # problems change by 1, 0 and -.5: of 27 draws of three, one has only the first and one only the
     # last, more than the 2.5 % that an interval leaves out; six answers would hardly do so
-    assert found["change"] == pytest.approx((1 / 6, -0.5, 1))
+    assert [found[k] for k in ("change", "low", "high")] == pytest.approx([1 / 6, -0.5, 1])
 
 
 def test_languages_are_taken_together_if_their_problems_are_as_many():
+    def rows(*arguments):
+        return {row[""]: row for row in steer.effect_rows("accuracy", slice(None), *arguments)}
+
     base = {"aa": np.zeros(3), "bb": np.array([0.0, 1, 1])}
     scores = {"aa": np.ones(3), "bb": np.array([1.0, 1, 0])}
     draw = {"aa": np.zeros(3), "bb": np.zeros(3)}
-    effects = steer.effects_by_language(base, scores, [draw])
+    effects = rows(base, scores, [draw])
     assert list(effects) == ["aa", "bb", "together"]
-    assert [effects[l]["change"][0] for l in effects] == pytest.approx([1, 0, 1 / 2])
-    assert [effects[l]["random"][0] for l in effects] == pytest.approx([0, -2 / 3, -1 / 3])
-    assert effects["together"]["mcnemar"][:2] == (4, 1)
-    alone, uneven = ({l: x[l] for l in "aa bb".split() if l in x} for x in (
-        {"aa": np.zeros(3)}, {"aa": np.zeros(3), "bb": np.zeros(2)}))
-    assert list(steer.effects_by_language(alone, alone, [])) == ["aa"]
-    assert list(steer.effects_by_language(uneven, uneven, [])) == ["aa", "bb"]
+    assert [e["change"] for e in effects.values()] == pytest.approx([1, 0, 1 / 2])
+    assert [e["random"] for e in effects.values()] == pytest.approx([0, -2 / 3, -1 / 3])
+    assert effects["together"]["fixed"] == 4 and effects["together"]["broken"] == 1
+    alone, uneven = {"aa": np.zeros(3)}, {"aa": np.zeros(3), "bb": np.zeros(2)}
+    assert list(rows(alone, alone)) == ["aa"] and list(rows(uneven, uneven)) == ["aa", "bb"]
 
 
 # --------------------------------------------------------------------------- steer: the tiny model
@@ -448,10 +453,10 @@ def test_one_load_makes_a_row_of_settings_and_scores_for_every_cell(
         for metric, scores in row["scores"].items():
             assert len(scores) == row["settings"]["limit"]
             assert row["mean"][metric] == pytest.approx(np.mean(scores), abs=1e-6)
-        assert row["settings"]["revision"] and row["settings"]["max_new_tokens"] == 32
+        assert row["settings"]["revision"] and row["settings"]["generation"]["max_new_tokens"] == 32
         if row["cell"] != "baseline":
             assert row["settings"]["dumps"] == {
-                l: [analyze.dump_digest(dumps[LANGUAGES.index(l)])] for l in sources}
+                l: analyze.load_routing(dumps[LANGUAGES.index(l)])["digest"] for l in sources}
 
 
 def test_the_ablation_grid_is_complete(ablation):
@@ -544,7 +549,7 @@ def test_the_ablation_table_shows_changes_and_those_of_random_draws(ablation, ba
             [scores("baseline", language).mean(), change("exclusive", "sw", language),
              change("exclusive", "en+zh", language)], abs=6e-4)
         random = [change(f"random-seed{seed}", target, language) for seed in range(2)]
-        assert own[:4] == pytest.approx(
+        assert [own[2], *own[5:8]] == pytest.approx(
             [change("exclusive", target, language), np.mean(random), *sorted(random)], abs=6e-4)
 
 
@@ -629,15 +634,11 @@ def test_a_contrast_is_masked(contrast, dumps, tmp_path):
                  "--limit", 2, "--control-seeds", 1, "--out", out]
     printed = run(ablate, *arguments)  # by default in all of its layers
     rows = [r for r in rows_of(out) if r["settings"].get("experts") == "selection"]
-    assert "note:" not in printed and [r["settings"]["language"] for r in rows] == ["en", "zh"]
+    assert [r["settings"]["language"] for r in rows] == ["en", "zh"]
     more = {str(layer): int(n) for layer, n in enumerate((differences > 0).sum(1)) if n}
     assert rows[0]["experts"] == more
-    own = printed.split("own ")[1]
+    own = printed.split("\nown ")[1]
     assert "\nen " in own and "\nzh " in own  # both with their controls
-    first = next(iter(more))
-    outside = sum(more.values()) - more[first]
-    assert f"note: {outside} of the {sum(more.values())} experts" in run(
-        ablate, *arguments, "--bands", first)
     with pytest.raises(common.InputError, match="leave out --targets"):
         run(ablate, *arguments, "--targets", "en")
 
@@ -646,7 +647,7 @@ def test_a_contrast_is_boosted(contrast, dumps, tiny, tmp_path):
     (selection, differences), out = contrast, tmp_path / "r.jsonl"
     printed = run(steer, "--routing", *dumps, "--selection", selection, "--languages", "sw",
                   "--limit", 4, "--control-seeds", 1, "--rule", "soft", "--lambda", 5, "--out", out)
-    assert f"12 experts  {selection}" in printed
+    assert f"selection: 12 experts  {selection}" in printed
     baseline, row, _ = rows_of(out)
     assert row["settings"]["kind"] == "selection"
     boosts = {layer: 5 * np.sign(d) for layer, d in enumerate(differences) if d.any()}

@@ -9,7 +9,7 @@ import torch
 
 import common
 from common import (InputError, bootstrap_interval, encode_examples, last_number, load_model,
-                    load_rows, mean_change, read_examples, span_scores)
+                    load_rows, read_examples, span_scores)
 from steer import mcnemar_p
 
 
@@ -64,7 +64,7 @@ def test_belebele_rows_become_a_question_with_options(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     example = read_examples(str(tmp_path / "a.jsonl"))[0]
     assert example["prompt"] == "P.\n\nQ?\nA. w\nB. x\nC. y\nD. z\n\nAnswer with A, B, C or D."
-    assert (example["answer"], example["kind"]) == ("C", "choice")
+    assert (example["answer"], example["kind"]) == (["C"], "choice")
     (tmp_path / "b.jsonl").write_text(json.dumps(row | {"correct_answer_num": "5"}))
     with pytest.raises(InputError, match=r"b\.jsonl:1: a Belebele row"):
         read_examples(str(tmp_path / "b.jsonl"))
@@ -115,7 +115,7 @@ def test_nll_is_what_one_sequence_at_a_time_gives(tiny):
     assert result.keys() == {"prompt_nll", "answer_nll"}
     for i, e in enumerate(examples):
         prompt = tokenizer(f"<bos><|user|>{e['prompt']}<|assistant|>")["input_ids"]
-        each = nats(model, prompt + tokenizer(e["answer"])["input_ids"])
+        each = nats(model, prompt + tokenizer(e["answer"][0])["input_ids"])
         # neither <bos>, <|user|> nor <|assistant|>
         assert result["prompt_nll"][i] == pytest.approx(np.mean(each[1:len(prompt) - 2]))
         assert result["answer_nll"][i] == pytest.approx(np.mean(each[len(prompt) - 1:]))
@@ -169,7 +169,7 @@ def test_a_letter_is_chosen_by_its_probability(tiny):
     model, tokenizer = tiny
     prompts = ("How many?", "Anna", "9 + 4")
     encoded = encode_examples(
-        tokenizer, [{"prompt": prompt, "answer": "A", "kind": "choice"} for prompt in prompts])
+        tokenizer, [{"prompt": prompt, "answer": ["A"], "kind": "choice"} for prompt in prompts])
     letters = [tokenizer(letter)["input_ids"][0] for letter in "ABCD"]
     expected = []
     for e in encoded:
@@ -245,14 +245,16 @@ def test_bootstrap_interval_of_a_constant_is_the_constant_and_of_noise_holds_its
     assert several[1] - several[0] > 0.9
 
 
-def test_a_change_is_that_of_the_same_examples_and_leaves_out_those_without_a_score():
+def test_an_effect_is_that_on_the_same_examples_and_leaves_out_those_without_a_score():
     before = np.array([3.0, 1.0, np.nan, 7.0])
-    assert mean_change(before + 0.5, before) == pytest.approx((0.5, 0.5, 0.5))  # whatever is drawn
-    after = np.array([4.0, 1.0, 9.0, 9.0])
-    mean, low, high = mean_change(after, before)
-    assert mean == pytest.approx(1) and 0 <= low < mean < high <= 2  # +1, 0, +2
-    controls = np.stack([before, before + 2])
-    assert mean_change(after, controls)[0] == pytest.approx(0)
+    constant = common.effect(before, before + 0.5)
+    assert [constant[key] for key in ("change", "low", "high")] == pytest.approx([0.5] * 3)
+    assert "random" not in constant
+    found = common.effect(before, np.array([4.0, 1.0, 9.0, 9.0]),  # +1, 0, +2
+                          [before, before + 2, before - 1])
+    assert found["change"] == pytest.approx(1) and 0 <= found["low"] < 1 < found["high"] <= 2
+    assert (found["before"], found["after"]) == pytest.approx((11 / 3, 23 / 4))
+    assert [found[k] for k in ("random", "least", "most")] == pytest.approx([1 / 3, -1, 2])
 
 
 def test_mcnemar_by_hand():

@@ -11,29 +11,22 @@ import numpy as np
 import pytest
 
 import analyze
-from analyze import (InputError, aligned_divergence, bootstrap, entropy_bits, family_of,
-                     family_test, family_tests, grouped_counts, jensen_shannon_similarity,
-                     linkage_order, normalized_divergence, pair_measures, rank_correlation,
+from analyze import (InputError, aligned_divergence, bootstrap, family_of,
+                     family_test, family_tests, grouped_counts, jensen_shannon,
+                     linkage_order, pair_measures, rank_correlation,
                      read_families, select_contrast, split_half_floor)
 
 # ----------------------------------------------------------------------------------- made by hand
 
 
-def divergence_of(p, q):
-    """normalized_divergence of two distributions (..., experts)."""
-    mean_entropy = (entropy_bits(p) + entropy_bits(q)) / 2
-    return normalized_divergence(jensen_shannon_similarity(p, q), mean_entropy, p.shape[-1])
-
-
 def test_normalized_divergence_by_hand():
     p, q = np.array([0.5, 0.5, 0]), np.array([0, 0.5, 0.5])
     # JSD .5 bit; there is room for log2(3) bits less the 1 bit that each has
-    room = np.log2(3) - 1
-    assert normalized_divergence(np.array(0.5), np.array(1.0), 3) == pytest.approx(0.5 / room)
-    assert divergence_of(p, q) == pytest.approx(0.5 / room)
-    assert divergence_of(np.array([1.0, 0]), np.array([0, 1.0])) == pytest.approx(1)
-    assert divergence_of(np.array([0.5, 0.5]), np.array([0.5, 0.5])) == 0  # no room, no difference
-    assert divergence_of(p, p) == pytest.approx(0)
+    assert jensen_shannon(p, q)[1] == pytest.approx(0.5 / (np.log2(3) - 1))
+    assert jensen_shannon(np.array([1.0, 0]), np.array([0, 1.0]))[1] == pytest.approx(1)
+    uniform = np.array([0.5, 0.5])
+    assert jensen_shannon(uniform, uniform)[1] == 0  # no room, no difference
+    assert jensen_shannon(p, p)[1] == pytest.approx(0)
 
 
 def test_pair_measures_by_hand():
@@ -68,7 +61,7 @@ def test_aligned_divergence_is_the_mean_over_sequences():
     probs = np.random.default_rng(1).dirichlet(np.ones(8), size=(3, 5, 2)).astype(np.float32)
     divergence, by_sequence = aligned_divergence(list(probs))
     for layer in range(2):
-        each = [[divergence_of(*probs[pair, s, layer].astype(float)) for s in range(5)]
+        each = [[jensen_shannon(*probs[pair, s, layer].astype(float))[1] for s in range(5)]
                 for pair in ([0, 1], [0, 2], [1, 2])]
         pairs = divergence[layer][np.triu_indices(3, 1)]
         np.testing.assert_allclose(pairs, np.mean(each, 1), rtol=1e-4)
@@ -151,13 +144,14 @@ def test_family_test_by_hand():
 def test_families_and_branches_are_tested_without_languages_whose_family_is_unknown():
     rng, expected = np.random.default_rng(0), pytest.approx([0.8, 0.15, 8 / 24])  # as above
     similarity = np.roll(SIMILARITY, (1, 1), (0, 1))[None]  # the unknown one comes first
-    families = family_tests(similarity, ["", "a", "a", "b", "b"], rng)
-    assert families.shape == (1, 1, 3) and families[0, 0] == expected  # there are no branches
+    families = family_tests(similarity, np.array(["", "a", "a", "b", "b"]), rng)
+    assert families.shape == (2, 1, 3)  # families are branches
+    assert families[0, 0] == expected and families[1, 0] == expected
     families, branches = family_tests(np.concatenate([similarity, similarity / 2]),
-                                      ["", "a/x", "a/x", "a/y", "a/y"], rng)
+                                      np.array(["", "a/x", "a/x", "a/y", "a/y"]), rng)
     assert np.isnan(families).all()  # all are of one
     assert branches[0] == expected and branches[1] == pytest.approx([0.4, 0.075, 8 / 24])
-    assert np.isnan(family_tests(similarity, [""] * 5, rng)).all()
+    assert np.isnan(family_tests(similarity, np.array([""] * 5), rng)).all()
 
 
 def test_contrasts_by_hand():
@@ -225,10 +219,10 @@ def test_bootstrap_errors_are_those_of_a_slow_bootstrap():
     for _ in range(2000):
         totals = [sum(c[i] for i in rng.integers(30, size=30)) for c in counts]
         frequency = np.stack([t / t.sum(-1, keepdims=True) for t in totals])
-        slow.append(jensen_shannon_similarity(*frequency).mean())
+        slow.append(jensen_shannon(*frequency)[0].mean())
         exclusive += analyze.exclusive_experts(analyze.language_shares(frequency, 3), 0.6)
     frequency = np.stack([c.sum(0) / c.sum((0, 2))[:, None] for c in counts]).astype(float)
-    estimate = jensen_shannon_similarity(*frequency).mean()
+    estimate = jensen_shannon(*frequency)[0].mean()
     low, high = intervals["mean_similarity"][:, 0]
     assert high - low == pytest.approx(2 * 1.96 * np.std(slow), rel=0.1)
     bias = np.mean(slow) - estimate
@@ -263,7 +257,7 @@ def test_the_floor_is_one_for_a_language_that_repeats_itself_and_else_that_of_al
     every = []
     for half in itertools.combinations(range(10), 5):
         parts = [varied[list(half)].sum(0), varied[[i for i in range(10) if i not in half]].sum(0)]
-        every.append(jensen_shannon_similarity(*(x / x.sum(-1, keepdims=True) for x in parts)))
+        every.append(jensen_shannon(*(x / x.sum(-1, keepdims=True) for x in parts))[0])
     floor = split_half_floor(varied, 3, rng)["similarity"]
     assert floor == pytest.approx(np.mean(every, 0), abs=0.01)
     assert np.mean(every) < 0.995
@@ -392,7 +386,7 @@ def test_scores_are_correlated_with_the_similarity_to_the_reference(planted, mon
     scores = {name: similarity[name] ** 3 for name in ("fr", "de", "nl")} | {"it": -1, "es": 5}
     (tmp_path / "s.json").write_text(json.dumps(scores))
     monkeypatch.setattr(analyze, "REFERENCE", "it")
-    with pytest.raises(InputError, match="has 3 of the dumps' languages"):
+    with pytest.raises(InputError, match="not a JSON object with a score of each of"):
         run(monkeypatch, capsys, tmp_path, *paths, "--scores", tmp_path / "s.json")
     (tmp_path / "s.json").write_text(json.dumps(scores | {"en": similarity["en"] ** 3}))
     printed, result = run(monkeypatch, capsys, tmp_path, *paths, *THREE,
@@ -413,7 +407,7 @@ def test_intervals_cover_what_more_data_shows():
         return grouped_counts(ids, np.repeat(np.arange(sequences), 10), sequences, EXPERTS)
 
     many = [counts(preference, 3000).sum(0) / (3000 * 10 * TOP_K) for preference in preferences]
-    truth, covered = jensen_shannon_similarity(*many).mean(), 0
+    truth, covered = jensen_shannon(*many)[0].mean(), 0
     for _ in range(20):
         sample = [counts(preference, 60).astype(np.float32) for preference in preferences]
         low, high = bootstrap(sample, 60, 4, 0.6, bands, rng)[0]["mean_similarity"][:, 0]
@@ -436,7 +430,7 @@ def test_the_vocabulary_control_tells_words_from_languages(monkeypatch, capsys, 
     _, result = run(monkeypatch, capsys, tmp_path, *paths, "--vocabulary", "--bands", "all=0-1",
                     "--threshold", 0.6)
     for k, name in enumerate(("common", "own")):
-        expected = jensen_shannon_similarity(kept["aa"][k], kept["bb"][k])
+        expected = jensen_shannon(kept["aa"][k], kept["bb"][k])[0]
         np.testing.assert_allclose(result[f"similarity_{name}_tokens"][:, 0, 1], expected)
     common, own = (result[f"similarity_{name}_tokens"] for name in ("common", "own"))
     assert common[0, 0, 1] > 0.98 > own[0, 0, 1] + 0.2
@@ -449,7 +443,7 @@ def test_parallel_data_are_compared_sequence_by_sequence(planted, monkeypatch, c
     printed, result = run(monkeypatch, capsys, tmp_path, *planted, *THREE, "--parallel",
                           "--bootstrap", 50)
     arrays = [dict(np.load(path)) for path in planted[:2]]
-    expected = divergence_of(*(a["mean_probs"].astype(float) for a in arrays)).mean(0)
+    expected = jensen_shannon(*(a["mean_probs"].astype(float) for a in arrays))[1].mean(0)
     np.testing.assert_allclose(result["divergence_aligned"][:, 0, 1], expected, rtol=1e-4)
     assert f"{result['mean_aligned'][1]:.3f} [" in printed
     np.savez(tmp_path / "short.npz", **arrays[0] | {"mean_probs": arrays[0]["mean_probs"][:-1]})
@@ -473,12 +467,13 @@ def test_the_plain_tables_read_no_more_than_they_need(planted, monkeypatch, tmp_
     assert read == {"counts", "layers", "meta", "sequence_offsets"}
 
 
-def test_a_digest_tells_contents_apart_without_their_bytes(tmp_path):
-    for name, ids in (("a", [1, 2, 3]), ("same", [1, 2, 3]), ("other", [1, 2, 4])):
-        np.savez(tmp_path / f"{name}.npz", selected_experts=np.array(ids))
-    a, same, other = (analyze.dump_digest(str(tmp_path / f"{name}.npz"))
-                      for name in ("a", "same", "other"))
-    assert a == same != other
+def test_a_digest_tells_counts_apart(tmp_path):
+    digests = []
+    for name, counts in (("a", [[3, 1]]), ("same", [[3, 1]]), ("other", [[1, 3]])):
+        np.savez(tmp_path / f"{name}.npz", counts=counts, sequence_offsets=[0, 4],
+                 meta=json.dumps({"language": name, "top_k": 1, "num_experts": 2}))
+        digests += analyze.load_routing(str(tmp_path / f"{name}.npz"))["digest"]
+    assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -488,7 +483,6 @@ def test_a_digest_tells_contents_apart_without_their_bytes(tmp_path):
     (["--figures", "README.md"], "README.md is a file"),
     (["--top", "3"], "--top takes a number above 0, and --contrast A B"),
     (["--families", "none.tsv"], "No such file"),
-    (["--figures", "no/such/folder"], "no such folder: no/such"),
     (["--parallel", "--part", "prompt"], "leave out --part"),
     (["--experts-per-language", "4.5"], "neither a number from 1 to the 32 experts nor a part"),
     (["--threshold", "1.5"], "threshold 1.5 is not between 0 and 1"),
@@ -523,7 +517,7 @@ def test_figures_are_drawn_or_what_to_install_is_said(planted, monkeypatch, caps
     printed, _ = run(monkeypatch, capsys, tmp_path, *planted, "--bootstrap", 5,
                      "--figures", figures)
     drawn = sorted(path.name for path in figures.iterdir())
-    assert drawn == ["experts.png", "heatmaps.png", "layers.png"]
+    assert drawn == ["heatmaps.png", "layers.png"]
     assert all(str(figures / name) in printed for name in drawn)
 
 
@@ -541,14 +535,14 @@ def test_a_contrast_is_printed_and_written(planted, monkeypatch, capsys, tmp_pat
     np.testing.assert_allclose(selection, expected, atol=1e-6)
     assert (selection[:, 30:] > 0.5).all()
     assert f"{(selection > 0).sum()} experts in layers 0-5: difference above 0.5" in printed
-    with pytest.raises(InputError, match="no expert's frequency differs by more than 3"):
+    with pytest.raises(InputError, match="no frequency in A is larger by more than 3"):
         contrast(*planted[:2], tau=3, out="t.json")
     assert not (tmp_path / "t.json").exists()
 
 
 @pytest.mark.parametrize("text, message", [
     ("{}", "is no selection of experts"),
-    ('{"experts": {"9": {"0": 1}}}', "is no selection of experts of this model, .*9 is not in list"),
+    ('{"experts": {"9": {"0": 1}}}', "is no selection of experts of this model, "),
     ('{"experts": {"1": {"32": 1}}}', "is no selection of experts of this model, 32 in layers 0-5")])
 def test_a_selection_that_does_not_fit_the_model_is_refused(tmp_path, text, message):
     (tmp_path / "t.json").write_text(text)
