@@ -17,7 +17,6 @@ with every random draw, and worse than with the controls by intervals, over exam
 leave out 0. One model load; two minutes on the tiny model. A stopped run goes on where it stopped.
 """
 
-import argparse
 import itertools
 import sys
 import zlib
@@ -166,8 +165,7 @@ def control_rows(results, plan, metric):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.argument_parser(__doc__)
     add = common.add_task_arguments(p)
     add("--experts", choices=["exclusive", "shared", "random"], default="exclusive",
         help="exclusive to the target; shared by all; or random, as many (default: %(default)s)")

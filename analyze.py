@@ -648,15 +648,12 @@ def print_bands(result, bands):
 
 
 def print_layers(result):
-    titles = {"similarity": "layer_similarity", "floor": "layer_floor", "entropy": "mean_entropy",
-              "shared": "layer_shared", "excl.": "layer_exclusive"}
-    series = {title: result[key] for title, key in titles.items() if key in result}
+    columns = {"layer": result["layers"], "similarity": texts(result, "layer_similarity")}
+    titles = {"floor": "layer_floor", "entropy": "mean_entropy", "shared": "layer_shared",
+              "excl.": "layer_exclusive"}
+    columns |= {title: result[key] for title, key in titles.items() if key in result}
     if len(result["languages"]) <= PRINT_LANGUAGES:
-        series |= zip(result["languages"], result["exclusive"].sum(-1))
-    columns = {"layer": [*result["layers"], "all"]}
-    for title, values in series.items():
-        columns[title] = [*values, values.mean() if values.dtype == float else values.sum()]
-    columns["similarity"][:-1] = texts(result, "layer_similarity")
+        columns |= zip(result["languages"], result["exclusive"].sum(-1))
     print()
     print_table(columns, first=7)
 
@@ -727,12 +724,13 @@ def draw_heatmaps(figure, result, bands):
     order, matrices = linkage_order(result["similarity"].mean(0)), result["band_similarity"]
     names, side = result["languages"][order], 2.5 + 0.16 * len(order)
     figure.set_size_inches(side * len(bands) + 1, side)
-    for k, band in enumerate(bands):
-        axis = figure.add_subplot(1, len(bands), k + 1, title=band)
-        image = axis.imshow(matrices[k][order][:, order], vmin=matrices.min(), vmax=1)
+    axes = figure.subplots(1, len(bands), squeeze=False)[0]
+    for axis, band, matrix in zip(axes, bands, matrices):
+        image = axis.imshow(matrix[order][:, order], vmin=matrices.min(), vmax=1)
+        axis.set_title(band)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axis.set_yticks(range(len(names)), names, fontsize=8)
-    figure.colorbar(image, ax=figure.axes, label="routing similarity, 1 - JSD")
+    figure.colorbar(image, ax=axes, label="routing similarity, 1 - JSD")
 
 
 def draw_layers(figure, result, bands):
@@ -768,7 +766,7 @@ def parse_bands(texts, layers):
     """["early=0-4", ...] -> {"early": bool (layers,)}: rows of decoder layers 0 to 4, inclusive.
 
     None gives the first, middle and last tenth of the rows, at least one each. InputError if a band
-    holds no MoE layer.
+    holds no MoE layer, or if two have one name.
     """
     if texts is None:
         early = np.arange(len(layers)) < max(1, round(len(layers) / 10))
@@ -778,10 +776,11 @@ def parse_bands(texts, layers):
     for text in texts:
         match = re.fullmatch(r"(?:(.+)=)?(\d+)(?:-(\d+))?", text)
         require(match, f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, as middle=22-26")
-        first, last = int(match[2]), int(match[3] or match[2])
-        rows = bands[match[1] or text] = (layers >= first) & (layers <= last)
-        require(last <= max(layers) and rows.any(), f"band '{text}' does not hold MoE layers of "
-                                                    f"this model, which has {describe(layers)}")
+        name, first, last = match[1] or text, int(match[2]), int(match[3] or match[2])
+        require(name not in bands, f"two bands are named '{name}'")
+        bands[name] = (layers >= first) & (layers <= last)
+        require(last <= max(layers) and bands[name].any(), f"band '{text}' does not hold MoE "
+                f"layers of this model, which has {describe(layers)}")
     return bands
 
 
@@ -794,13 +793,10 @@ def describe(layers):
 def read_families(path=None):
     """{code: family/branch}: FAMILIES, and over them a file's: code, tab, family, maybe /branch."""
     table = {code: family for family, codes in FAMILIES.items() for code in codes.split()}
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-    for number, line in enumerate(lines, 1):
-        code, _, family = map(str.strip, line.partition("\t"))
-        require(family, f"{path}:{number}: not a code, a tab and a family, as "
-                        "'de<tab>Indo-European/Germanic'")
-        table[code] = family
-    return table
+    with explained(f"{path} is not lines of a code, a tab and a family, as "
+                   "'de<tab>Indo-European/Germanic', in UTF-8"):
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if path else []
+        return table | dict(map(str.strip, line.split("\t")) for line in lines if line.strip())
 
 
 def family_of(language, table):
@@ -925,23 +921,20 @@ def run_contrast(args):
     """--contrast: the table of experts that tell two groups of tokens apart, and their file."""
     dumps = load_languages([f"{name}={split_label(path)[1]}" for name, path in
                             zip("AB", args.contrast)], args.part)
-    frequency, layers = frequencies(dumps), dumps[0]["layers"]
-    difference, chosen = select_contrast(*frequency, args.tau, args.top)
+    (a, b), layers = frequencies(dumps), dumps[0]["layers"]
+    difference, chosen = select_contrast(a, b, args.tau, args.top)
     require(chosen.any(), f"no frequency in A is larger by more than {args.tau} (the most: "
                           f"{difference.max():.3f}); lower --tau, or give --top")
-    experts = {int(layer): {int(e): round(row[e], 6) for e in np.flatnonzero(of_layer)}
-               for layer, row, of_layer in zip(layers, difference, chosen) if of_layer.any()}
+    experts = {int(layer): {int(expert): round(row[expert], 6) for expert in np.flatnonzero(picked)}
+               for layer, row, picked in zip(layers, difference, chosen) if picked.any()}
     selection = {"experts": experts, "arguments": vars(args), "inputs": inputs_of(dumps)}
     write_whole(args.selection, lambda file: file.write(json.dumps(selection).encode()))
-    for dump in dumps:
-        print(f"{dump['language']} {dump['path'][0]}  {dump['num_tokens']:,} tokens")
-    rule = f"the {args.top} largest differences" if args.top else f"difference above {args.tau}"
-    print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}: {rule}\n")
-    strongest = np.argsort(-np.abs(difference * chosen), axis=None, kind="stable")
-    rows, ids = np.unravel_index(strongest[:min(20, chosen.sum())], chosen.shape)
-    a, b = frequency[:, rows, ids]
+    strongest = np.argsort(-np.abs(difference * chosen), axis=None, kind="stable")[:chosen.sum()]
+    rows, ids = np.unravel_index(strongest[:20], chosen.shape)
+    rule = f"the {args.top} largest differences" if args.top else f"a difference above {args.tau}"
+    print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}, by {rule}")
     print_table({"layer": layers[rows], "expert": ids, "difference": difference[rows, ids],
-                 "frequency in A": a, "frequency in B": b})
+                 "frequency in A": a[rows, ids], "frequency in B": b[rows, ids]})
     print(f"\n{args.selection}")
 
 

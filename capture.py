@@ -23,10 +23,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from common import (NUMBER, add_model_arguments, checkpoint_id, dtype_name, encode_prompt,
-                    explained, find_data, length_batches, load_config, load_weights, max_positions,
-                    read_examples, record_routing, require, right_padded, routing_shape,
-                    run_batches, run_script, write_whole)
+from common import (NUMBER, add_model_arguments, argument_parser, checkpoint_id, dtype_name,
+                    encode_prompt, explained, find_data, length_batches, load_config, load_weights,
+                    max_positions, read_examples, record_routing, require, right_padded,
+                    routing_shape, run_batches, run_script, write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -186,8 +186,7 @@ def parse_shard(text):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argument_parser(__doc__)
     add = p.add_argument_group("what is captured").add_argument
     add("--model", default=MODEL, help="folder or hub id (default: %(default)s)")
     add("--data", default=DATA, help="prompts; {lang} is the language (default: %(default)s)")

@@ -826,7 +826,7 @@ def bootstrap_interval(differences, draws=2000, seed=0):
 
 
 def effect(base, scores, draws=()):
-    """An effect in numbers: means of base and of scores (examples,), the mean of their paired change
+    """An effect in numbers: means of base and of scores (examples,), mean of their paired change
     and its 95 % interval; the mean change by random draws (draws, examples), the least, the most.
     """
     changes = [np.nanmean(draw - base) for draw in draws]
@@ -885,6 +885,11 @@ def positive(text):
 
 
 NUMBER, REAL = {"type": positive, "metavar": "N"}, {"type": float, "metavar": "X"}
+
+
+def argument_parser(description):
+    return argparse.ArgumentParser(usage="%(prog)s [options]", description=description,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_model_arguments(p):

@@ -19,7 +19,6 @@ run goes on where it stopped. In a notebook:
     with steer(model, steering_coefficients(dumps, ["en", "zh"]), 0.5): model.generate(**batch)
 """
 
-import argparse
 import math
 import sys
 
@@ -198,8 +197,7 @@ def run_all(experiment, languages, coefficients):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(usage="%(prog)s [options]", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = common.argument_parser(__doc__)
     add = common.add_task_arguments(p)
     add("--sources", help="languages whose shared experts are boosted (default: %(default)s)")
     add("--band", metavar="A-B", help="decoder layers, inclusive (default: the paper's part of the "

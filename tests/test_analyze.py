@@ -245,9 +245,9 @@ def test_analysis_holds_what_is_printed(tmp_path, monkeypatch, capsys):
     assert result["shared"].shape == (4, 16)
     np.testing.assert_allclose(result["frequency"].sum(-1), 2)
     lines = capsys.readouterr().out.splitlines()
-    number, exclusive = result["shared"].sum(), result["exclusive"]
-    printed = next(line for line in lines if line.startswith("all")).split()
-    assert printed[3:] == [str(n) for n in (number, exclusive.sum(), *exclusive.sum((1, 2)))]
+    shared, exclusive = result["shared"][3].sum(), result["exclusive"][:, 3]
+    printed = next(line for line in lines if line.startswith("3  ")).split()
+    assert printed[3:] == [str(n) for n in (shared, exclusive.sum(), *exclusive.sum(1))]
     meta = json.loads(str(result["meta"]))
     assert meta["bands"] == {"low": [0, 1]}
     assert [i["language"] for i in meta["inputs"]] == names
