@@ -49,8 +49,9 @@ def choose_experts(args, dumps):
     share; or what a file selects.
     """
     if args.selection:  # of either sign, those that A's tokens select more
-        return {"selection": analyze.load_selection(args.selection, dumps[0]["layers"],
-                                                    dumps[0]["num_experts"]) > 0}
+        selection = analyze.load_selection(args.selection, dumps[0]) > 0
+        common.require(selection.any(), f"{args.selection}: A's tokens select no expert more")
+        return {"selection": selection}
     share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
     if args.experts == "shared":
         return {"shared": analyze.shared_experts(share, args.threshold)}
@@ -156,11 +157,13 @@ def control_rows(results, plan, metric):
             scores = {kind: values[metric] for kind, values in cell.items()}
             masked, matched = scores["masked"], scores["usage-matched"]
             random = np.array([scores[kind] for kind in cell if kind.startswith("random")])
-            rows.append({"own": key[2], "experts": plan[key]["masked"].sum()}
+            numbers = [mask.sum() for mask in plan[key].values()]
+            rows.append({"own": key[2], "experts": numbers[0]}
                         | common.effect(scores["unmasked"], masked, random)
                         | {"beyond random": "[{:+.3f} {:+.3f}]".format(*interval(masked - random)),
                            "matched": "[{:+.3f} {:+.3f}]".format(*interval(masked - matched)),
-                           "": "hurt" * is_hurt(masked, random, matched, sign)})
+                           "": "too few others for controls" if numbers[0] > min(numbers) else
+                           "hurt" * is_hurt(masked, random, matched, sign)})
     return rows
 
 
@@ -175,8 +178,8 @@ def parse_arguments():
     args = common.parse_task_arguments(p, sys.modules[__name__])
     if args.selection:
         args.experts = "selection"
-        common.require(not args.targets, "--selection takes the place of languages' experts; leave "
-                                         "out --targets")
+    common.require(args.experts not in OF_ALL or not args.targets, f"--targets has no part in the "
+                   f"{args.experts} experts; leave it out")
     return args
 
 

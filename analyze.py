@@ -41,6 +41,7 @@ HALVINGS = 20          # random ways to split a language in two, for the floor
 STABLE = 0.95          # a stable expert stays exclusive, or shared, in so many bootstrap draws
 PERMUTATIONS = 10_000  # of labels or scores, at random; up to 8 languages, all there are
 # ------------------------------------------------------------------------------------------------
+MADE_WITH = ("dtype", "chat_template", "tokenizer", "max_length")  # in which dumps should agree
 MEASURES = ("similarity", "divergence", "jaccard", "cosine")  # of two languages: pair_measures
 # {family/branch: ISO 639-1 and FLORES codes} of the most studied languages; --families for others
 FAMILIES = dict(line.split(maxsplit=1) for line in """\
@@ -140,7 +141,9 @@ def load_routing(path, part="all"):
         meta, layers, counts, num_tokens, top_k = (
             read_recorder_json(path) if recorder else read_dump(path, part))
         require(num_tokens, f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
-        return {"language": label or meta["language"], "meta": meta, "layers": layers,
+        language = label or meta["language"]
+        require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
+        return {"language": language, "meta": meta, "layers": layers,
                 "counts": counts, "num_tokens": num_tokens, "num_experts": counts.shape[1],
                 "top_k": top_k, "revision": meta.get("revision"), "path": [path],
                 "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
@@ -159,18 +162,20 @@ def read_json(path):
 
 def read_recorder_json(path):
     """(meta, layers, counts, num_tokens, top_k). The recorder summed in bfloat16: its counts are
-    near, and need not add up to whole tokens.
+    near, and need not add up to whole tokens. An expert that a layer lacks was not selected there.
     """
-    record = read_json(path)
-    layers = sorted(record, key=int)
-    rows = [record[layer] for layer in layers]
-    experts = sorted(rows[0].keys() - {"total_tokens"}, key=int)
-    counts = np.array([[row[e]["activation_tokens"] for e in experts] for row in rows], int)
-    totals = {int(row["total_tokens"]) for row in rows}
+    record = {int(layer): dict(row) for layer, row in read_json(path).items()}
+    totals = {int(row.pop("total_tokens")) for row in record.values()}
     require(len(totals) == 1, f"{path}: total_tokens differs between layers: {sorted(totals)}")
-    num_tokens = totals.pop()
+    num_tokens, layers = totals.pop(), np.array(sorted(record), np.int32)
+    counts = np.zeros((len(layers), 1 + max(int(e) for row in record.values() for e in row)), int)
+    for row, layer in enumerate(layers):
+        for expert, activity in record[layer].items():
+            counts[row, int(expert)] = activity["activation_tokens"]
     top_k = round(counts.sum(1).mean() / max(num_tokens, 1))
-    return {"language": Path(path).stem}, np.array(layers, np.int32), counts, num_tokens, top_k
+    require((abs(counts.sum(1) - num_tokens * top_k) <= 0.05 * num_tokens * top_k).all(),
+            f"{path}: the experts of a layer do not add up to {num_tokens} tokens * top_k {top_k}")
+    return {"language": Path(path).stem}, layers, counts, num_tokens, top_k
 
 
 def read_dump(path, part):
@@ -182,12 +187,15 @@ def read_dump(path, part):
     else:
         selected = read_tokens([path], part, "selected_experts")[0]
         num_tokens, _, top_k = selected.shape
-        require(selected.max(initial=0) < meta["num_experts"], f"{path}: expert ID "
-                f"{selected.max(initial=0)}, but num_experts in its meta is {meta['num_experts']}")
         counts = grouped_counts(selected, np.zeros(num_tokens, int), 1, meta["num_experts"])[0]
-    require((counts.sum(1) == num_tokens * top_k).all(), f"{path}: counts do not add up to "
-            f"{num_tokens} tokens * top_k {top_k}; capture it again")
-    return meta, file.get("layers", np.arange(len(counts))), counts, num_tokens, top_k
+    if "counts" not in file and any(file["placeholders"]):
+        print(f"note: {path}: left out {file['placeholders'][0]} tokens and "
+              f"{file['placeholders'][1]} layers that are placeholders")
+    layers = file.get("layers", np.arange(len(counts)))
+    require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and (
+        counts.sum(1) == num_tokens * top_k).all(), f"{path}: the counts of {len(layers)} layers "
+            f"do not add up to {num_tokens} tokens * top_k {top_k}; capture it again")
+    return meta, layers, counts, num_tokens, top_k
 
 
 def open_dump(path, *keys):
@@ -197,9 +205,47 @@ def open_dump(path, *keys):
     require(not path.endswith(".json"), f"{path} is a recorder's, without single tokens, which "
             "--part, --bootstrap, --parallel and --vocabulary need")
     file = np.load(path, allow_pickle=False)
+    require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
     for key in keys:
         require(key in file, f"{path} holds no {key}; --part, --bootstrap, --parallel and "
                              "--vocabulary need what capture.py writes without --stats-only")
+    return file if "counts" in file else without_placeholders(dict(file), path)
+
+
+def without_placeholders(file, path):
+    """The arrays of a dump from elsewhere, without what its engine filled in: tokens of -1, or in
+    every layer of zeros or arange(top_k); and layers, dense ones, of which 16 tokens or more say
+    the same. InputError where the rest is not top_k different experts.
+    """
+    ids = file["selected_experts"]
+    require(ids.ndim == 3 and ids.dtype.kind in "iu", f"{path}: selected_experts is {ids.dtype} "
+            f"{ids.shape}, not integers (tokens, layers, top_k)")
+    layers, ids = file.get("layers", np.arange(ids.shape[1])), ids.astype(np.int64)
+    fillings = [[-1], [0], np.arange(ids.shape[2])][:3 if min(ids.shape[1:]) > 1 else 1]
+
+    def is_real(ids):
+        return ~np.any([(ids == filling).all((1, 2)) for filling in fillings], 0)
+
+    kept = is_real(ids)
+    varied = (ids[kept] != ids[kept][:1]).any((0, 2)) | (kept.sum() < 16)
+    kept &= is_real(ids[:, varied])  # a dense layer may say something else of them
+    ids = ids[kept][:, varied]
+    ordered = np.sort(ids)
+    bad = np.argwhere((ordered[..., 0] < 0) | (np.diff(ordered) == 0).any(-1)
+                      | (ordered[..., -1] >= json.loads(str(file["meta"]))["num_experts"]))
+    for token, layer in bad[:1]:
+        raise InputError(f"{path}: token {np.flatnonzero(kept)[token]} has the experts "
+                         f"{ids[token, layer].tolist()} in layer {layers[varied][layer]}: neither "
+                         "top_k different ones of num_experts nor a known placeholder")
+    before = np.append(0, np.cumsum(kept))  # tokens kept before each
+    offsets = file.get("sequence_offsets", np.array([0, len(kept)]))
+    file |= {"selected_experts": ids, "layers": layers[varied], "sequence_offsets": before[offsets],
+             "placeholders": np.array([(~kept).sum(), (~varied).sum()])}
+    if "token_ids" in file:
+        file["token_ids"] = file["token_ids"][kept]
+    if "prompt_lengths" in file:
+        ends = offsets[:-1] + file["prompt_lengths"]
+        file["prompt_lengths"] = before[ends] - before[offsets[:-1]]
     return file
 
 
@@ -207,13 +253,14 @@ def read_tokens(paths, part, *keys):
     """Arrays with a row for each token of the part, and the sequence of each token (tokens,)."""
     shards, num_sequences = [], 0
     for path in paths:
-        file = open_dump(path, *keys)
-        arrays = [file[key] for key in keys]
-        offsets = file.get("sequence_offsets", [0, len(arrays[0])])
+        file = open_dump(path, *keys, *["prompt_lengths"] * (part != "all"))
+        arrays, offsets = [file[key] for key in keys], file["sequence_offsets"]
+        require(offsets[0] == 0 and {offsets[-1]} == set(map(len, arrays)),
+                f"{path}: sequence_offsets do not go from 0 to the number of tokens")
         sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         arrays.append(sequence + num_sequences)
         if part != "all":
-            prompt_lengths = open_dump(path, "prompt_lengths")["prompt_lengths"]
+            prompt_lengths = file["prompt_lengths"]
             in_prompt = np.arange(len(sequence)) - offsets[sequence] < prompt_lengths[sequence]
             arrays = [array[in_prompt == (part == "prompt")] for array in arrays]
         shards.append(arrays)
@@ -236,7 +283,9 @@ def add_shards(dumps):
     """The dumps of one language as one: a whole, or all shards of it, in order."""
     shards = {dump["meta"].get("shard", "1/1"): dump for dump in dumps}
     names = [f"{i}/{len(dumps)}" for i in range(1, len(dumps) + 1)]
-    require(shards.keys() == set(names) and len({dump["data_sha256"][0] for dump in dumps}) == 1,
+    settings = [[dump["meta"].get(key) for key in ("data_sha256", "limit", *MADE_WITH)]
+                for dump in dumps]
+    require(shards.keys() == set(names) and all(each == settings[0] for each in settings),
             f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} "
             f"(shards {', '.join(shards)}): not one whole, nor all the shards of one; label=path "
             "tells languages apart")
@@ -488,15 +537,21 @@ def select_contrast(frequency_a, frequency_b, tau=TAU, top=None):
     return difference, np.argsort(order).reshape(difference.shape) < top
 
 
-def load_selection(path, layers, num_experts):
-    """What --contrast wrote: float64 (layers, experts), a selected expert's difference, else 0."""
-    differences, rows = np.zeros((len(layers), num_experts)), list(layers)
-    with explained(f"{path} is no selection of experts of this model, {num_experts} in layers "
-                   f"{describe(layers)}; run: python analyze.py --contrast A.npz B.npz"):
-        for layer, row in read_json(path)["experts"].items():
+def load_selection(path, dump):
+    """What --contrast wrote: float64 (layers, experts), a selected expert's difference, else 0.
+
+    InputError if it was not selected on a model as a dump's.
+    """
+    differences, layers = np.zeros(dump["counts"].shape), list(dump["layers"])
+    with explained(f"{path} is no selection of experts of this model, {dump['num_experts']} in "
+                   f"layers {describe(dump['layers'])}; run: python analyze.py --contrast A B"):
+        selection = read_json(path)
+        for layer, row in selection["experts"].items():
             for expert, difference in row.items():
-                expert = range(num_experts).index(int(expert))
-                differences[rows.index(int(layer)), expert] = difference
+                expert = range(dump["num_experts"]).index(int(expert))
+                differences[layers.index(int(layer)), expert] = difference
+    revisions = {selection.get("revision"), dump["revision"]} - {None}
+    require(len(revisions) < 2, f"{path} and the dumps are of different models: {revisions}")
     return differences
 
 
@@ -706,6 +761,10 @@ def report(result, dumps, bands, args):
     if n > PRINT_LANGUAGES:
         print(f"note: with more than {PRINT_LANGUAGES} languages, what is as wide as their number "
               f"is in {args.out} alone")
+    for key in MADE_WITH:
+        made = {str(dump["meta"][key]) for dump in dumps if key in dump["meta"]}
+        if len(made) > 1:
+            print(f"note: the dumps were not made alike; {key}: {', '.join(sorted(made))}")
     if args.threshold * n <= 1:
         print(f"note: shares add up to 1, so with {n} languages none is shared at a threshold of "
               f"{args.threshold}; raise --threshold")
@@ -757,7 +816,6 @@ def save_figures(folder, result, bands):
         figure, path = Figure(layout="constrained"), f"{folder}/{draw.__name__[5:]}.png"
         draw(figure, result, bands)
         figure.savefig(path, dpi=120)
-        print(path)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -808,19 +866,30 @@ def read_scores(path, languages):
     """The scores of languages in a JSON file {language: score}."""
     with explained(f"{path} is not a JSON object with a score of each of {', '.join(languages)}"):
         scores = read_json(path)
-        return [float(scores[language]) for language in languages]
+        scores = [float(scores[language]) for language in languages]
+    require(np.isfinite(scores).all(), f"{path} has a score that is no number: {scores}")
+    return scores
 
 
 def write_whole(path, write):
     """write(file) to a temporary name, which becomes the final one when all is there."""
     os.makedirs(Path(path).parent, exist_ok=True)
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def check_output(path, key):
+    """InputError if a file is there that is not an earlier output: one with the key in it."""
+    require(not os.path.isdir(path), f"{path} is a folder; give a file")
+    if os.path.exists(path):
+        with explained(f"{path} is there, and not what this writes; move it away, or give another"):
+            file = read_json(path) if key == "experts" else np.load(path, allow_pickle=False)
+            require(key in file, "another file")
 
 
 def frequencies(dumps):
@@ -927,7 +996,8 @@ def run_contrast(args):
                           f"{difference.max():.3f}); lower --tau, or give --top")
     experts = {int(layer): {int(expert): round(row[expert], 6) for expert in np.flatnonzero(picked)}
                for layer, row, picked in zip(layers, difference, chosen) if picked.any()}
-    selection = {"experts": experts, "arguments": vars(args), "inputs": inputs_of(dumps)}
+    selection = {"experts": experts, "revision": dumps[0]["revision"], "arguments": vars(args),
+                 "inputs": inputs_of(dumps)}
     write_whole(args.selection, lambda file: file.write(json.dumps(selection).encode()))
     strongest = np.argsort(-np.abs(difference * chosen), axis=None, kind="stable")[:chosen.sum()]
     rows, ids = np.unravel_index(strongest[:20], chosen.shape)
@@ -965,7 +1035,12 @@ def parse_arguments():
     add("--top", type=int, metavar="N", help="the N largest differences, of either sign")
     add("--selection", default="selection.json", help="(default: %(default)s)")
     args = p.parse_args()
+    if args.contrast:
+        check_output(args.selection, "experts")
+    else:
+        check_output(args.out, "similarity")
     require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
+    require(args.seed >= 0, "--seed takes a number from 0 on")
     require(not args.figures or find_spec("matplotlib"),
             "--figures needs matplotlib; run: pip install matplotlib")
     require(args.top is None or args.contrast and args.top > 0,
@@ -984,15 +1059,19 @@ def main():
     bands = parse_bands(args.bands, dumps[0]["layers"])
     result = compute(dumps, bands, args)
     save_analysis(args.out, result, dumps, bands, args)
-    report(result, dumps, bands, args)
-    print(f"\n{args.out}")
     if args.figures:
         save_figures(args.figures, result, bands)
+    report(result, dumps, bands, args)
+    print(f"\n{args.out}", args.figures)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has left; all is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common import (NUMBER, add_model_arguments, argument_parser, checkpoint_id, dtype_name,
                     encode_prompt, explained, find_data, length_batches, load_config, load_weights,
                     max_positions, read_examples, record_routing, require, right_padded,
-                    routing_shape, run_batches, run_script, write_whole)
+                    routing_shape, run_batches, run_script, tokenizer_id, try_model, write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -37,8 +37,8 @@ MAX_LENGTH = 4096                       # tokens; a longer sequence is cut, and 
 # ------------------------------------------------------------------------------------------------
 FORMAT = 1  # of the dump
 # a dump that was made with other ones of these is another dump
-SETTINGS = ("format", "revision", "dtype", "data_sha256", "limit", "max_length", "chat_template",
-            "stats_only", "shard")
+SETTINGS = ("format", "revision", "tokenizer", "dtype", "data_sha256", "limit", "max_length",
+            "chat_template", "stats_only", "shard")
 
 
 @torch.inference_mode()
@@ -147,16 +147,18 @@ def is_done(path, meta, overwrite):
     return True
 
 
-def plan_dumps(args, config, num_experts, top_k):
+def plan_dumps(args, config, tokenizer, shape):
     """[(examples, meta, path of the dump)] of what --data names, done ones included."""
-    (index, parts), plan = args.shard, []
+    (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
+    revision, tokenizer = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
     for language, path in find_data(args.data, args.languages).items():
         examples = read_examples(path)[:args.limit]
         first, last = (len(examples) * part // parts for part in (index - 1, index))
         require(first < last, f"{path}: fewer prompts than shards; lower N of --shard I/{parts}")
         name = f"{language}.npz" if parts == 1 else f"{language}.{index}of{parts}.npz"
         plan.append((examples[first:last], {
-            **vars(args), "format": FORMAT, "revision": checkpoint_id(args.model, config),
+            **vars(args), "format": FORMAT, "revision": revision, "tokenizer": tokenizer,
+            "quantization": str(getattr(config, "quantization_config", None)),
             "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
             "shard": f"{index}/{parts}", "language": language, "data": path,
             "data_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
@@ -205,9 +207,10 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     config, tokenizer, skeleton = load_config(args.model)
-    layers, num_experts, top_k = one_shape(routing_shape(skeleton))
+    shape = routing_shape(skeleton)
+    layers, num_experts, top_k = one_shape(shape)
     longest, todo = min(args.max_length, max_positions(config)), []
-    for examples, meta, path in plan_dumps(args, config, num_experts, top_k):
+    for examples, meta, path in plan_dumps(args, config, tokenizer, shape):
         if is_done(path, meta, args.overwrite):
             print(f"{meta['language']:<8} there already  {path}")
             continue
@@ -221,6 +224,7 @@ def main():
         return
     Path(args.out).mkdir(parents=True, exist_ok=True)
     model = load_weights(args.model, config, args.dtype, args.device)
+    try_model(model, (todo[0][0][0] * 16)[:16], edits=False)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
           f"{model.dtype}  {model.device}")
     for sequences, prompt_lengths, meta, path in todo:

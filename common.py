@@ -26,6 +26,10 @@ import string
 import sys
 import unicodedata
 import warnings
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -347,7 +351,7 @@ def load_config(name):
     with explained(f"cannot load a tokenizer for model '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         # without its files, some families get an empty one
-        require(tokenizer("a 1")["input_ids"], "its files are missing")
+        require(tokenizer("a")["input_ids"] != tokenizer("1")["input_ids"], "it is empty")
     with explained(f"model '{name}' is no causal language model"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     find_routers(skeleton)
@@ -369,8 +373,6 @@ def load_weights(name, config, dtype="auto", device=None, **options):
     """The model alone, if load_config has been called already."""
     dtype_name(dtype, config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    require(torch.cuda.is_available() or not device.startswith("cuda"),
-            "there is no CUDA device; leave out --device, or give cpu")
     options = MODEL_OPTIONS | options
     if dtype == "float64":  # grouped_mm knows no float64
         options.setdefault("experts_implementation", "eager")
@@ -378,33 +380,93 @@ def load_weights(name, config, dtype="auto", device=None, **options):
         options["device_map"] = device
     require(device != "auto" or "device_map" in options,
             "--device auto spreads a model over several GPUs; run: pip install accelerate")
+    with explained(f"cannot use --device {device}; give cpu, cuda, cuda:1, mps or auto"):
+        torch.empty(0, device="cpu" if device == "auto" else device)
     with explained(f"cannot load the weights of model '{name}' with {options}"):
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **options)
-    return (model if "device_map" in options else model.to(device)).eval()
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, **options)
+        # a router that is missing would be random
+        require(not found["missing_keys"], f"not in its files: {sorted(found['missing_keys'])}")
+    model = (model if "device_map" in options else model.to(device)).eval()
+    require(not any(parameter.is_meta for parameter in model.parameters()),
+            f"'{name}' does not fit on --device {device}: layers that are kept elsewhere cannot be "
+            "edited; give more GPUs, or a smaller --dtype")
+    return model
 
 
-def checkpoint_id(name, config):
-    """What tells checkpoints of one name apart: the hub's commit, or a hash of a folder's weights.
+@torch.inference_mode()
+def try_model(model, ids, edits=True, decode=None):
+    """InputError if one prompt shows that recording or editing does not reach the model.
 
-    Of each file the size and the first and last MiB count, so that 60 GB need not be read.
+    All routers have to be called, and again in every step of decode(), which generates two tokens;
+    logits be numbers; and other ones, layer by layer, when the experts that the last token selected
+    are masked: a block may call its router and ignore the answer.
+    """
+    ids, shape, seen = torch.tensor([ids], device=model.device), routing_shape(model), []
+    with record_routing(model, lambda layer, *answer: seen.append((layer, answer[2]))):
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+        with explained("the model does not generate"):
+            decode and decode()
+    calls, selected = Counter(layer for layer, _ in seen), dict(reversed(seen))
+    bypassed = [layer for layer in shape if calls[layer] != (3 if decode else 1)]
+    require(not bypassed, f"the routers in layers {bypassed} are bypassed, as some quantised "
+                          "kernels do; load the model without them")
+    require(not logits.isnan().any(), "the model's logits are NaN; try --dtype float32")
+    for layer, (num_experts, top_k) in shape.items() if edits else ():
+        masked = selected[layer].flatten(0, -2)[-1].tolist()[:num_experts - top_k]
+        with (explained(f"layer {layer} cannot be edited"),
+              edit_routing(model, masks={layer: masked})):
+            edited = model(input_ids=ids, use_cache=False).logits[0, -1]
+            require(not masked or not edited.equal(logits), "its router's answer is not used")
+
+
+def checkpoint_id(name, config, shape):
+    """What tells checkpoints apart: the hub's commit, or a hash of a folder's config and weights.
+
+    Of .safetensors count the headers, every tensor in the shape of a router (num_experts and one
+    more axis), and 64 samples of 4 KiB of each file; of .bin only those: 60 GB need not be read. It
+    misses a change to other weights between the samples. shape: of routing_shape
     """
     if not os.path.isdir(name):
         return getattr(config, "_commit_hash", None) or "unknown"
-    digest = hashlib.sha256()
-    for path in sorted(Path(name).glob("*.safetensors")):
-        size = path.stat().st_size
+    digest = hashlib.sha256(Path(name, "config.json").read_bytes())
+    numbers = {num_experts for num_experts, _ in shape.values()}
+    for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
+        size, start, spans = path.stat().st_size, 0, []
+        digest.update(f"{path.name} {size}".encode())
         with open(path, "rb") as file:
-            digest.update(f"{path.name} {size}".encode() + file.read(2**20))
-            file.seek(max(0, size - 2**20))
-            digest.update(file.read())
+            if path.suffix == ".safetensors":
+                start = 8 + int.from_bytes(file.read(8), "little")
+                with explained(f"{path} is not a whole .safetensors file"):
+                    digest.update(header := file.read(start - 8))
+                    tensors = [t for t in json.loads(header).values() if "shape" in t]
+                spans = [(start + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0])
+                         for t in tensors if len(t["shape"]) < 3 and numbers & set(t["shape"])]
+            spans += [(start + part * (size - start) // 64, 4096) for part in range(64)]
+            for offset, length in spans:
+                file.seek(offset)
+                digest.update(file.read(length))
     return digest.hexdigest()[:16]
+
+
+def tokenizer_id(tokenizer):
+    """What tells tokenizers and chat templates apart."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return short_hash([tokenizer.chat_template,
+                       backend.to_str() if backend else tokenizer.get_vocab()])
+
+
+def short_hash(value):
+    """Of anything that JSON can hold, and of arrays."""
+    text = json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def dtype_name(dtype, config):
     """"float32", ...; what "auto" stands for is in the checkpoint's config. InputError if none."""
     if dtype == "auto":
         return str(config.dtype).removeprefix("torch.")
-    require(isinstance(getattr(torch, dtype, None), torch.dtype),
+    require(dtype in ("float32", "bfloat16", "float16", "float64"),
             f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or float64")
     return dtype
 
@@ -490,12 +552,16 @@ def read_json_line(line):
         return read_belebele(row)
     prompts = [row[key] for key in ("prompt", "question", "text") if isinstance(row.get(key), str)]
     require(prompts, 'no "prompt", "question" or "text" with a string')
-    example, answer = {"prompt": prompts[0]}, row.get("answer")
+    example, answers = {"prompt": prompts[0]}, row.get("answer")
     if row.get("response") is not None:
         example["response"] = str(row["response"])
-    if answer is not None:
-        answers = [str(each) for each in (answer if isinstance(answer, list) else [answer])]
-        example |= {"answer": answers, "kind": row.get("kind") or answer_kind(answers[0])}
+    if answers is not None:
+        answers = answers if isinstance(answers, list) else [answers]
+        require(all(isinstance(answer, (str, int, float)) for answer in answers),
+                "an answer is a text or a number, or a list of such")
+        kind = row.get("kind") or (answer_kind(str(answers[0])) if answers else "span")
+        require(kind in ("number", "choice", "span"), f"kind {kind} is no number, choice or span")
+        example |= {"answer": list(map(str, answers)), "kind": kind}
     return example
 
 
@@ -530,16 +596,37 @@ def answer_kind(answer):
         return "span"
 
 
-def encode_prompt(tokenizer, prompt, chat_template="auto"):
-    """Token ids of a prompt as a user's turn, thinking off, up to where the model's answer starts.
+def rendered(tokenizer, prompt, chat_template="auto"):
+    """(what stands before a prompt, the prompt, what stands behind it) in the text that the model
+    reads: a user's turn, thinking off, up to where its answer starts. InputError if the chat
+    template does not hold the prompt as it is, edge spaces aside.
 
-    Without a chat template in the tokenizer, or with chat_template "never": the bare text.
+    Without a chat template in the tokenizer, or with chat_template "never": the bare prompt.
     """
-    if chat_template == "auto" and tokenizer.chat_template:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True,
-            enable_thinking=False, return_dict=False)
-    return tokenizer(prompt)["input_ids"]
+    if chat_template == "never" or not tokenizer.chat_template:
+        return "", prompt, ""
+    for content in (str, lambda text: [{"type": "text", "text": text}]):  # some want parts
+        def render(text):
+            return tokenizer.apply_chat_template(
+                [{"role": "user", "content": content(text)}], tokenize=False,
+                add_generation_prompt=True, enable_thinking=False)
+
+        with contextlib.suppress(Exception):  # templates raise every kind
+            before, mark, behind = render("\ue000").partition("\ue000")
+            text = render(prompt)
+            within = text[len(before):len(text) - len(behind)]
+            if mark and text == before + within + behind and within.strip() == prompt.strip():
+                return before, within, behind
+    raise InputError("the chat template does not hold the prompt as it is; mend it, or give "
+                     f"--chat-template never (the prompt: {prompt[:40]!r})")
+
+
+def encode_prompt(tokenizer, prompt, chat_template="auto"):
+    """Token ids of a rendered prompt. InputError if there are none."""
+    before, within, behind = rendered(tokenizer, prompt, chat_template)
+    ids = tokenizer(before + within + behind, add_special_tokens=not before + behind)["input_ids"]
+    require(ids, f"the prompt {prompt[:40]!r} has no tokens")
+    return ids
 
 
 def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
@@ -557,7 +644,7 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
         require(len(ids) <= max_length, f"prompt {number} has {len(ids)} tokens, more than "
                 f"{max_length}; take it out, or raise --max-length, up to the model's positions")
         encoded.append(example | {"ids": ids, "text_span": (before, len(ids) - after)})
-        if "answer" in example:
+        if example.get("answer"):
             encoded[-1]["answer_ids"] = tokenizer(
                 example["answer"][0], add_special_tokens=False)["input_ids"]
     return encoded
@@ -614,8 +701,11 @@ def from_logits(read, model, sequences, batch_tokens):
     """[read(i, logits (tokens, vocabulary))] of every sequence."""
     def run(batch):
         ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        return [read(i, logits[:len(sequences[i])].float())
-                for i, logits in zip(batch, model(input_ids=ids, use_cache=False).logits)]
+        logits = [rows[:len(sequences[i])].float() for i, rows in
+                  zip(batch, model(input_ids=ids, use_cache=False).logits)]
+        require(not any(rows[-1].isnan().any() for rows in logits),
+                "the model's logits are NaN; try --dtype float32")
+        return list(map(read, batch, logits))
 
     return run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
 
@@ -626,6 +716,12 @@ METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
 RIGHT_OR_WRONG = ("accuracy", "language")  # 1 or 0 for each example
 COMMA_DECIMAL = set("cs da de el es fi fr id it nb nl pl pt ru sv tr uk vi ces dan deu ell spa fin "
                     "fra ind ita nob nld pol por rus swe tur ukr vie".split())
+# langdetect's languages, and those of FLORES that it knows
+DETECTED = dict(pair.split(":") for pair in """\
+afr:af arb:ar bul:bg ben:bn cat:ca ces:cs cym:cy dan:da deu:de ell:el eng:en spa:es est:et pes:fa \
+fin:fi fra:fr guj:gu heb:he hin:hi hrv:hr hun:hu ind:id ita:it jpn:ja kan:kn kor:ko lit:lt lvs:lv \
+mkd:mk mal:ml mar:mr npi:ne nld:nl nob:no pan:pa pol:pl por:pt ron:ro rus:ru slk:sk slv:sl som:so \
+als:sq swe:sv swh:sw tam:ta tel:te tha:th tgl:tl tur:tr ukr:uk urd:ur vie:vi zho:zh""".split())
 NO_SPACES = set("ja km lo my th yue zh jpn khm lao mya tha zho".split())
 
 
@@ -677,7 +773,7 @@ def last_number(text, language=None):
 def span_scores(prediction, golds, language=None):
     """(exact match, F1) of SQuAD, the best over the golds; by character if words have no spaces.
 
-    An empty prediction scores 0, whatever the gold.
+    An empty prediction scores 0, but for a question without an answer, where it alone is right.
     """
     def units(text):
         text = "".join(c for c in text.lower()
@@ -687,25 +783,31 @@ def span_scores(prediction, golds, language=None):
         return [word for word in text.split() if word not in ("a", "an", "the")]
 
     said = units(prediction)
+    if not golds:
+        return not said, float(not said)
     scores = [(said == gold, 2 * overlap / (len(said) + len(gold)))
               for gold in map(units, golds)
               if (overlap := (Counter(said) & Counter(gold)).total())]
     return max(scores, default=(False, 0.0))
 
 
-def import_langdetect():
+def import_langdetect(language):
+    """langdetect, and its name of a language. InputError if it is missing, or does not know it."""
     with explained("the metric 'language' needs langdetect; run: pip install langdetect"):
         import langdetect
     langdetect.DetectorFactory.seed = 0
-    return langdetect
+    code = DETECTED.get(base_language(language), base_language(language))
+    require(code in DETECTED.values(), f"langdetect does not know the language '{language}'; leave "
+                                       "out the metric 'language'")
+    return langdetect, code
 
 
 def in_language(responses, language):
     """Whether each response is in the language, as langdetect finds; Chinese variants are zh."""
-    langdetect, found = import_langdetect(), [False] * len(responses)
+    (langdetect, code), found = import_langdetect(language), [False] * len(responses)
     for i, response in enumerate(responses):
         with contextlib.suppress(langdetect.LangDetectException):  # nothing but digits, say
-            found[i] = base_language(langdetect.detect(response)) == base_language(language)
+            found[i] = base_language(langdetect.detect(response)) == code
     return found
 
 
@@ -729,8 +831,10 @@ def negative_log_likelihood(model, encoded, batch_tokens):
     return {"prompt_nll": prompt_nll, "answer_nll": answer_nll}
 
 
-def choose_letters(model, tokenizer, encoded, batch_tokens, letters="ABCD"):
-    """The most probable letter as the first token of each answer; nothing is generated."""
+def choose_letters(model, tokenizer, encoded, batch_tokens):
+    """The most probable of A to D, or to the last right answer; nothing is generated."""
+    last = max(["D", *(answer for e in encoded for answer in e["answer"])])
+    letters = string.ascii_uppercase[:string.ascii_uppercase.index(last) + 1]
     first = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in letters]
     require(len(set(first)) == len(letters),
             f"this tokenizer does not tell {letters} apart by their first token")
@@ -739,31 +843,47 @@ def choose_letters(model, tokenizer, encoded, batch_tokens, letters="ABCD"):
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, encoded, batch_tokens, max_new_tokens=512, sampling=None, seed=0):
-    """The model's response to each prompt, as text, and how many were cut off at max_new_tokens.
+def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
+    """The model's response to each prompt, as text, and how many were cut at max_new_tokens.
 
-    Greedy unless sampling is given, as {"temperature": .7, "top_p": .8, "top_k": 20}; the same seed
-    draws the same. Padding stands on the left.
+    settings  of a GenerationConfig, see generation_settings; nothing else counts, the checkpoint's
+              own sampling, penalties, beams or caches neither. The same seed draws the same.
+    Padding stands on the left.
     """
-    torch.manual_seed(seed or 0)
-    choice = sampling or dict.fromkeys(["temperature", "top_p", "top_k"])
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    ends = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id)
+    torch.manual_seed(seed)
+    settings = generation_settings(model.generation_config, tokenizer) | settings
+    ends, pad = torch.tensor(settings["eos_token_id"] or []), settings["pad_token_id"]
 
     def run(batch):
-        inputs = tokenizer.pad({"input_ids": [encoded[i]["ids"] for i in batch]},
-                               padding_side="left", return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=bool(sampling),
-                                pad_token_id=tokenizer.pad_token_id, **choice)
-        new = output[:, inputs.input_ids.shape[1]:].cpu()
+        prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
+        ids, mask = (pad_sequence(rows, True, value, "left").to(model.device) for rows, value in (
+            (prompts, pad), ([torch.ones_like(prompt) for prompt in prompts], 0)))
+        new = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].cpu()
         ended = torch.isin(new, ends).any(1).tolist()
         return zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended)
 
     # as few batches as there can be: each takes max_new_tokens steps
-    sizes = [len(e["ids"]) + max_new_tokens for e in encoded]
-    responses, ended = zip(*run_batches(run, length_batches(sizes, batch_tokens, fill=0)))
+    sizes = [len(e["ids"]) + settings["max_new_tokens"] for e in encoded]
+    ours = GenerationConfig(disable_compile=True, **settings)
+    with patch.object(model, "generation_config", ours):
+        responses, ended = zip(*run_batches(run, length_batches(sizes, batch_tokens, fill=0)))
     return list(responses), ended.count(False)
+
+
+def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=None, top_p=None,
+                        top_k=None):
+    """For generate(), from a checkpoint's GenerationConfig only the tokens that end and pad, and
+    the limit; greedy without a temperature, and with one from all tokens unless top_p or top_k say.
+    """
+    ends = checkpoint.eos_token_id
+    ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else ends
+    ends = [end for end in ends if end is not None]
+    pad = next((token for token in (tokenizer.pad_token_id, checkpoint.pad_token_id, *ends)
+                if token is not None), 0)
+    limit = max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS
+    return {"max_new_tokens": limit, "eos_token_id": ends or None, "pad_token_id": pad} | ({
+        "do_sample": True, "temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
+        if temperature else {"do_sample": False})
 
 
 def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **generation):
@@ -798,15 +918,18 @@ def answer_scores(answers, golds, kind, language):
     return {"accuracy": [answer in gold for answer, gold in zip(answers, golds)]}
 
 
-def check_metrics(metrics, encoded, path):
+def check_metrics(metrics, encoded, path, language):
     """InputError if a file's examples cannot give the metrics that are asked for."""
     kinds = {e.get("kind") for e in encoded}
     require(None not in kinds or not {"accuracy", "answer_nll"} & set(metrics),
             f"{path} has prompts without an answer; --metrics prompt_nll needs none")
     require(len(kinds) == 1 or "accuracy" not in metrics,
             f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
+    answers = {answer for e in encoded for answer in e.get("answer", [])}
+    require(kinds != {"choice"} or answers <= set(string.ascii_uppercase),
+            f"{path}: a choice is a letter, as A, not {sorted(answers)}")
     if "language" in metrics:
-        import_langdetect()
+        import_langdetect(language)
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -815,10 +938,13 @@ def bootstrap_interval(differences, draws=2000, seed=0):
     """95 % percentile interval of the mean of paired differences, by resampling the examples.
 
     differences (examples,), or (controls, examples) of several controls, which are resampled, too.
+    nan of a single example: nothing is known of others.
     """
     differences = np.atleast_2d(differences)
     differences = differences[:, ~np.isnan(differences).any(0)]
     (controls, n), rng = differences.shape, np.random.default_rng(seed)
+    if n < 2:
+        return [np.nan, np.nan]
     picks = rng.integers(n, size=(draws, n))
     means = np.stack([control[picks].mean(1) for control in differences], 1)  # (draws, controls)
     means = np.take_along_axis(means, rng.integers(controls, size=means.shape), 1).mean(1)
@@ -840,7 +966,7 @@ def effect(base, scores, draws=()):
 def write_whole(path, write):
     """write(file) to a temporary name, which becomes the final one when all is there."""
     os.makedirs(Path(path).parent, exist_ok=True)
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -849,23 +975,40 @@ def write_whole(path, write):
         Path(temporary).unlink(missing_ok=True)
 
 
+def predictions_folder(out):
+    """results/ablate of results/ablate.jsonl; of a name without a suffix, name.predictions."""
+    return Path(out).with_suffix("" if Path(out).suffix else ".predictions")
+
+
 def load_rows(path):
-    """{settings as JSON: row} of a results file; a last line that a kill cut short is taken off."""
-    if not os.path.exists(path):
-        return {}
-    content = Path(path).read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
+    """{settings as JSON: row} of a results file, but for a last line that a kill cut short.
+
+    InputError if the file is not one, or if the folder of its predictions cannot be.
+    """
+    start, folder = b'{"cell": ', predictions_folder(path)
+    require(not os.path.isdir(path), f"{path} is a folder; give a file as results/a.jsonl")
+    require(not folder.is_file(), f"{folder}, for the predictions, is a file; give another --out")
+    content = Path(path).read_bytes() if os.path.exists(path) else b""
     with explained(f"{path} is not a results file; move it away or give another --out"):
-        rows = [json.loads(line) for line in whole.splitlines()]
-        rows = {json.dumps(row["settings"], sort_keys=True): row for row in rows}
-    os.truncate(path, len(whole))
-    return rows
+        *lines, rest = content.split(b"\n")
+        require(rest[:len(start)] == start[:len(rest)], "its last line is of something else")
+        rows = map(json.loads, lines)
+        return {json.dumps(row["settings"], sort_keys=True): row for row in rows if row["cell"]}
 
 
 def append_row(path, row):
+    """Append a line under a lock, so that processes can share the file; half a line that a kill
+    left is cut off first.
+    """
     os.makedirs(Path(path).parent, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with open(path, "a+b") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -879,7 +1022,7 @@ def save_predictions(path, encoded, responses, scores):
 
 
 def positive(text):
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
@@ -936,19 +1079,23 @@ def parse_task_arguments(p, script):
     return p.parse_args()
 
 
-def evaluation_settings(args, config):
-    """What makes two evaluations of one file the same; greedy without a temperature."""
-    limit = args.max_new_tokens
-    if limit is None:
-        with contextlib.suppress(OSError):
-            limit = GenerationConfig.from_pretrained(args.model).max_new_tokens
-    sampling = {name: vars(args)[name] for name in ("temperature", "top_p", "top_k")
-                if vars(args)[name] is not None}
-    require(args.temperature or not sampling, "--top-p and --top-k-sampling need a --temperature")
-    return {"revision": checkpoint_id(args.model, config), "dtype": dtype_name(args.dtype, config),
+def evaluation_settings(args, config, tokenizer, shape):
+    """What makes two evaluations of one file the same."""
+    require(args.temperature is None or 0 <= args.temperature < np.inf,
+            f"--temperature {args.temperature} is below 0; 0 is greedy")
+    require(args.temperature or not (args.top_p or args.top_k),
+            "--top-p and --top-k-sampling need a --temperature above 0")
+    require(0 <= args.seed < 2**63, "--seed takes a whole number from 0 on")
+    try:
+        checkpoint = GenerationConfig.from_pretrained(args.model)
+    except OSError:  # it has none
+        checkpoint = GenerationConfig.from_model_config(config)
+    return {"revision": checkpoint_id(args.model, config, shape),
+            "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
             "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
-            "generation": {"max_new_tokens": limit or MAX_NEW_TOKENS, "sampling": sampling,
-                           "seed": args.seed if sampling else None}}
+            "generation": {"seed": args.seed if args.temperature else 0} | generation_settings(
+                checkpoint, tokenizer, args.max_new_tokens, args.temperature, args.top_p,
+                args.top_k)}
 
 
 def load_tasks(args, tokenizer, config, dumps):
@@ -957,7 +1104,7 @@ def load_tasks(args, tokenizer, config, dumps):
     for language, path in find_data(args.data, args.languages).items():
         encoded = encode_examples(tokenizer, read_examples(path)[:args.limit], args.chat_template,
                                   min(args.max_length, max_positions(config)))
-        check_metrics(args.metrics, encoded, path)
+        check_metrics(args.metrics, encoded, path, language)
         sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         tasks[language] = encoded, sha
         if any(sha in dump["data_sha256"] for dump in dumps):
@@ -969,11 +1116,10 @@ def load_tasks(args, tokenizer, config, dumps):
 def check_dumps(dumps, shape, revision):
     """InputError if dumps, analyze.load_languages' answer, were not captured on this model."""
     for dump in dumps:
-        paths = ", ".join(dump["path"])
-        found = dict.fromkeys(map(int, dump["layers"]), (dump["num_experts"], dump["top_k"]))
-        require(found == shape, f"{paths} has {len(found)} layers of (num_experts, top_k) "
-                f"{set(found.values())}, the model {len(shape)} of {set(shape.values())}: another "
-                "model, or other layers")
+        paths, size = ", ".join(dump["path"]), (dump["num_experts"], dump["top_k"])
+        require(dict.fromkeys(dump["layers"].tolist(), size) == shape,
+                f"{paths} has (num_experts, top_k) {size} in layers {dump['layers'].tolist()}, the "
+                f"model {set(shape.values())} in {list(shape)}: another model, or other layers")
         require(dump["revision"] in (None, revision),  # IDs from elsewhere name no revision
                 f"{paths} was captured on another model ({dump['meta'].get('model')}, "
                 f"{dump['revision']}); capture it again on this one ({revision})")
@@ -989,7 +1135,8 @@ class Experiment:
     def __init__(self, args, dumps):
         self.args, self.rows = args, load_rows(args.out)
         self.config, self.tokenizer, skeleton = load_config(args.model)
-        self.shape, self.settings = routing_shape(skeleton), evaluation_settings(args, self.config)
+        self.shape = routing_shape(skeleton)
+        self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
         self.choice = {"experts_per_language": args.experts_per_language,
                        "threshold": args.threshold,
                        "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
@@ -998,7 +1145,13 @@ class Experiment:
 
     @functools.cached_property
     def model(self):
-        return load_weights(self.args.model, self.config, self.args.dtype, self.args.device)
+        model = load_weights(self.args.model, self.config, self.args.dtype, self.args.device)
+        encoded = next(iter(self.tasks.values()))[0][0]
+        two = self.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None}
+        decode = functools.partial(generate, model, self.tokenizer, [encoded], 1, **two)
+        generates = {"accuracy", "language"} & set(self.args.metrics)
+        try_model(model, (encoded["ids"] * 16)[:16], decode=decode if generates else None)
+        return model
 
     def cell(self, language, name="baseline", settings=None, **edit):
         """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited.
@@ -1008,43 +1161,50 @@ class Experiment:
         encoded, sha = self.tasks[language]
         settings = self.settings | {"language": language, "data_sha256": sha} | (settings or {})
         if edit:
-            exact = json.dumps(edit, sort_keys=True, default=np.ndarray.tolist).encode()
-            settings |= self.choice | {"edit": hashlib.sha256(exact).hexdigest()[:16]}
+            settings |= self.choice | {"edit": short_hash(edit)}
         key = json.dumps(settings, sort_keys=True)
         if key not in self.rows:
-            row = self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(
-                self, language, Path(name, f"{language}.jsonl"), edit)
-            append_row(self.args.out, row)
-        return {metric: np.array(values) for metric, values in self.rows[key]["scores"].items()}
+            row = {"cell": name, "settings": settings}
+            self.rows[key] = row | evaluate_cell(self, language, name, settings, edit)
+            append_row(self.args.out, self.rows[key])
+        row = self.rows[key]
+        if row.get("cut_responses") and not edit:
+            tqdm.write(f"{language}: {row['cut_responses']} of {len(encoded)} responses were cut; "
+                       "see --max-new-tokens")
+        return {metric: np.array(values) for metric, values in row["scores"].items()}
 
 
-def evaluate_cell(experiment, language, file, edit):
+def evaluate_cell(experiment, language, cell, settings, edit):
     """A row beyond its settings: scores, mean, edited experts, predictions, how many were cut."""
     args, (encoded, _) = experiment.args, experiment.tasks[language]
-    generation = experiment.settings["generation"]
+    same = {key: value for key, value in settings.items() if key not in ("language", "data_sha256")}
+    predictions = predictions_folder(args.out) / f"{cell}-{short_hash(same)}/{language}.jsonl"
+    prompts = [e["prompt"] for e in encoded]
+    require(not predictions.exists()
+            or prompts == [e["prompt"] for e in read_examples(predictions)], f"{predictions} holds the answers to other data; move it away, or give another --out")
     with edit_routing(experiment.model, **edit, count_moved=False):
         scores, responses, cut = evaluate(
             experiment.model, experiment.tokenizer, encoded, args.metrics, language,
-            args.batch_tokens, **generation)
+            args.batch_tokens, **settings["generation"])
     row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
            "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
            "experts": {layer: int(np.count_nonzero(each)) for kind in ("masks", "boosts")
                        for layer, each in edit.get(kind, {}).items()}}
     if responses is not None:
-        path = Path(args.out).with_suffix("") / file
         right = row["scores"].get("accuracy", [None] * len(encoded))
-        save_predictions(path, encoded, responses, right)
-        row |= {"predictions": str(path), "cut_responses": cut}
-        if cut and not edit:
-            tqdm.write(f"{language}: {cut} of {len(encoded)} responses were cut at "
-                       f"{generation['max_new_tokens']} tokens; see --max-new-tokens")
+        save_predictions(predictions, encoded, responses, right)
+        row |= {"predictions": str(predictions), "cut_responses": cut}
     return row
 
 
 def run_script(main, *errors):
     """main(), with what the user can fix as one line and exit status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has left; all is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError, *errors) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -158,8 +158,7 @@ def choose_coefficients(args, dumps):
     bands = {"selection" if args.selection else "shared": args.band,
              **{f"band{band}": band for band in args.control_bands}}
     if args.selection:
-        selection = analyze.load_selection(args.selection, dumps[0]["layers"],
-                                           dumps[0]["num_experts"])
+        selection = analyze.load_selection(args.selection, dumps[0])
         return {name: selection_coefficients(selection, dumps[0]["layers"], band)
                 for name, band in bands.items()}
     return {name: steering_coefficients(dumps, args.sources, band, args.experts_per_language,
@@ -210,8 +209,8 @@ def parse_arguments():
     args.sources = [] if args.selection else args.sources.split(",")
     common.require(np.isfinite(args.lambdas).all(),
                    f"lambda must be a finite number, not {args.lambdas}")
-    common.require(args.selection or len(set(args.sources)) > 1, "--sources takes two or more "
-                   f"languages, as {SOURCES}, for experts to be shared")
+    common.require(args.selection or len(set(args.sources)) == len(args.sources) > 1, "--sources "
+                   f"takes two or more different languages, as {SOURCES}")
     return args
 
 

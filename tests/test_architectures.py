@@ -9,6 +9,7 @@ import functools
 import inspect
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import capture  # noqa: E402
+import common  # noqa: E402
 from common import (InputError, RULES, edit_routing, find_routers, record_routing,  # noqa: E402
                     routing_shape)
 
@@ -270,6 +272,20 @@ def test_leaving_the_block_restores_the_model_also_after_an_exception(model):
             1 / 0
     assert torch.equal(outputs(model), before)
     for router in find_routers(model).values():
+        assert "forward" not in router.__dict__ and not router._forward_hooks
+
+
+def test_the_trial_before_a_run_accepts_a_whole_checkpoint_and_one_step_of_decoding(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = common.load_weights(tmp_path, model.config, "float32", "cpu")  # no weight is missing
+    ids, tokenizer = IDS.flatten()[:16].tolist(), SimpleNamespace(
+        eos_token_id=None, pad_token_id=0, batch_decode=lambda ids, **_: ids.tolist())
+    decode = functools.partial(common.generate, loaded, tokenizer, [{"ids": ids}], 100,
+                               max_new_tokens=2, eos_token_id=None)
+    # of these, the small ones have no layer of attention, without which transformers generates not
+    linear = model.config.model_type in ("bailing_hybrid", "jamba", "kimi_linear")
+    common.try_model(loaded, ids, decode=None if linear else decode)
+    for router in find_routers(loaded).values():
         assert "forward" not in router.__dict__ and not router._forward_hooks
 
 

@@ -22,7 +22,7 @@ import common
 from common import InputError, checkpoint_id, load_model, run_batches
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-TINY = {"layers": 8, "num_experts": 32, "revision": checkpoint_id("tests/tiny_moe", None)}
+TINY = {"layers": 8, "num_experts": 32, "revision": checkpoint_id("tests/tiny_moe", None, {0: (32, 2)})}
 
 
 def process(name, *arguments, **options):
@@ -76,7 +76,7 @@ def place(tmp_path_factory):
     (p / "cut.npz").write_bytes((p / "en.npz").read_bytes()[:900])
     (p / "text.npz").write_text("hello")
     np.savez(p / "pickle.npz", counts=np.ones((1, 2)), meta=np.array({"a": 1}, dtype=object))
-    same = np.tile(np.arange(2, dtype=np.uint8), (30, 2, 1))
+    same = np.tile(np.array([1, 0], dtype=np.uint8), (15, 2, 1))  # 16 would look like a dense layer
     for language in ("aa", "bb"):
         np.savez(p / f"same_{language}.npz", selected_experts=same,
                  meta=json.dumps({"language": language, "num_experts": 8}))
@@ -130,7 +130,7 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "greedy top_p": ("ablate", ABLATE + "--top-p 0.9", "--top-p .* need a --temperature"),
     "no results": ("ablate", ABLATE + "--out {}/blank.txt", "is not a results file; move it away"),
     "no source": ("steer", STEER + "--sources en,fr", "no routing for 'fr' .*; run: python"),
-    "one source": ("steer", STEER + "--sources en", "--sources takes two or more languages, as"),
+    "one source": ("steer", STEER + "--sources en", "--sources takes two or more different languages"),
     "few examples": ("steer", STEER + "--lambda 1 2", "takes 4 examples or more; raise --limit"),
     "steered band": ("steer", STEER + "--band 40-50", "'40-50' does not hold MoE layers .* 0-7"),
     "infinite": ("steer", STEER + "--lambda inf", "lambda must be a finite number"),

@@ -589,7 +589,7 @@ def test_predictions_are_captured_again_with_their_responses(ablation, tmp_path)
     assert set(predictions[0]) >= {"prompt", "response", "answer", "score"}
     assert "=" in predictions[0]["response"]
     assert [p["score"] for p in predictions] == row["scores"]["accuracy"]
-    run(capture, "--data", ablation.out.with_suffix("") / "baseline" / "{lang}.jsonl",
+    run(capture, "--data", row["predictions"].replace("en.jsonl", "{lang}.jsonl"),
         "--languages", "en", "--out", tmp_path)
     prompt, response, both = (analyze.load_routing(str(tmp_path / "en.npz"), part)
                               for part in ("prompt", "response", "all"))
@@ -621,7 +621,7 @@ def contrast(dumps, tmp_path_factory):
     path = tmp_path_factory.mktemp("contrast") / "selection.json"
     run(analyze, "--contrast", dumps[2], dumps[0], "--top", 12, "--selection", path)
     en, _, zh = analyze.frequencies(analyze.load_languages(dumps))
-    differences = analyze.load_selection(path, np.arange(8), 32)
+    differences = analyze.load_selection(path, analyze.load_routing(dumps[0]))
     assert (differences != 0).sum() == 12 and (differences > 0).any() and (differences < 0).any()
     chosen = differences != 0
     np.testing.assert_allclose(differences[chosen], (zh - en)[chosen], atol=1e-6)
@@ -639,7 +639,7 @@ def test_a_contrast_is_masked(contrast, dumps, tmp_path):
     assert rows[0]["experts"] == more
     own = printed.split("\nown ")[1]
     assert "\nen " in own and "\nzh " in own  # both with their controls
-    with pytest.raises(common.InputError, match="leave out --targets"):
+    with pytest.raises(common.InputError, match="--targets has no part in the selection experts"):
         run(ablate, *arguments, "--targets", "en")
 
 

@@ -127,7 +127,7 @@ def test_logits_that_are_no_numbers_stop_the_run(tiny):
     before = weight.detach().clone()
     try:
         weight.data.fill_(float("nan"))
-        with pytest.raises(InputError, match="NaN or infinite"):
+        with pytest.raises(InputError, match="logits are NaN"):
             encoded = encode_examples(tokenizer, [{"prompt": "Anna has 14 apples."}])
             common.negative_log_likelihood(model, encoded, 100)
     finally:
@@ -146,7 +146,7 @@ def test_nll_without_a_chat_template_skips_what_nothing_precedes(tiny):
 def test_generation_is_what_one_prompt_at_a_time_gives(tiny):
     model, tokenizer = tiny
     encoded = encode_examples(tokenizer, read_examples("tests/data/eval_en.tsv")[:6])
-    together, _ = common.generate(model, tokenizer, encoded, 200, 24)
+    together, _ = common.generate(model, tokenizer, encoded, 200, max_new_tokens=24)
     for e, response in zip(encoded, together):
         out = model.generate(torch.tensor([e["ids"]]), max_new_tokens=24, do_sample=False)
         assert tokenizer.decode(out[0, len(e["ids"]):], skip_special_tokens=True) == response
@@ -154,15 +154,15 @@ def test_generation_is_what_one_prompt_at_a_time_gives(tiny):
 
 def test_sampling_repeats_with_its_seed(tiny):
     encoded = encode_examples(tiny[1], read_examples("tests/data/eval_sw.tsv")[:8])
-    sampling = {"temperature": 3.0, "top_k": 50}
-    draw = [common.generate(*tiny, encoded, 999, 8, sampling, seed)[0] for seed in (1, 1, 2)]
+    settings = {"do_sample": True, "temperature": 3.0, "top_k": 50, "max_new_tokens": 8}
+    draw = [common.generate(*tiny, encoded, 999, seed, **settings)[0] for seed in (1, 1, 2)]
     assert draw[0] == draw[1] != draw[2]
 
 
 def test_responses_that_are_cut_off_are_counted(tiny):
     encoded = encode_examples(tiny[1], read_examples("tests/data/eval_en.tsv")[:4])
-    assert common.generate(*tiny, encoded, 999, 2)[1] == 4
-    assert common.generate(*tiny, encoded, 999, 32)[1] == 0
+    assert common.generate(*tiny, encoded, 999, max_new_tokens=2)[1] == 4
+    assert common.generate(*tiny, encoded, 999, max_new_tokens=32)[1] == 0
 
 
 def test_a_letter_is_chosen_by_its_probability(tiny):
@@ -214,8 +214,8 @@ def test_too_long_a_prompt_is_refused(tiny):
 def test_a_metric_needs_its_answers(tiny):
     encoded = encode_examples(tiny[1], [{"prompt": "a"}])
     with pytest.raises(InputError, match="x.txt has prompts without an answer"):
-        common.check_metrics(["accuracy"], encoded, "x.txt")
-    common.check_metrics(["prompt_nll"], encoded, "x.txt")
+        common.check_metrics(["accuracy"], encoded, "x.txt", "en")
+    common.check_metrics(["prompt_nll"], encoded, "x.txt", "en")
 
 
 def test_langdetect_finds_the_language_or_says_what_to_install():
@@ -264,13 +264,14 @@ def test_mcnemar_by_hand():
     assert mcnemar_p([1, 0], [1, 0]) == (0, 0, 1)
 
 
-def test_a_results_line_that_a_kill_cut_short_is_taken_off(tmp_path):
+def test_a_results_line_that_a_kill_cut_short_is_taken_off_by_the_next_one(tmp_path):
     path = tmp_path / "r.jsonl"
-    common.append_row(path, {"settings": {"a": 1}, "mean": 2})
+    common.append_row(path, {"cell": "a", "settings": {"a": 1}, "mean": 2})
     with open(path, "a") as file:
-        file.write('{"settings": {"a": 2}, "me')
-    assert list(load_rows(path)) == ['{"a": 1}'] and path.read_text().count("\n") == 1
-    common.append_row(path, {"settings": {"a": 2}})
+        file.write('{"cell": "b", "settings": {"a": 2}, "me')
+    cut = path.read_bytes()
+    assert list(load_rows(path)) == ['{"a": 1}'] and path.read_bytes() == cut
+    common.append_row(path, {"cell": "b", "settings": {"a": 2}})
     assert list(load_rows(path)) == ['{"a": 1}', '{"a": 2}']
 
 

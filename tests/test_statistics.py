@@ -518,7 +518,11 @@ def test_figures_are_drawn_or_what_to_install_is_said(planted, monkeypatch, caps
                      "--figures", figures)
     drawn = sorted(path.name for path in figures.iterdir())
     assert drawn == ["heatmaps.png", "layers.png"]
-    assert all(str(figures / name) in printed for name in drawn)
+    assert str(figures) in printed
+
+
+DUMP = {"counts": np.zeros((LAYERS, EXPERTS)), "layers": np.arange(LAYERS), "num_experts": EXPERTS,
+        "revision": None}
 
 
 def test_a_contrast_is_printed_and_written(planted, monkeypatch, capsys, tmp_path):
@@ -529,7 +533,7 @@ def test_a_contrast_is_printed_and_written(planted, monkeypatch, capsys, tmp_pat
         return capsys.readouterr().out
 
     printed = contrast(planted[5], planted[0], tau=0.5, out="s.json")
-    selection = analyze.load_selection(tmp_path / "s.json", np.arange(LAYERS), EXPERTS)
+    selection = analyze.load_selection(tmp_path / "s.json", DUMP)
     it, de = analyze.frequencies(analyze.load_languages([planted[5], planted[0]]))
     expected = np.where(it - de > 0.5, it - de, 0)
     np.testing.assert_allclose(selection, expected, atol=1e-6)
@@ -547,7 +551,7 @@ def test_a_contrast_is_printed_and_written(planted, monkeypatch, capsys, tmp_pat
 def test_a_selection_that_does_not_fit_the_model_is_refused(tmp_path, text, message):
     (tmp_path / "t.json").write_text(text)
     with pytest.raises(InputError, match=message):
-        analyze.load_selection(tmp_path / "t.json", np.arange(LAYERS), EXPERTS)
+        analyze.load_selection(tmp_path / "t.json", DUMP)
 
 
 def test_every_array_that_is_written_is_described(planted, monkeypatch, capsys, tmp_path):
