@@ -100,7 +100,8 @@ def explained(message):
     except (InputError, OSError):
         raise
     except Exception as error:
-        raise InputError(message) from error
+        what = str(error).partition("\n")[0]
+        raise InputError(f"{message} ({type(error).__name__}: {what})") from error
 
 
 # ---------------------------------------------------------------------------------- reading dumps
@@ -676,7 +677,8 @@ def print_table(columns, first=9):
 
 def print_rows(rows):
     """print_table of a list of {title: cell}."""
-    print_table({title: [row[title] for row in rows] for row in rows[:1] for title in row})
+    if rows:
+        print_table({title: [row[title] for row in rows] for title in rows[0]})
 
 
 def print_wrapped(text):
@@ -888,8 +890,7 @@ def check_output(path, key):
     require(not os.path.isdir(path), f"{path} is a folder; give a file")
     if os.path.exists(path):
         with explained(f"{path} is there, and not what this writes; move it away, or give another"):
-            file = read_json(path) if key == "experts" else np.load(path, allow_pickle=False)
-            require(key in file, "another file")
+            (read_json(path) if key == "experts" else np.load(path, allow_pickle=False))[key]
 
 
 def frequencies(dumps):

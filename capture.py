@@ -140,8 +140,8 @@ def is_done(path, meta, overwrite):
     with (explained(f"{path} is no routing dump; move it away or add --overwrite"),
           np.load(path, allow_pickle=False) as file):
         made = json.loads(str(file["meta"]))
-    differ = [f"{key} {made.get(key)} there, {meta[key]} now"
-              for key in SETTINGS if made.get(key) != meta[key]]
+        differ = [f"{key} {made.get(key)} there, {meta[key]} now"
+                  for key in SETTINGS if made.get(key) != meta[key]]
     require(not differ, f"{path} was made with other settings ({'; '.join(differ)}); add "
                         "--overwrite or another --out")
     return True

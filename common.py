@@ -268,7 +268,7 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     boosts  {decoder layer: (num_experts,) floats}, lambda included; see boost_logits for the rule
     Yields a dict that on leaving holds {layer: part of the selections that the boosts moved there,
     given the same hidden states}; for it each boosted router runs twice, which count_moved=False
-    saves. One edit at a time: masks and boosts are given together.
+    saves. One edit of a layer at a time, and from one thread: give masks and boosts together.
 
     The edit proves itself. InputError before anything runs: a layer without a router, an expert
     that is not there, a mask that leaves fewer than top_k. RuntimeError: logits that are computed
@@ -386,7 +386,8 @@ def load_weights(name, config, dtype="auto", device=None, **options):
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, **options)
         # a router that is missing would be random
-        require(not found["missing_keys"], f"not in its files: {sorted(found['missing_keys'])}")
+        missing = sorted(found["missing_keys"])
+        require(not missing, f"{len(missing)} are not in its files, as {missing[:1]}")
     model = (model if "device_map" in options else model.to(device)).eval()
     require(not any(parameter.is_meta for parameter in model.parameters()),
             f"'{name}' does not fit on --device {device}: layers that are kept elsewhere cannot be "
@@ -442,7 +443,7 @@ def checkpoint_id(name, config, shape):
                     tensors = [t for t in json.loads(header).values() if "shape" in t]
                 spans = [(start + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0])
                          for t in tensors if len(t["shape"]) < 3 and numbers & set(t["shape"])]
-            spans += [(start + part * (size - start) // 64, 4096) for part in range(64)]
+            spans += [(start + part * max(0, size - start - 4096) // 63, 4096) for part in range(64)]
             for offset, length in spans:
                 file.seek(offset)
                 digest.update(file.read(length))
@@ -588,12 +589,11 @@ def read_squad(root):
 
 
 def answer_kind(answer):
-    """"number" if there is nothing but a number in it, else "span"."""
-    try:
-        Decimal(plain_digits(answer).replace(",", ""))
-        return "number"
-    except ArithmeticError:
-        return "span"
+    """"number" if there is nothing but a number in it, that last_number reads, else "span"."""
+    with contextlib.suppress(ArithmeticError):
+        if last_number(answer) == Decimal(plain_digits(answer).replace(",", "")):
+            return "number"
+    return "span"
 
 
 def rendered(tokenizer, prompt, chat_template="auto"):
@@ -1198,13 +1198,20 @@ def evaluate_cell(experiment, language, cell, settings, edit):
 
 
 def run_script(main, *errors):
-    """main(), with what the user can fix as one line and exit status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
+    """main(), with what the user can fix as one line and exit status 1.
+
+    A reader that leaves, as head does, or a console that lacks a letter, stops nothing.
+    """
+    def write(text, printed=sys.stdout.write):
+        try:
+            printed(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    sys.stdout.write = write
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read has left; all is written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError, *errors) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
