@@ -165,18 +165,19 @@ def read_recorder_json(path):
     """(meta, layers, counts, num_tokens, top_k). The recorder summed in bfloat16: its counts are
     near, and need not add up to whole tokens. An expert that a layer lacks was not selected there.
     """
-    record = {int(layer): dict(row) for layer, row in read_json(path).items()}
-    totals = {int(row.pop("total_tokens")) for row in record.values()}
+    record = read_json(path)
+    layers = sorted(record, key=int)
+    rows = [record[layer] for layer in layers]
+    totals = {int(row["total_tokens"]) for row in rows}
     require(len(totals) == 1, f"{path}: total_tokens differs between layers: {sorted(totals)}")
-    num_tokens, layers = totals.pop(), np.array(sorted(record), np.int32)
-    counts = np.zeros((len(layers), 1 + max(int(e) for row in record.values() for e in row)), int)
-    for row, layer in enumerate(layers):
-        for expert, activity in record[layer].items():
-            counts[row, int(expert)] = activity["activation_tokens"]
+    num_tokens = totals.pop()
+    last = max(int(expert) for row in rows for expert in row.keys() - {"total_tokens"})
+    counts = np.array([[row.get(str(expert), {"activation_tokens": 0})["activation_tokens"]
+                        for expert in range(last + 1)] for row in rows], int)
     top_k = round(counts.sum(1).mean() / max(num_tokens, 1))
-    require((abs(counts.sum(1) - num_tokens * top_k) <= 0.05 * num_tokens * top_k).all(),
-            f"{path}: the experts of a layer do not add up to {num_tokens} tokens * top_k {top_k}")
-    return {"language": Path(path).stem}, layers, counts, num_tokens, top_k
+    require(np.allclose(counts.sum(1), num_tokens * top_k, rtol=0.05), f"{path}: the experts of a "
+            f"layer do not add up to {num_tokens} tokens * top_k {top_k}")
+    return {"language": Path(path).stem}, np.array(layers, np.int32), counts, num_tokens, top_k
 
 
 def read_dump(path, part):
@@ -189,10 +190,13 @@ def read_dump(path, part):
         selected = read_tokens([path], part, "selected_experts")[0]
         num_tokens, _, top_k = selected.shape
         counts = grouped_counts(selected, np.zeros(num_tokens, int), 1, meta["num_experts"])[0]
-    if "counts" not in file and any(file["placeholders"]):
-        print(f"note: {path}: left out {file['placeholders'][0]} tokens and "
-              f"{file['placeholders'][1]} layers that are placeholders")
     layers = file.get("layers", np.arange(len(counts)))
+    if "counts" not in file:
+        tokens, real = real_ids(file, path)
+        layers = file.get("layers", np.arange(len(real)))[real]
+        if not (tokens.all() and real.all()):
+            print(f"note: {path}: left out {(~tokens).sum()} tokens and {(~real).sum()} layers that "
+                  "are placeholders")
     require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and (
         counts.sum(1) == num_tokens * top_k).all(), f"{path}: the counts of {len(layers)} layers "
             f"do not add up to {num_tokens} tokens * top_k {top_k}; capture it again")
@@ -210,61 +214,57 @@ def open_dump(path, *keys):
     for key in keys:
         require(key in file, f"{path} holds no {key}; --part, --bootstrap, --parallel and "
                              "--vocabulary need what capture.py writes without --stats-only")
-    return file if "counts" in file else without_placeholders(dict(file), path)
-
-
-def without_placeholders(file, path):
-    """The arrays of a dump from elsewhere, without what its engine filled in: tokens of -1, or in
-    every layer of zeros or arange(top_k); and layers, dense ones, of which 16 tokens or more say
-    the same. InputError where the rest is not top_k different experts.
-    """
-    ids = file["selected_experts"]
-    require(ids.ndim == 3 and ids.dtype.kind in "iu", f"{path}: selected_experts is {ids.dtype} "
-            f"{ids.shape}, not integers (tokens, layers, top_k)")
-    layers, ids = file.get("layers", np.arange(ids.shape[1])), ids.astype(np.int64)
-    fillings = [[-1], [0], np.arange(ids.shape[2])][:3 if min(ids.shape[1:]) > 1 else 1]
-
-    def is_real(ids):
-        return ~np.any([(ids == filling).all((1, 2)) for filling in fillings], 0)
-
-    kept = is_real(ids)
-    varied = (ids[kept] != ids[kept][:1]).any((0, 2)) | (kept.sum() < 16)
-    kept &= is_real(ids[:, varied])  # a dense layer may say something else of them
-    ids = ids[kept][:, varied]
-    ordered = np.sort(ids)
-    bad = np.argwhere((ordered[..., 0] < 0) | (np.diff(ordered) == 0).any(-1)
-                      | (ordered[..., -1] >= json.loads(str(file["meta"]))["num_experts"]))
-    for token, layer in bad[:1]:
-        raise InputError(f"{path}: token {np.flatnonzero(kept)[token]} has the experts "
-                         f"{ids[token, layer].tolist()} in layer {layers[varied][layer]}: neither "
-                         "top_k different ones of num_experts nor a known placeholder")
-    before = np.append(0, np.cumsum(kept))  # tokens kept before each
-    offsets = file.get("sequence_offsets", np.array([0, len(kept)]))
-    file |= {"selected_experts": ids, "layers": layers[varied], "sequence_offsets": before[offsets],
-             "placeholders": np.array([(~kept).sum(), (~varied).sum()])}
-    if "token_ids" in file:
-        file["token_ids"] = file["token_ids"][kept]
-    if "prompt_lengths" in file:
-        ends = offsets[:-1] + file["prompt_lengths"]
-        file["prompt_lengths"] = before[ends] - before[offsets[:-1]]
     return file
 
 
+def real_ids(file, path):
+    """(tokens, layers), bool, of a dump from elsewhere without what its engine filled in: tokens of
+    -1, or in every layer of zeros or arange(top_k); and dense layers, of which 16 tokens or more
+    say the same. InputError where the rest is not top_k different experts.
+    """
+    ids, num_experts = file["selected_experts"], json.loads(str(file["meta"]))["num_experts"]
+    require(ids.ndim == 3 and ids.dtype.kind in "iu", f"{path}: selected_experts is {ids.dtype} "
+            f"{ids.shape}, not integers (tokens, layers, top_k)")
+    ids = ids.astype(np.int64)
+    # with one layer, or one expert a token, zeros and arange may be meant
+    fillings = [[-1], [0], np.arange(ids.shape[2])][:3 if min(ids.shape[1:]) > 1 else 1]
+    tokens, layers = np.ones(len(ids), bool), np.ones(ids.shape[1], bool)
+    for _ in range(2):  # a dense layer may say something else of a placeholder
+        tokens &= ~np.any([(ids[:, layers] == filling).all((1, 2)) for filling in fillings], 0)
+        if tokens.sum() >= 16:
+            layers &= (ids[tokens] != ids[tokens][:1]).any((0, 2))
+    ordered = np.sort(ids)
+    bad = (ordered[..., 0] < 0) | (ordered[..., -1] >= num_experts) | (np.diff(ordered) == 0).any(-1)
+    for token, layer in np.argwhere(bad & tokens[:, None] & layers)[:1]:
+        raise InputError(f"{path}: token {token} has in layer {layer} the experts "
+                         f"{ids[token, layer].tolist()}: neither {ids.shape[2]} different ones of "
+                         f"{num_experts} nor a known placeholder")
+    return tokens, layers
+
+
 def read_tokens(paths, part, *keys):
-    """Arrays with a row for each token of the part, and the sequence of each token (tokens,)."""
+    """Arrays with a row for each token of the part, and the sequence of each token (tokens,).
+
+    The first key is selected_experts.
+    """
     shards, num_sequences = [], 0
     for path in paths:
-        file = open_dump(path, *keys, *["prompt_lengths"] * (part != "all"))
-        arrays, offsets = [file[key] for key in keys], file["sequence_offsets"]
+        file = open_dump(path, *keys)
+        arrays = [file[key] for key in keys]
+        offsets = file.get("sequence_offsets", np.array([0, len(arrays[0])]))
         require(offsets[0] == 0 and {offsets[-1]} == set(map(len, arrays)),
                 f"{path}: sequence_offsets do not go from 0 to the number of tokens")
         sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         arrays.append(sequence + num_sequences)
+        tokens = np.ones(len(sequence), bool)
+        if "counts" not in file:
+            tokens, layers = real_ids(file, path)
+            arrays[0] = arrays[0][:, layers].astype(np.int64)
         if part != "all":
-            prompt_lengths = file["prompt_lengths"]
+            prompt_lengths = open_dump(path, "prompt_lengths")["prompt_lengths"]
             in_prompt = np.arange(len(sequence)) - offsets[sequence] < prompt_lengths[sequence]
-            arrays = [array[in_prompt == (part == "prompt")] for array in arrays]
-        shards.append(arrays)
+            tokens &= in_prompt == (part == "prompt")
+        shards.append([array[tokens] for array in arrays])
         num_sequences += len(offsets) - 1
     return [np.concatenate(arrays) for arrays in zip(*shards)]
 

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -424,29 +425,28 @@ def try_model(model, ids, edits=True, decode=None):
 def checkpoint_id(name, config, shape):
     """What tells checkpoints apart: the hub's commit, or a hash of a folder's config and weights.
 
-    Of .safetensors count the headers, every tensor in the shape of a router (num_experts and one
-    more axis), and 64 samples of 4 KiB of each file; of .bin only those: 60 GB need not be read. It
-    misses a change to other weights between the samples. shape: of routing_shape
+    Of .safetensors count names and shapes and every tensor in the shape of a router (num_experts
+    and at most one more axis), of them and of .bin 64 samples of 4 KiB each: 60 GB need not be
+    read. It misses a change of other weights between the samples. shape: of routing_shape
     """
     if not os.path.isdir(name):
         return getattr(config, "_commit_hash", None) or "unknown"
     digest = hashlib.sha256(Path(name, "config.json").read_bytes())
     numbers = {num_experts for num_experts, _ in shape.values()}
     for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
-        size, start, spans = path.stat().st_size, 0, []
-        digest.update(f"{path.name} {size}".encode())
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        if path.suffix == ".safetensors":
+            with (explained(f"{path} is not a whole .safetensors file"),
+                  safe_open(path, "pt") as file):
+                for key in sorted(file.keys()):
+                    size = file.get_slice(key).get_shape()
+                    digest.update(f"{key} {size}".encode())
+                    if len(size) < 3 and numbers & set(size):
+                        digest.update(file.get_tensor(key).view(torch.uint8).numpy())
         with open(path, "rb") as file:
-            if path.suffix == ".safetensors":
-                start = 8 + int.from_bytes(file.read(8), "little")
-                with explained(f"{path} is not a whole .safetensors file"):
-                    digest.update(header := file.read(start - 8))
-                    tensors = [t for t in json.loads(header).values() if "shape" in t]
-                spans = [(start + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0])
-                         for t in tensors if len(t["shape"]) < 3 and numbers & set(t["shape"])]
-            spans += [(start + part * max(0, size - start - 4096) // 63, 4096) for part in range(64)]
-            for offset, length in spans:
-                file.seek(offset)
-                digest.update(file.read(length))
+            for part in range(64):
+                file.seek(part * max(0, path.stat().st_size - 4096) // 63)
+                digest.update(file.read(4096))
     return digest.hexdigest()[:16]
 
 
@@ -558,11 +558,12 @@ def read_json_line(line):
         example["response"] = str(row["response"])
     if answers is not None:
         answers = answers if isinstance(answers, list) else [answers]
-        require(all(isinstance(answer, (str, int, float)) for answer in answers),
-                "an answer is a text or a number, or a list of such")
-        kind = row.get("kind") or (answer_kind(str(answers[0])) if answers else "span")
+        require(set(map(type, answers)) <= {str, int, float}, "an answer is a text or a number, or "
+                                                              "a list of such")
+        answers = list(map(str, answers))
+        kind = row.get("kind") or (answer_kind(answers[0]) if answers else "span")
         require(kind in ("number", "choice", "span"), f"kind {kind} is no number, choice or span")
-        example |= {"answer": list(map(str, answers)), "kind": kind}
+        example |= {"answer": answers, "kind": kind}
     return example
 
 
@@ -833,8 +834,8 @@ def negative_log_likelihood(model, encoded, batch_tokens):
 
 def choose_letters(model, tokenizer, encoded, batch_tokens):
     """The most probable of A to D, or to the last right answer; nothing is generated."""
-    last = max(["D", *(answer for e in encoded for answer in e["answer"])])
-    letters = string.ascii_uppercase[:string.ascii_uppercase.index(last) + 1]
+    last = max("D", *(answer for e in encoded for answer in e["answer"]))
+    letters = string.ascii_uppercase.partition(last)[0] + last
     first = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in letters]
     require(len(set(first)) == len(letters),
             f"this tokenizer does not tell {letters} apart by their first token")
@@ -852,14 +853,14 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
     """
     torch.manual_seed(seed)
     settings = generation_settings(model.generation_config, tokenizer) | settings
-    ends, pad = torch.tensor(settings["eos_token_id"] or []), settings["pad_token_id"]
+    ends, pad = settings["eos_token_id"], settings["pad_token_id"]
 
     def run(batch):
         prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
         ids, mask = (pad_sequence(rows, True, value, "left").to(model.device) for rows, value in (
             (prompts, pad), ([torch.ones_like(prompt) for prompt in prompts], 0)))
         new = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].cpu()
-        ended = torch.isin(new, ends).any(1).tolist()
+        ended = torch.isin(new, torch.tensor([] if ends is None else ends)).any(1).tolist()
         return zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended)
 
     # as few batches as there can be: each takes max_new_tokens steps
@@ -876,14 +877,15 @@ def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=
     the limit; greedy without a temperature, and with one from all tokens unless top_p or top_k say.
     """
     ends = checkpoint.eos_token_id
-    ends = [tokenizer.eos_token_id] if ends is None else [ends] if isinstance(ends, int) else ends
-    ends = [end for end in ends if end is not None]
-    pad = next((token for token in (tokenizer.pad_token_id, checkpoint.pad_token_id, *ends)
-                if token is not None), 0)
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    if pad is None:  # one that is not decoded
+        pad = 0 if ends is None else int(np.ravel(ends)[0])
     limit = max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS
-    return {"max_new_tokens": limit, "eos_token_id": ends or None, "pad_token_id": pad} | ({
-        "do_sample": True, "temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
-        if temperature else {"do_sample": False})
+    return {"max_new_tokens": limit, "eos_token_id": ends, "pad_token_id": pad,
+            "do_sample": bool(temperature)} | ({"temperature": temperature, "top_p": top_p or 1.0,
+                                                "top_k": top_k or 0} if temperature else {})
 
 
 def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **generation):

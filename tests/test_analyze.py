@@ -215,7 +215,7 @@ def test_counts_that_do_not_add_up_are_refused(tmp_path):
 def test_ids_from_elsewhere_compare_with_captured_ones_and_must_fit(tmp_path):
     captured = write(tmp_path / "a.npz", IDS, "aa", meta={"revision": "r1"})
     assert len(load_languages([captured, write(tmp_path / "b.npz", IDS, "bb")])) == 2
-    with pytest.raises(InputError, match=r"token 0 has the experts \[2, 3\] in layer 1: neither"):
+    with pytest.raises(InputError, match=r"token 0 has in layer 1 the experts \[2, 3\]: neither"):
         load_routing(write(tmp_path / "c.npz", IDS, num_experts=3))
 
 

@@ -198,7 +198,7 @@ def test_another_chat_template_is_another_tokenizer(checkpoint, tmp_path):
     (lambda folder: change_weights(folder, lambda w: w.update(
         {"model.layers.3.mlp.gate.weight": torch.zeros(32, 32)})), "cannot load the weights"),
     (lambda folder: (folder / "model.safetensors").write_bytes(
-        (folder / "model.safetensors").read_bytes()[:10**6]), "cannot load the weights"),
+        (folder / "model.safetensors").read_bytes()[:10**6]), "is not a whole .safetensors file"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"),
      "is not a whole .safetensors file"),
     (lambda folder: change_weights(folder, lambda w: w["model.norm.weight"].fill_(torch.nan)),
@@ -358,10 +358,10 @@ def test_a_layer_that_says_the_same_of_every_token_is_dense(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda ids: ids.__setitem__((7, 2), [4, 4]), r"token 7 has the experts \[4, 4\] in layer 2"),
-    (lambda ids: ids.__setitem__((7, 2), [4, 32]), r"token 7 has the experts \[4, 32\] in layer 2"),
-    (lambda ids: ids.__setitem__((slice(20, 40), 1), 0), r"token 20 has .*\[0, 0\] in layer 1"),
-    (lambda ids: ids.__setitem__((9, 0), -1), r"token 9 has the experts \[-1, -1\] in layer 0"),
+    (lambda ids: ids.__setitem__((7, 2), [4, 4]), r"token 7 has in layer 2 the experts \[4, 4\]"),
+    (lambda ids: ids.__setitem__((7, 2), [4, 32]), r"token 7 has in layer 2 the experts \[4, 32\]"),
+    (lambda ids: ids.__setitem__((slice(20, 40), 1), 0), r"token 20 has in layer 1 .*\[0, 0\]"),
+    (lambda ids: ids.__setitem__((9, 0), -1), r"token 9 has in layer 0 the experts \[-1, -1\]"),
 ])
 def test_a_mixture_that_no_placeholder_explains_is_refused_by_token_and_layer(
         tmp_path, change, message):
