@@ -195,8 +195,8 @@ def read_dump(path, part):
         tokens, real = real_ids(file, path)
         layers = file.get("layers", np.arange(len(real)))[real]
         if not (tokens.all() and real.all()):
-            print(f"note: {path}: left out {(~tokens).sum()} tokens and {(~real).sum()} layers that "
-                  "are placeholders")
+            print(f"note: {path}: left out {(~tokens).sum()} tokens and {(~real).sum()} layers "
+                  "that are placeholders")
     require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and (
         counts.sum(1) == num_tokens * top_k).all(), f"{path}: the counts of {len(layers)} layers "
             f"do not add up to {num_tokens} tokens * top_k {top_k}; capture it again")
@@ -234,7 +234,8 @@ def real_ids(file, path):
         if tokens.sum() >= 16:
             layers &= (ids[tokens] != ids[tokens][:1]).any((0, 2))
     ordered = np.sort(ids)
-    bad = (ordered[..., 0] < 0) | (ordered[..., -1] >= num_experts) | (np.diff(ordered) == 0).any(-1)
+    bad = (np.diff(ordered) == 0).any(-1) | (ordered[..., 0] < 0)
+    bad |= ordered[..., -1] >= num_experts
     for token, layer in np.argwhere(bad & tokens[:, None] & layers)[:1]:
         raise InputError(f"{path}: token {token} has in layer {layer} the experts "
                          f"{ids[token, layer].tolist()}: neither {ids.shape[2]} different ones of "

@@ -224,7 +224,7 @@ def main():
         return
     Path(args.out).mkdir(parents=True, exist_ok=True)
     model = load_weights(args.model, config, args.dtype, args.device)
-    try_model(model, (todo[0][0][0] * 16)[:16], edits=False)
+    try_model(model, todo[0][0][0], edits=False)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
           f"{model.dtype}  {model.device}")
     for sequences, prompt_lengths, meta, path in todo:

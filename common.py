@@ -404,7 +404,8 @@ def try_model(model, ids, edits=True, decode=None):
     logits be numbers; and other ones, layer by layer, when the experts that the last token selected
     are masked: a block may call its router and ignore the answer.
     """
-    ids, shape, seen = torch.tensor([ids], device=model.device), routing_shape(model), []
+    ids, shape, seen = (ids * 16)[:16], routing_shape(model), []
+    ids = torch.tensor([ids], device=model.device)
     with record_routing(model, lambda layer, *answer: seen.append((layer, answer[2]))):
         logits = model(input_ids=ids, use_cache=False).logits[0, -1]
         with explained("the model does not generate"):
@@ -1144,15 +1145,15 @@ class Experiment:
                        "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
+        self.generates = {"accuracy", "language"} & set(args.metrics)
 
     @functools.cached_property
     def model(self):
         model = load_weights(self.args.model, self.config, self.args.dtype, self.args.device)
-        encoded = next(iter(self.tasks.values()))[0][0]
+        (encoded, *_), _ = next(iter(self.tasks.values()))
         two = self.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None}
         decode = functools.partial(generate, model, self.tokenizer, [encoded], 1, **two)
-        generates = {"accuracy", "language"} & set(self.args.metrics)
-        try_model(model, (encoded["ids"] * 16)[:16], decode=decode if generates else None)
+        try_model(model, encoded["ids"], True, decode if self.generates else None)
         return model
 
     def cell(self, language, name="baseline", settings=None, **edit):
@@ -1162,18 +1163,16 @@ class Experiment:
         """
         encoded, sha = self.tasks[language]
         settings = self.settings | {"language": language, "data_sha256": sha} | (settings or {})
-        if edit:
-            settings |= self.choice | {"edit": short_hash(edit)}
+        settings |= self.choice | {"edit": short_hash(edit)} if edit else {}
         key = json.dumps(settings, sort_keys=True)
         if key not in self.rows:
-            row = {"cell": name, "settings": settings}
-            self.rows[key] = row | evaluate_cell(self, language, name, settings, edit)
+            self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(
+                self, language, name, settings, edit)
             append_row(self.args.out, self.rows[key])
-        row = self.rows[key]
-        if row.get("cut_responses") and not edit:
-            tqdm.write(f"{language}: {row['cut_responses']} of {len(encoded)} responses were cut; "
-                       "see --max-new-tokens")
-        return {metric: np.array(values) for metric, values in row["scores"].items()}
+        cut = self.rows[key].get("cut_responses")
+        if cut and not edit:
+            tqdm.write(f"{language}: {cut} of {len(encoded)} responses were cut (--max-new-tokens)")
+        return {metric: np.array(x) for metric, x in self.rows[key]["scores"].items()}
 
 
 def evaluate_cell(experiment, language, cell, settings, edit):
@@ -1181,9 +1180,9 @@ def evaluate_cell(experiment, language, cell, settings, edit):
     args, (encoded, _) = experiment.args, experiment.tasks[language]
     same = {key: value for key, value in settings.items() if key not in ("language", "data_sha256")}
     predictions = predictions_folder(args.out) / f"{cell}-{short_hash(same)}/{language}.jsonl"
-    prompts = [e["prompt"] for e in encoded]
-    require(not predictions.exists()
-            or prompts == [e["prompt"] for e in read_examples(predictions)], f"{predictions} holds the answers to other data; move it away, or give another --out")
+    there = read_examples(predictions) if predictions.exists() else encoded
+    require([e["prompt"] for e in there] == [e["prompt"] for e in encoded],
+            f"{predictions} holds the answers to other data; move it away, or give another --out")
     with edit_routing(experiment.model, **edit, count_moved=False):
         scores, responses, cut = evaluate(
             experiment.model, experiment.tokenizer, encoded, args.metrics, language,
