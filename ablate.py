@@ -185,7 +185,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    dumps = analyze.load_languages(args.routing)
+    dumps = analyze.load_languages(args.routing, args.part)
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
                                                           dumps[0]["num_experts"])
     layers, chosen = dumps[0]["layers"], choose_experts(args, dumps)
@@ -206,7 +206,7 @@ def main():
         analyze.print_rows(change_rows(of_band, metric))
         print("in the target's own language, beside random and usage-matched experts")
         analyze.print_rows(control_rows(of_band, plan, metric))
-    print(f"\n{args.out}")
+    common.print_end(experiment)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def load_routing(path, part="all"):
     path  an .npz of capture.py; an .npz with selected_experts (tokens, layers, top_k) and meta; a
           recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
           or any of them as label=path
-    part  "prompt" or "response" counts only those tokens of each sequence: takes selected_experts
+    part  "prompt", "response" or "text" counts only those tokens of each sequence, and takes
+          selected_experts; text is the prompt's own, without chat template and instruction
     """
     label, path = split_label(path)
     require(not os.path.isdir(path), f"{path} is a folder; name the dumps, as in {path}/*.npz")
@@ -212,8 +213,9 @@ def open_dump(path, *keys):
     file = np.load(path, allow_pickle=False)
     require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
     for key in keys:
-        require(key in file, f"{path} holds no {key}; --part, --bootstrap, --parallel and "
-                             "--vocabulary need what capture.py writes without --stats-only")
+        require(key in file, f"{path} holds no {key}, which --part, --bootstrap, --parallel and "
+                             "--vocabulary need; capture it again with --overwrite, without "
+                             "--stats-only")
     return file
 
 
@@ -261,9 +263,12 @@ def read_tokens(paths, part, *keys):
         if "counts" not in file:
             tokens, layers = real_ids(file, path)
             arrays[0] = arrays[0][:, layers].astype(np.int64)
-        if part != "all":
-            prompt_lengths = open_dump(path, "prompt_lengths")["prompt_lengths"]
-            in_prompt = np.arange(len(sequence)) - offsets[sequence] < prompt_lengths[sequence]
+        position = np.arange(len(sequence)) - offsets[sequence]
+        if part == "text":
+            start, stop = open_dump(path, "text_spans")["text_spans"][sequence].T
+            tokens &= (start <= position) & (position < stop)
+        elif part != "all":
+            in_prompt = position < open_dump(path, "prompt_lengths")["prompt_lengths"][sequence]
             tokens &= in_prompt == (part == "prompt")
         shards.append([array[tokens] for array in arrays])
         num_sequences += len(offsets) - 1
@@ -1020,7 +1025,8 @@ def parse_arguments():
     add("--experts-per-language", type=float, default=EXPERTS_PER_LANGUAGE, metavar="N",
         help="the most frequent: a number, or a part below 1 (default: %(default).3g)")
     add("--threshold", type=float, default=THRESHOLD, help="exclusive above it (%(default)s)")
-    add("--part", choices=["all", "prompt", "response"], default="all", help="count only these")
+    add("--part", choices=["all", "prompt", "response", "text"], default="all", help="count only "
+        "these; text: the prompt without chat template and instruction")
     add = p.add_argument_group("what is noise, and what else it could be").add_argument
     add("--bootstrap", type=int, default=0, metavar="N", help="intervals of N draws, and the floor")
     add("--parallel", action="store_true", help="sequence i says the same in all languages")

@@ -24,8 +24,8 @@ import transformers
 from tqdm import tqdm
 
 from common import (NUMBER, add_model_arguments, argument_parser, checkpoint_id, dtype_name,
-                    encode_prompt, explained, find_data, length_batches, load_config, load_weights,
-                    max_positions, read_examples, record_routing, require, right_padded,
+                    encode_example, explained, find_data, length_batches, load_config, load_weights,
+                    max_positions, read_task, record_routing, require, right_padded,
                     routing_shape, run_batches, run_script, tokenizer_id, try_model, write_whole)
 
 # ------------------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ MAX_LENGTH = 4096                       # tokens; a longer sequence is cut, and 
 FORMAT = 1  # of the dump
 # a dump that was made with other ones of these is another dump
 SETTINGS = ("format", "revision", "tokenizer", "dtype", "data_sha256", "limit", "max_length",
-            "chat_template", "stats_only", "shard")
+            "chat_template", "instruction", "stats_only", "shard")
 
 
 @torch.inference_mode()
@@ -110,11 +110,11 @@ def one_shape(shape):
     return list(shape), *kinds.pop()
 
 
-def as_dump(arrays, sequences, prompt_lengths, layers):
+def as_dump(arrays, sequences, prompt_lengths, text_spans, layers):
     """What capture returned for the sequences of one language, as the arrays of its dump."""
     dump = arrays | {"counts": arrays["counts"].sum(0), "weight_sums": arrays["weight_sums"].sum(0),
                      "sequence_offsets": np.cumsum([0, *map(len, sequences)]),
-                     "prompt_lengths": np.array(prompt_lengths),
+                     "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(text_spans),
                      "layers": np.array(layers, np.int32)}
     if "selected_experts" in arrays:
         dump["token_ids"] = np.concatenate(sequences).astype(np.int32)
@@ -152,7 +152,7 @@ def plan_dumps(args, config, tokenizer, shape):
     (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
     revision, tokenizer = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
     for language, path in find_data(args.data, args.languages).items():
-        examples = read_examples(path)[:args.limit]
+        examples = read_task(args, language, path)
         first, last = (len(examples) * part // parts for part in (index - 1, index))
         require(first < last, f"{path}: fewer prompts than shards; lower N of --shard I/{parts}")
         name = f"{language}.npz" if parts == 1 else f"{language}.{index}of{parts}.npz"
@@ -161,6 +161,7 @@ def plan_dumps(args, config, tokenizer, shape):
             "quantization": str(getattr(config, "quantization_config", None)),
             "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
             "shard": f"{index}/{parts}", "language": language, "data": path,
+            "instruction": examples[0].get("instruction"),
             "data_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
             "transformers": transformers.__version__, "torch": torch.__version__},
             Path(args.out, name)))
@@ -168,15 +169,18 @@ def plan_dumps(args, config, tokenizer, shape):
 
 
 def encode_corpus(tokenizer, examples, chat_template, longest):
-    """(sequences, prompt_lengths, number cut): ids of prompt and response, cut at longest."""
-    sequences, prompt_lengths, cut = [], [], 0
+    """(sequences, prompt_lengths, text_spans, number cut): ids of prompt and response, cut at
+    longest, the prompt's tokens, and where its own text lies, without template and instruction.
+    """
+    sequences, prompt_lengths, spans, cut = [], [], [], 0
     for example in examples:
-        prompt = encode_prompt(tokenizer, example["prompt"], chat_template)
+        prompt, span = encode_example(tokenizer, example, chat_template)
         ids = prompt + tokenizer(example.get("response", ""), add_special_tokens=False)["input_ids"]
         sequences.append(ids[:longest])
         prompt_lengths.append(min(len(prompt), longest))
+        spans.append(np.minimum(span, longest))
         cut += len(ids) > longest
-    return sequences, prompt_lengths, cut
+    return sequences, prompt_lengths, spans, cut
 
 
 def parse_shard(text):
@@ -194,6 +198,7 @@ def parse_arguments():
     add("--data", default=DATA, help="prompts; {lang} is the language (default: %(default)s)")
     add("--languages", help="as bn,de (default: every file that --data matches)")
     add("--limit", **NUMBER, help="only the first N prompts of each language")
+    add("--instruction", metavar="FILE", help='{"de": "...", ...}: put behind each prompt')
     add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="part I of N of each one")
     add = p.add_argument_group("what is written").add_argument
     add("--out", default=OUT, help="folder of the dumps (default: %(default)s)")
@@ -214,12 +219,11 @@ def main():
         if is_done(path, meta, args.overwrite):
             print(f"{meta['language']:<8} there already  {path}")
             continue
-        sequences, prompt_lengths, meta["truncated"] = encode_corpus(
-            tokenizer, examples, args.chat_template, longest)
+        *corpus, meta["truncated"] = encode_corpus(tokenizer, examples, args.chat_template, longest)
         if meta["truncated"]:
             print(f"{meta['language']:<8} {meta['truncated']} sequences were cut at {longest} "
                   "tokens; see --max-length")
-        todo.append((sequences, prompt_lengths, meta, path))
+        todo.append((*corpus, meta, path))
     if not todo:
         return
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -227,11 +231,11 @@ def main():
     try_model(model, todo[0][0][0], edits=False)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
           f"{model.dtype}  {model.device}")
-    for sequences, prompt_lengths, meta, path in todo:
+    for sequences, prompt_lengths, spans, meta, path in todo:
         started, tokens = time.perf_counter(), sum(map(len, sequences))
         arrays, padded = capture(model, sequences, args.batch_tokens, args.stats_only)
         speed = tokens / (time.perf_counter() - started)
-        save_dump(path, as_dump(arrays, sequences, prompt_lengths, layers), meta)
+        save_dump(path, as_dump(arrays, sequences, prompt_lengths, spans, layers), meta)
         print(f"{meta['language']:<8} {len(sequences):>6} sequences {tokens:>10,} tokens  "
               f"{padded / (padded + tokens):.1%} padding  {speed:>7,.0f} tokens/s  {path}")
 

@@ -31,7 +31,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 from collections import Counter
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from unittest.mock import patch
 
@@ -510,7 +510,8 @@ def read_examples(path):
     """[{"prompt": str, "response": str?, "answer": [str, ...]?, "kind": str?}] of a file.
 
     .tsv    question, tab, answer (MGSM); no header
-    .jsonl  "prompt", "question" or "text"; optionally "response" and "answer"; or rows of Belebele
+    .jsonl  "prompt", "question" or "text"; optionally "instruction", "response" and "answer"; or
+            rows of Belebele
     .json   SQuAD and XQuAD
     .txt    one prompt per line
     An answer is any of those listed; its kind chooses the score: "number", "choice" (a letter) or
@@ -537,6 +538,17 @@ def read_examples(path):
     return examples
 
 
+def read_task(args, language, path):
+    """The first --limit examples of a language's file, with its text in the --instruction file."""
+    examples = read_examples(path)[:args.limit]
+    if args.instruction is None:
+        return examples
+    with explained(f"{args.instruction} is not a JSON object of language: instruction"):
+        instruction = json.loads(Path(args.instruction).read_text("utf-8-sig")).get(language)
+    require(isinstance(instruction, str), f"{args.instruction} has no instruction for '{language}'")
+    return [example | {"instruction": instruction} for example in examples]
+
+
 def read_text_line(line):
     return {"prompt": line}
 
@@ -555,8 +567,9 @@ def read_json_line(line):
     prompts = [row[key] for key in ("prompt", "question", "text") if isinstance(row.get(key), str)]
     require(prompts, 'no "prompt", "question" or "text" with a string')
     example, answers = {"prompt": prompts[0]}, row.get("answer")
-    if row.get("response") is not None:
-        example["response"] = str(row["response"])
+    for key in ("instruction", "response"):
+        if row.get(key) is not None:
+            example[key] = str(row[key])
     if answers is not None:
         answers = answers if isinstance(answers, list) else [answers]
         require(set(map(type, answers)) <= {str, int, float}, "an answer is a text or a number, or "
@@ -572,8 +585,8 @@ def read_belebele(row):
     answer = dict(zip("1234", "ABCD")).get(str(row["correct_answer_num"]))
     require(answer, "a Belebele row whose correct_answer_num is not 1 to 4")
     options = "\n".join(f"{letter}. {row[f'mc_answer{i}']}" for i, letter in enumerate("ABCD", 1))
-    return {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}\n\n"
-                      "Answer with A, B, C or D.", "answer": [answer], "kind": "choice"}
+    return {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
+            "answer": [answer], "kind": "choice"}
 
 
 LINE_READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".txt": read_text_line}
@@ -581,8 +594,7 @@ LINE_READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".txt": read_te
 
 def read_squad(root):
     """Every question of SQuAD's data, paragraphs and qas becomes a prompt behind its paragraph."""
-    examples = [{"prompt": f"{paragraph['context']}\n\n{qa['question']}\n\n"
-                           "Answer with words from the text.",
+    examples = [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
                  "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
                 for article in root["data"] for paragraph in article["paragraphs"]
                 for qa in paragraph["qas"]]
@@ -591,11 +603,9 @@ def read_squad(root):
 
 
 def answer_kind(answer):
-    """"number" if there is nothing but a number in it, that last_number reads, else "span"."""
-    with contextlib.suppress(ArithmeticError):
-        if last_number(answer) == Decimal(plain_digits(answer).replace(",", "")):
-            return "number"
-    return "span"
+    """"number" if there is nothing but a number in it, else "span"."""
+    pattern = NUMBER_IN_TEXT.replace("THOUSANDS", "[,']").replace("DECIMAL", "[.]")
+    return "number" if re.fullmatch(pattern, plain_digits(answer).strip(), re.VERBOSE) else "span"
 
 
 def rendered(tokenizer, prompt, chat_template="auto"):
@@ -623,29 +633,42 @@ def rendered(tokenizer, prompt, chat_template="auto"):
                      f"--chat-template never (the prompt: {prompt[:40]!r})")
 
 
-def encode_prompt(tokenizer, prompt, chat_template="auto"):
-    """Token ids of a rendered prompt. InputError if there are none."""
+def encode_example(tokenizer, example, chat_template="auto"):
+    """Token ids of an example's prompt and instruction, rendered, and (start, stop) of the tokens
+    that hold the prompt's own text; those that straddle its edges do. InputError without tokens.
+    """
+    own, prompt = example["prompt"].strip(), "\n\n".join(
+        filter(None, (example["prompt"], example.get("instruction"))))
     before, within, behind = rendered(tokenizer, prompt, chat_template)
-    ids = tokenizer(before + within + behind, add_special_tokens=not before + behind)["input_ids"]
-    require(ids, f"the prompt {prompt[:40]!r} has no tokens")
-    return ids
+
+    def encode(text, **options):
+        return tokenizer(text, add_special_tokens=not before + behind, **options)
+
+    encoding = encode(before + within + behind, return_offsets_mapping=tokenizer.is_fast)
+    ids = encoding["input_ids"]
+    require(ids, f"the prompt {example['prompt'][:40]!r} has no tokens")
+    if tokenizer.is_fast:
+        start = len(before) + within.index(own)
+        held = [i for i, (a, b) in enumerate(encoding["offset_mapping"])
+                if a < start + len(own) and b > start]
+        return ids, (min(held, default=0), max(held, default=-1) + 1)
+    # else what stands around it is what two other texts have in common
+    pair = [encode(before + within.replace(own, text, 1) + behind)["input_ids"] for text in "a1"]
+    head, tail = (len(os.path.commonprefix(ids)) for ids in (pair, [i[::-1] for i in pair]))
+    return ids, (head, len(ids) - tail)
 
 
 def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
-    """Examples with the "ids" of their prompt, the "text_span" (start, stop) in it of the user's
-    text, between what the chat template puts around it, and "answer_ids" of the first gold answer.
+    """Examples with "ids" and "text_span" of encode_example, and "answer_ids" of the first gold.
 
     InputError for a prompt of more than max_length tokens: half a question has no answer.
     """
-    # what the template puts around the text is what two texts have in common
-    a, b = (encode_prompt(tokenizer, text, chat_template) for text in ("a", "1"))
-    before, after = (len(os.path.commonprefix(ids)) for ids in ([a, b], [a[::-1], b[::-1]]))
     encoded = []
     for number, example in enumerate(examples, 1):
-        ids = encode_prompt(tokenizer, example["prompt"], chat_template)
+        ids, span = encode_example(tokenizer, example, chat_template)
         require(len(ids) <= max_length, f"prompt {number} has {len(ids)} tokens, more than "
                 f"{max_length}; take it out, or raise --max-length, up to the model's positions")
-        encoded.append(example | {"ids": ids, "text_span": (before, len(ids) - after)})
+        encoded.append(example | {"ids": ids, "text_span": span})
         if example.get("answer"):
             encoded[-1]["answer_ids"] = tokenizer(
                 example["answer"][0], add_special_tokens=False)["input_ids"]
@@ -715,6 +738,7 @@ def from_logits(read, model, sequences, batch_tokens):
 # ----------------------------------------------------------------------------------------- scores
 
 METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
+PARTS = ("all", "prompt", "response", "text")  # of a sequence; text: without template, instruction
 RIGHT_OR_WRONG = ("accuracy", "language")  # 1 or 0 for each example
 COMMA_DECIMAL = set("cs da de el es fi fr id it nb nl pl pt ru sv tr uk vi ces dan deu ell spa fin "
                     "fra ind ita nob nld pol por rus swe tur ukr vie".split())
@@ -737,44 +761,57 @@ def base_language(language):
     return re.split("[-_]", language or "")[0]
 
 
-def plain_digits(text):
-    r"""Every script's digits, minus signs and separators as ASCII; no-break spaces as \x1f.
+# an answer in a box: the last one that holds anything; {x} within it are unwrapped before
+BOX = r"\\boxed\s*{\s*([^{}]*[^{}\s])\s*}"
+# \frac{1}{2}, \dfrac{36}{2}, which then are 1/2 and 36/2
+FRACTION = r"\\[dt]?frac\s*{([^{}]*)}\s*{([^{}]*)}"
+# 18, -5, 2,125.50, 1,00,000, 1e5, 3/4; not the minus of 14-9. A language says what is THOUSANDS
+NUMBER_IN_TEXT = r"""
+    ( (?<![0-9A-Za-z)]) (?<![0-9]\ ) -\ ? )?                   # -5
+    ( \d{1,3} (THOUSANDS) \d{3} (?:\3\d{3})* (?!\d)            # 2,125
+    | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                         # 1,00,000
+    | \d+ )
+    (?: DECIMAL (\d+) )? (?: e([+-]?\d{1,3}) )?                # .50 e5
+    (?: \ ?/\ ? (\d+) )?                                      # / 4 """
 
-    "−২,১২৫" -> "-2,125"
+
+def plain_digits(text):
+    r"""Every script's digits, minus signs and separators as ASCII, no-break and thin spaces as \x1f,
+    without currency and LaTeX. "−২,১২৫" -> "-2,125", r"\$2{,}125\text{ m}^2" -> "2,125  m "
     """
+    wrapped = r"\\(?!boxed|[dt]?frac)[a-zA-Z]+\s*{([^{}]*)}"
     text = "".join(str(unicodedata.decimal(c, c)) for c in text)
-    return text.translate(
-        str.maketrans("−–－﹣，٬．٫\u00a0\u202f\u2009", "----,,..\x1f\x1f\x1f"))
+    text = text.translate(str.maketrans(
+        "−–－﹣，٬．٫\u00a0\u202f\u2009\u2007~", "----,,..\x1f\x1f\x1f\x1f\x1f"))
+    for pattern, plain in (
+            (r"\{,\}", ","), (r"\\[,;:! ]", "\x1f"), (r"\\?[$€£¥৳₹]\s?", ""),
+            (r"\^\s*(?:{[^{}]*}|\\?\w+)", ""), (wrapped, r" \1 "), (FRACTION, r"\1/\2"),
+            (wrapped, r" \1 ")):
+        text = re.sub(pattern, plain, text)
+    return text
 
 
 def last_number(text, language=None):
-    r"""The last number in a text's last \boxed{}, or else in the text: an exact Decimal, or None.
-
-    Separators of thousands go: "2,125", "1,00,000", and "2.125" or "2 125" in languages that write
-    a decimal comma. A minus counts unless a digit, a Latin letter or a parenthesis stands before
-    it: "14-9" ends in 9.
+    r"""The last number in a text's last \boxed{} that is not empty, or else in the text: an exact
+    Fraction, or None. Separators are those of a language, as "2.125" and "2 125" for 2125 and
+    "12,50" for 12.5 where it writes a decimal comma.
     """
-    text = plain_digits(text)
-    boxed = re.findall(r"\\boxed\s*{((?:[^{}]|{[^{}]*})*)}", text)
-    if boxed:
-        text = boxed[-1].replace("{,}", ",")
-    comma = base_language(language) in COMMA_DECIMAL
-    thousands, decimal = (r"[.,'\ \x1f]", "[.,]") if comma else (r"[,'\x1f]", "[.]")
-    numbers = re.findall(rf"""
-        ((?<![0-9A-Za-z)])-[ ]?[$€£¥৳]?)?           # -$
-        ( \d{{1,3}}(?:{thousands}\d{{3}})+(?!\d)    # 2,125
-        | \d{{1,2}}(?:,\d\d)+,\d{{3}}(?!\d)         # 1,00,000
-        | \d+ )
-        (?:{decimal}(\d+))?                         # .50""", text, re.VERBOSE)
-    if not numbers:
+    text, comma = plain_digits(text), base_language(language) in COMMA_DECIMAL
+    text = (re.findall(BOX, text) or [text])[-1]
+    pattern = NUMBER_IN_TEXT.replace("THOUSANDS", r"[.,'\ \x1f]" if comma else r"[,'\x1f]").replace(
+        "DECIMAL", "[.,]" if comma else "[.]")
+    found = re.findall(pattern, text, re.VERBOSE)
+    if not found:
         return None
-    sign, whole, fraction = numbers[-1]
-    return Decimal(f"{'-' if sign else ''}{re.sub('[^0-9]', '', whole)}.{fraction or 0}")
+    sign, whole, _, decimals, exponent, divisor = found[-1]
+    number = Fraction(f"{re.sub('[^0-9]', '', whole)}.{decimals or 0}e{exponent or 0}")
+    return (-number if sign else number) / (int(divisor or 1) or 1)
 
 
-def span_scores(prediction, golds, language=None):
-    """(exact match, F1) of SQuAD, the best over the golds; by character if words have no spaces.
+def span_scores(prediction, golds, language=None, score="exact"):
+    """(right, F1) of SQuAD, the best over the golds; by character if words have no spaces.
 
+    score  exact: the prediction is a gold; contains: a gold, in whole words, is in it
     An empty prediction scores 0, but for a question without an answer, where it alone is right.
     """
     def units(text):
@@ -784,13 +821,15 @@ def span_scores(prediction, golds, language=None):
             return [c for c in text if not c.isspace()]
         return [word for word in text.split() if word not in ("a", "an", "the")]
 
-    said = units(prediction)
+    said, right, f1 = units(prediction), False, 0.0
     if not golds:
         return not said, float(not said)
-    scores = [(said == gold, 2 * overlap / (len(said) + len(gold)))
-              for gold in map(units, golds)
-              if (overlap := (Counter(said) & Counter(gold)).total())]
-    return max(scores, default=(False, 0.0))
+    for gold in filter(None, map(units, golds)):
+        right |= gold in ([said] if score == "exact" else
+                          [said[i:i + len(gold)] for i in range(len(said))])
+        overlap = (Counter(said) & Counter(gold)).total()
+        f1 = max(f1, 2 * overlap / (len(said) + len(gold)))
+    return right, f1
 
 
 def import_langdetect(language):
@@ -889,11 +928,12 @@ def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=
                                                 "top_k": top_k or 0} if temperature else {})
 
 
-def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **generation):
+def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, score="exact",
+             **generation):
     """Scores of each example, {metric: float64 (examples,)}, the responses (None where none were
     generated), and how many of them were cut off; generation as in generate().
 
-    accuracy is 1 or 0: the number, the letter, or the exact span; spans have f1 beside it.
+    accuracy is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it.
     """
     kind, golds = encoded[0].get("kind"), [e.get("answer") for e in encoded]
     scores, responses, cut = {}, None, 0
@@ -905,16 +945,16 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, **
         scores["language"] = in_language(responses, language)
     if "accuracy" in metrics:
         scores |= answer_scores(responses if kind != "choice" else choose_letters(
-            model, tokenizer, encoded, batch_tokens), golds, kind, language)
+            model, tokenizer, encoded, batch_tokens), golds, kind, language, score)
     wanted = [metric for metric in (*metrics, "f1") if metric in scores]
     return {metric: np.array(scores[metric], float) for metric in wanted}, responses, cut
 
 
-def answer_scores(answers, golds, kind, language):
+def answer_scores(answers, golds, kind, language, score="exact"):
     """{"accuracy": ..., and of spans "f1"} of each answer, given a list of right ones for each."""
     if kind == "span":
-        exact, f1 = zip(*(span_scores(a, gold, language) for a, gold in zip(answers, golds)))
-        return {"accuracy": exact, "f1": f1}
+        right, f1 = zip(*(span_scores(a, gold, language, score) for a, gold in zip(answers, golds)))
+        return {"accuracy": right, "f1": f1}
     if kind == "number":
         answers = [last_number(answer, language) for answer in answers]
         golds = [list(map(last_number, gold)) for gold in golds]
@@ -1018,8 +1058,8 @@ def append_row(path, row):
 
 def save_predictions(path, encoded, responses, scores):
     """JSONL of prompt, response, answer and score, which capture.py reads; whole or not there."""
-    rows = [{key: e.get(key) for key in ("prompt", "answer", "kind")} | {"response": r, "score": s}
-            for e, r, s in zip(encoded, responses, scores)]
+    rows = [{key: e.get(key) for key in ("prompt", "instruction", "answer", "kind")}
+            | {"response": r, "score": s} for e, r, s in zip(encoded, responses, scores)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(path, lambda file: file.write(text.encode()))
 
@@ -1057,11 +1097,13 @@ def add_task_arguments(p):
     add("--languages", help="as bn,de (default: every file that --data matches)")
     add("--metrics", nargs="+", choices=METRICS, metavar="M", help=f"of {', '.join(METRICS)}")
     add("--limit", **NUMBER, help="only the first N examples of each language")
+    add("--instruction", metavar="FILE", help='{"de": "...", ...}: put behind each prompt')
     add("--out", help="JSON line by line; a cell in it is not run again (default: %(default)s)")
     add = p.add_argument_group("which experts").add_argument
     add("--experts-per-language", **REAL, help="the most frequent ones: a number, "
         "or a part below 1 (default: %(default).3g)")
     add("--threshold", **REAL, help="exclusive above this share (default: %(default)s)")
+    add("--part", choices=PARTS, default="all", help="chosen by the routing of this part alone")
     add("--selection", metavar="FILE", help="instead, those that analyze.py --contrast selected")
     add("--control-seeds", **NUMBER, help="random draws (default: %(default)s)")
     return add
@@ -1072,6 +1114,8 @@ def parse_task_arguments(p, script):
     add = p.add_argument_group("generating answers").add_argument
     add("--max-new-tokens", **NUMBER, help="(default: the checkpoint's generation config, or "
         f"{MAX_NEW_TOKENS})")
+    add("--score", choices=["exact", "contains"], default="exact", help="of spans; the paper: "
+        "contains, any gold answer in the response (default: %(default)s)")
     add("--temperature", **REAL, help="sample; the paper: 0.7 (default: greedy)")
     add("--top-p", **REAL, help="with --temperature; the paper: 0.8")
     add("--top-k-sampling", dest="top_k", **NUMBER, help="with --temperature; the paper: 20")
@@ -1096,6 +1140,8 @@ def evaluation_settings(args, config, tokenizer, shape):
     return {"revision": checkpoint_id(args.model, config, shape),
             "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
             "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
+            "score": args.score, "instruction": args.instruction and short_hash(
+                Path(args.instruction).read_text("utf-8-sig")),
             "generation": {"seed": args.seed if args.temperature else 0} | generation_settings(
                 checkpoint, tokenizer, args.max_new_tokens, args.temperature, args.top_p,
                 args.top_k)}
@@ -1105,7 +1151,7 @@ def load_tasks(args, tokenizer, config, dumps):
     """{language: (encoded examples, their file's sha256)}; a warning if dumps are of the same."""
     tasks = {}
     for language, path in find_data(args.data, args.languages).items():
-        encoded = encode_examples(tokenizer, read_examples(path)[:args.limit], args.chat_template,
+        encoded = encode_examples(tokenizer, read_task(args, language, path), args.chat_template,
                                   min(args.max_length, max_positions(config)))
         check_metrics(args.metrics, encoded, path, language)
         sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -1140,12 +1186,13 @@ class Experiment:
         self.config, self.tokenizer, skeleton = load_config(args.model)
         self.shape = routing_shape(skeleton)
         self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
-        self.choice = {"experts_per_language": args.experts_per_language,
+        self.choice = {"experts_per_language": args.experts_per_language, "part": args.part,
                        "threshold": args.threshold,
                        "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
         self.generates = {"accuracy", "language"} & set(args.metrics)
+        self.cut = {}  # {settings of a row that was used: (responses that were cut, of so many)}
 
     @functools.cached_property
     def model(self):
@@ -1169,9 +1216,7 @@ class Experiment:
             self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(
                 self, language, name, settings, edit)
             append_row(self.args.out, self.rows[key])
-        cut = self.rows[key].get("cut_responses")
-        if cut and not edit:
-            tqdm.write(f"{language}: {cut} of {len(encoded)} responses were cut (--max-new-tokens)")
+        self.cut[key] = self.rows[key].get("cut_responses", 0), len(encoded)
         return {metric: np.array(x) for metric, x in self.rows[key]["scores"].items()}
 
 
@@ -1186,7 +1231,7 @@ def evaluate_cell(experiment, language, cell, settings, edit):
     with edit_routing(experiment.model, **edit, count_moved=False):
         scores, responses, cut = evaluate(
             experiment.model, experiment.tokenizer, encoded, args.metrics, language,
-            args.batch_tokens, **settings["generation"])
+            args.batch_tokens, args.score, **settings["generation"])
     row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
            "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
            "experts": {layer: int(np.count_nonzero(each)) for kind in ("masks", "boosts")
@@ -1196,6 +1241,15 @@ def evaluate_cell(experiment, language, cell, settings, edit):
         save_predictions(predictions, encoded, responses, right)
         row |= {"predictions": str(predictions), "cut_responses": cut}
     return row
+
+
+def print_end(experiment):
+    """Where the results are, and whether many responses were cut."""
+    cut, responses = np.sum(list(experiment.cut.values()), 0)
+    if cut:
+        print(f"\n{cut} of {responses} responses were cut at the limit; see --max-new-tokens"
+              + ": their scores say little" * bool(cut > responses / 10))
+    print(f"\n{experiment.args.out}")
 
 
 def run_script(main, *errors):

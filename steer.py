@@ -216,7 +216,7 @@ def parse_arguments():
 
 def prepare(args):
     """(experiment, evaluated languages, {name: coefficients}), checked before weights are read."""
-    dumps = analyze.load_languages(args.routing)
+    dumps = analyze.load_languages(args.routing, args.part)
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
                                                           dumps[0]["num_experts"])
     coefficients = choose_coefficients(args, dumps)
@@ -270,7 +270,7 @@ def main():
           f"{args.threshold}")
     print_moved(experiment, languages, next(iter(coefficients.values())))
     report(*run_all(experiment, languages, coefficients))
-    print(f"\n{args.out}")
+    common.print_end(experiment)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import analyze
 import capture
-from common import (InputError, encode_prompt, find_data, find_routers, length_batches, load_model,
+from common import (InputError, encode_example, find_data, find_routers, length_batches, load_model,
                     read_examples)
 
 TINY, DATA = "tests/tiny_moe", "tests/data/routing_{lang}.tsv"
@@ -31,7 +31,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def sequences(tiny):
     examples = read_examples(DATA.format(lang="sw"))[:8] + read_examples(DATA.format(lang="zh"))[:5]
-    return [encode_prompt(tiny[1], e["prompt"]) for e in examples]
+    return [encode_example(tiny[1], e)[0] for e in examples]
 
 
 def count_at_the_experts(model, sequences, num_experts):
@@ -152,7 +152,7 @@ def test_ids_of_300_experts_go_exactly_from_the_router_to_the_analysis(tmp_path)
     ids = np.concatenate(ids)
     assert (ids > 255).mean() > 0.05  # which eight bits would lose
     arrays, _ = capture.capture(model, sequences)
-    dump = capture.as_dump(arrays, sequences, [30, 38, 7], [0, 1])
+    dump = capture.as_dump(arrays, sequences, [30, 38, 7], [[0, 9]] * 3, [0, 1])
     capture.save_dump(tmp_path / "xx.npz", dump, {"language": "xx", "num_experts": 300, "top_k": 4})
     saved = load(tmp_path / "xx.npz")["selected_experts"]
     assert saved.dtype == np.uint16 and np.array_equal(saved, ids)
@@ -196,13 +196,14 @@ def test_a_dump_is_the_sum_over_sequences_and_where_each_begins():
               "weight_sums": np.array([[[2.5, 0]], [[0, 1.5]]]),
               "mean_probs": np.array([[[0.75, 0.25]], [[0.5, 0.5]]], np.float32)}
     ids = np.array([0, 0, 1], np.uint8).reshape(3, 1, 1)
-    dump = capture.as_dump(arrays | {"selected_experts": ids}, [[7, 8], [9]], [2, 1], [3])
+    dump = capture.as_dump(arrays | {"selected_experts": ids}, [[7, 8], [9]], [2, 1],
+                           [(1, 2), (0, 1)], [3])
     expected = {"counts": [[2, 1]], "weight_sums": [[2.5, 1.5]],
                 "mean_probs": [[[0.75, 0.25]], [[0.5, 0.5]]],
                 "selected_experts": [[[0]], [[0]], [[1]]], "token_ids": [7, 8, 9], "layers": [3],
-                "sequence_offsets": [0, 2, 3], "prompt_lengths": [2, 1]}
+                "sequence_offsets": [0, 2, 3], "prompt_lengths": [2, 1], "text_spans": [[1, 2], [0, 1]]}
     assert {key: value.tolist() for key, value in dump.items()} == expected
-    without_ids = capture.as_dump(arrays, [[7, 8], [9]], [2, 1], [3])
+    without_ids = capture.as_dump(arrays, [[7, 8], [9]], [2, 1], [(1, 2), (0, 1)], [3])
     assert expected.keys() - without_ids.keys() == {"selected_experts", "token_ids"}
 
 
@@ -256,7 +257,7 @@ def test_a_routers_nan_is_not_saved(tiny, sequences, tmp_path):
         arrays, _ = capture.capture(tiny[0], sequences[:2])
     finally:
         weight.data.copy_(before)
-    dump = capture.as_dump(arrays, sequences[:2], [1, 1], range(8))
+    dump = capture.as_dump(arrays, sequences[:2], [1, 1], [[0, 1]] * 2, range(8))
     with pytest.raises(InputError, match=r"NaN or infinite in layers \[3, 4, 5, 6, 7\]"):
         capture.save_dump(tmp_path / "xx.npz", dump, {"top_k": 2})
     assert list(tmp_path.iterdir()) == []
@@ -339,7 +340,8 @@ def test_a_dump_has_the_documented_arrays_and_says_what_made_it(monkeypatch, cap
         "counts": ("int64", (8, 32)), "weight_sums": ("float64", (8, 32)),
         "mean_probs": ("float32", (n, 8, 32)), "selected_experts": ("uint8", (tokens, 8, 2)),
         "token_ids": ("int32", (tokens,)), "sequence_offsets": ("int64", (n + 1,)),
-        "prompt_lengths": ("int64", (n,)), "layers": ("int32", (8,))}
+        "prompt_lengths": ("int64", (n,)), "text_spans": ("int64", (n, 2)),
+        "layers": ("int32", (8,))}
     assert {"model", "revision", "dtype", "language", "top_k", "num_experts", "data", "data_sha256",
             "limit", "max_length", "batch_tokens", "chat_template", "stats_only", "shard", "format",
             "torch", "transformers"} <= set(dump["meta"])
