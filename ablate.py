@@ -161,7 +161,7 @@ def control_rows(results, plan, metric):
             rows.append({"own": key[2], "experts": numbers[0]}
                         | common.effect(scores["unmasked"], masked, random)
                         | {"beyond random": "[{:+.3f} {:+.3f}]".format(*interval(masked - random)),
-                           "matched": "[{:+.3f} {:+.3f}]".format(*interval(masked - matched)),
+                           "beyond matched": "[{:+.3f} {:+.3f}]".format(*interval(masked - matched)),
                            "": "too few others for controls" if numbers[0] > min(numbers) else
                            "hurt" * is_hurt(masked, random, matched, sign)})
     return rows

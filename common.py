@@ -776,8 +776,8 @@ NUMBER_IN_TEXT = r"""
 
 
 def plain_digits(text):
-    r"""Every script's digits, minus signs and separators as ASCII, no-break and thin spaces as \x1f,
-    without currency and LaTeX. "−২,১২৫" -> "-2,125", r"\$2{,}125\text{ m}^2" -> "2,125  m "
+    r"""Every script's digits, minus signs and separators as ASCII, no-break and thin spaces as
+    \x1f, without currency and LaTeX. "−২,১২৫" -> "-2,125", r"\$2{,}125\text{ m}" -> "2,125  m "
     """
     wrapped = r"\\(?!boxed|[dt]?frac)[a-zA-Z]+\s*{([^{}]*)}"
     text = "".join(str(unicodedata.decimal(c, c)) for c in text)
@@ -1083,7 +1083,8 @@ def add_model_arguments(p):
     add = p.add_argument_group("running the model").add_argument
     add("--batch-tokens", **NUMBER, help="per forward pass (default: %(default)s)")
     add("--max-length", **NUMBER, help="tokens of a sequence (default: %(default)s)")
-    add("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
+    add("--chat-template", choices=["auto", "never"], default="auto", metavar="C",
+        help="auto, or never: the bare text")
     add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
     add("--device", help="cuda, cpu, or auto: all GPUs, needs accelerate (default: a GPU)")
 
@@ -1093,17 +1094,17 @@ def add_task_arguments(p):
     add = p.add_argument_group("what is run").add_argument
     add("--model", help="folder or hub id (default: %(default)s)")
     add("--routing", nargs="+", metavar="DUMP", help="to choose experts from: path or label=path")
-    add("--data", help="what is evaluated; {lang} is the language (default: %(default)s)")
-    add("--languages", help="as bn,de (default: every file that --data matches)")
+    add("--data", help="evaluated (default: %(default)s)")
+    add("--languages", metavar="L", help="as bn,de (default: every file that --data matches)")
     add("--metrics", nargs="+", choices=METRICS, metavar="M", help=f"of {', '.join(METRICS)}")
     add("--limit", **NUMBER, help="only the first N examples of each language")
     add("--instruction", metavar="FILE", help='{"de": "...", ...}: put behind each prompt')
-    add("--out", help="JSON line by line; a cell in it is not run again (default: %(default)s)")
+    add("--out", help="(default: %(default)s)")
     add = p.add_argument_group("which experts").add_argument
     add("--experts-per-language", **REAL, help="the most frequent ones: a number, "
         "or a part below 1 (default: %(default).3g)")
     add("--threshold", **REAL, help="exclusive above this share (default: %(default)s)")
-    add("--part", choices=PARTS, default="all", help="chosen by the routing of this part alone")
+    add("--part", choices=PARTS, default="all", metavar="P", help="chosen by: " + ", ".join(PARTS))
     add("--selection", metavar="FILE", help="instead, those that analyze.py --contrast selected")
     add("--control-seeds", **NUMBER, help="random draws (default: %(default)s)")
     return add
@@ -1112,10 +1113,9 @@ def add_task_arguments(p):
 def parse_task_arguments(p, script):
     """The last flags of ablate.py and steer.py, and a script's constants as its flags' defaults."""
     add = p.add_argument_group("generating answers").add_argument
-    add("--max-new-tokens", **NUMBER, help="(default: the checkpoint's generation config, or "
-        f"{MAX_NEW_TOKENS})")
-    add("--score", choices=["exact", "contains"], default="exact", help="of spans; the paper: "
-        "contains, any gold answer in the response (default: %(default)s)")
+    add("--max-new-tokens", **NUMBER, help=f"(default: the checkpoint's, or {MAX_NEW_TOKENS})")
+    add("--score", choices=["exact", "contains"], default="exact", metavar="S",
+        help="of spans: exact, or the paper's contains")
     add("--temperature", **REAL, help="sample; the paper: 0.7 (default: greedy)")
     add("--top-p", **REAL, help="with --temperature; the paper: 0.8")
     add("--top-k-sampling", dest="top_k", **NUMBER, help="with --temperature; the paper: 20")

@@ -201,10 +201,11 @@ def parse_arguments():
     add("--sources", help="languages whose shared experts are boosted (default: %(default)s)")
     add("--band", metavar="A-B", help="decoder layers, inclusive (default: the paper's part of the "
         "depth; all of a selection's)")
-    add("--control-bands", nargs="+", default=[], metavar="A-B", help="steer these, too: 0-7 40-47")
+    add("--control-bands", nargs="+", default=[], metavar="B", help="steer these, too: 0-7 40-47")
     add("--lambda", dest="lambdas", type=float, nargs="+", metavar="L",
-        help="strengths; negative ones suppress (default: %(default)s)")
-    add("--rule", choices=common.RULES, help="see common.boost_logits (default: %(default)s)")
+        help="strengths (default: %(default)s)")
+    add("--rule", choices=common.RULES, metavar="R", help=f"{', '.join(common.RULES)}; see "
+        "common.boost_logits")
     args = common.parse_task_arguments(p, sys.modules[__name__])
     args.sources = [] if args.selection else args.sources.split(",")
     common.require(np.isfinite(args.lambdas).all(),
