@@ -777,7 +777,7 @@ NUMBER_IN_TEXT = r"""
 
 def plain_digits(text):
     r"""Every script's digits, minus signs and separators as ASCII, no-break and thin spaces as
-    \x1f, without currency and LaTeX. "−২,১২৫" -> "-2,125", r"\$2{,}125\text{ m}" -> "2,125  m "
+    \x1f, without currency and LaTeX. "−২,১২৫" -> "-2,125", r"\$2{,}125" -> "2,125"
     """
     wrapped = r"\\(?!boxed|[dt]?frac)[a-zA-Z]+\s*{([^{}]*)}"
     text = "".join(str(unicodedata.decimal(c, c)) for c in text)
