@@ -160,9 +160,9 @@ def control_rows(results, plan, metric):
             numbers = [mask.sum() for mask in plan[key].values()]
             rows.append({"own": key[2], "experts": numbers[0]}
                         | common.effect(scores["unmasked"], masked, random)
-                        | {"beyond random": "[{:+.3f} {:+.3f}]".format(*interval(masked - random)),
-                           "beyond matched": "[{:+.3f} {:+.3f}]".format(*interval(masked - matched)),
-                           "": "too few others for controls" if numbers[0] > min(numbers) else
+                        | {f"beyond {name}": "[{:+.3f} {:+.3f}]".format(*interval(masked - other))
+                           for name, other in (("random", random), ("matched", matched))}
+                        | {"": "too few others for controls" if numbers[0] > min(numbers) else
                            "hurt" * is_hurt(masked, random, matched, sign)})
     return rows
 
