@@ -18,6 +18,7 @@ leave out 0. One model load; two minutes on the tiny model. A stopped run goes o
 """
 
 import itertools
+import math
 import sys
 import zlib
 
@@ -35,7 +36,8 @@ DATA = "tests/data/eval_{lang}.tsv"  # what is evaluated; {lang} stands for the 
 EXPERTS_PER_LANGUAGE = 15 / 128      # a part below 1, or a number; the paper: 15, XQuAD 32, of 128
 THRESHOLD = 0.4                      # the paper's; XQuAD 0.5
 METRICS = ["prompt_nll"]             # prompt_nll answer_nll accuracy language
-CONTROL_SEEDS = 5                    # random draws; one alone would mislead
+CONTROL_SEEDS = 19                   # random draws; by chance, one row in 20 is beyond all
+MATCHED_SEEDS = 5                    # draws of others that carry as much routing weight
 BATCH_TOKENS = 8192                  # per forward pass, padding included
 MAX_LENGTH = 4096                    # tokens of a prompt
 MAX_NEW_TOKENS = None                # of a response; None: the checkpoint's generation config
@@ -61,51 +63,80 @@ def choose_experts(args, dumps):
             for target in targets}
 
 
-def random_control(masked, used, seed):
-    """As many other experts per layer as are masked, of those in use; all bool (layers, experts).
+def random_controls(masked, used, draws, seed):
+    """Different sets of as many experts per layer, uniform among all of those in use, but for the
+    masked set: bool (layers, experts) each. None at all where there are fewer than so many.
 
-    seed is a list of integers: of band, target and language, so that no two controls share a draw.
+    seed is a list of integers: of band, target and language, so that no two rows share a draw.
+    """
+    rng, sets, numbers = np.random.default_rng(seed), {masked.tobytes(): masked}, masked.sum(1)
+    if math.prod(map(math.comb, used.sum(1).tolist(), numbers.tolist())) <= draws:
+        return []
+    while len(sets) <= draws:
+        order = np.argsort(np.where(used, rng.random(used.shape), 2))  # those in use come first
+        control = np.argsort(order) < numbers[:, None]
+        sets[control.tobytes()] = control
+    return list(sets.values())[1:]
+
+
+def matched_control(masked, share, top_k, seed):
+    """Other experts that carry as much of a language's routing weight, to a tenth, in every layer.
+
+    share (layers, experts) of each layer's weight. Drawn in proportion to it, so that top_k experts
+    stay; where 100 draws do not reach as much, the one that carries the most.
     """
     rng, control = np.random.default_rng(seed), np.zeros_like(masked)
-    for layer, n in enumerate(masked.sum(1)):
-        candidates = np.flatnonzero(used[layer] & ~masked[layer])
-        control[layer, rng.choice(candidates, min(n, len(candidates)), replace=False)] = True
+    for layer, (row, shares) in enumerate(zip(masked, share)):
+        wanted, most, others = shares[row].sum(), 0, np.flatnonzero(~row & (shares > 0))
+        for _ in range(100):
+            drawn, total = np.zeros_like(row), 0
+            for expert in weighted_order(others, shares[others], rng)[:len(row) - top_k]:
+                if total < 0.9 * wanted and total + shares[expert] <= 1.1 * wanted:
+                    drawn[expert], total = True, total + shares[expert]
+            if total > most:
+                most, control[layer] = total, drawn
+            if most >= 0.9 * wanted:
+                break
     return control
 
 
-def usage_matched_control(masked, candidates, frequency):
-    """For each masked expert, the most used first, the free candidate of closest frequency.
+def weighted_order(items, weights, rng):
+    """A random order in which an item comes next in proportion to its weight."""
+    return items[np.argsort(rng.exponential(size=len(items)) / weights)]
 
-    masked, candidates bool (layers, experts), frequency (layers, experts) in the language evaluated
+
+def part_removed(masked, share):
+    """The part of a language's routing weight that masking removes, in the layers with a mask."""
+    return share[masked].sum() / max(1, masked.any(1).sum())
+
+
+def routing_shares(dumps, languages):
+    """{language: (layers, experts)}: each expert's share of a layer's routing weight; of a language
+    without a dump, the mean of the others'.
     """
-    control, free = np.zeros_like(masked), candidates & ~masked
-    for layer, row in enumerate(masked):
-        for expert in sorted(np.flatnonzero(row), key=lambda e: -frequency[layer, e]):
-            if free[layer].any():
-                distance = abs(frequency[layer] - frequency[layer, expert])
-                closest = np.where(free[layer], distance, np.inf).argmin()
-                control[layer, closest], free[layer, closest] = True, False
-    return control
+    shares = [analyze.distribution(dump["weights"]) for dump in dumps]
+    by_language = dict(zip([dump["language"] for dump in dumps], shares))
+    return {language: by_language.get(language, np.mean(shares, 0)) for language in languages}
 
 
 def plan_cells(args, chosen, bands, dumps, languages):
     """{(band, target, language): {kind: bool (layers, experts) to mask}}; kind "masked" is what the
-    experiment is about, "random-seed0", ... and "usage-matched" are its controls.
+    experiment is about, "random-seed0", ... and "matched-seed0", ... are its controls.
     """
-    frequencies, plan = analyze.frequencies(dumps), {}
-    by_language = {dump["language"]: rows for dump, rows in zip(dumps, frequencies)}
+    shares, plan = routing_shares(dumps, languages), {}
     for band, target, language in itertools.product(bands, chosen, languages):
         masked, of_target = chosen[target] & bands[band][:, None], target.split("+")
         if args.experts == "random":
-            used = frequencies[analyze.rows_of(of_target, dumps)].any(0)
-            masked = random_control(masked, used, [zlib.crc32(f"{band} {target}".encode())])
+            used = np.any([dumps[i]["counts"] for i in analyze.rows_of(of_target, dumps)], 0)
+            masked = (random_controls(masked, used, 1, [zlib.crc32(f"{band} {target}".encode())])
+                      or [masked])[0]
         cell = plan[band, target, language] = {"masked": masked}
-        if target in OF_ALL or language in of_target:
-            frequency = by_language.get(language, frequencies.mean(0))
-            seed = zlib.crc32(f"{band} {target} {language}".encode())
-            for draw in range(args.control_seeds):
-                cell[f"random-seed{draw}"] = random_control(masked, frequency > 0, [seed, draw])
-            cell["usage-matched"] = usage_matched_control(masked, ~chosen[target], frequency)
+        if masked.any() and (target in OF_ALL or language in of_target):
+            share, seed = shares[language], zlib.crc32(f"{band} {target} {language}".encode())
+            cell |= {f"random-seed{draw}": control for draw, control in enumerate(
+                random_controls(masked, share > 0, args.control_seeds, [seed]))}
+            cell |= {f"matched-seed{draw}": matched_control(
+                masked, share, dumps[0]["top_k"], [seed, draw]) for draw in range(MATCHED_SEEDS)}
     return plan
 
 
@@ -130,13 +161,14 @@ def run_cells(experiment, plan, bands, layers):
 
 
 def is_hurt(masked, random, matched, sign):
-    """Worse than every random draw, and than both controls by intervals that leave out 0?
+    """Worse than every random draw (by chance one row of 20, with 19 draws), worse than every
+    matched one, and than the random ones by an interval over examples and draws without 0?
 
-    masked, matched (examples,), random (draws, examples); sign +1 where more is better, else -1
+    masked (examples,), random and matched (draws, examples); sign +1 where more is better, else -1
     """
-    worst = (sign * np.nanmean(masked) < sign * np.nanmean(random, 1)).all()
-    bounds = interval(masked - random) + interval(masked - matched)
-    return bool(worst and all(sign * bound < 0 for bound in bounds))
+    controls = np.concatenate([random, matched])
+    worst = (sign * np.nanmean(masked) < sign * np.nanmean(controls, 1)).all()
+    return bool(worst and all(sign * bound < 0 for bound in interval(masked - random)))
 
 
 def change_rows(results, metric):
@@ -149,22 +181,38 @@ def change_rows(results, metric):
     return list(rows.values())
 
 
-def control_rows(results, plan, metric):
-    """For each language with controls, the effect of masking its own experts beside theirs."""
-    rows, sign = [], common.better(metric)
+def control_rows(results, plan, metric, shares, draws):
+    """For each language with controls three rows: masked, random and matched experts, how many they
+    are, what part of its routing weight goes, the mean change, and its 95 % interval over problems
+    or, of draws, the least and the most; and the verdict. Rows, and how many have one.
+    """
+    rows, verdicts = [], []
     for key, cell in results.items():
-        if "usage-matched" in cell:
-            scores = {kind: values[metric] for kind, values in cell.items()}
-            masked, matched = scores["masked"], scores["usage-matched"]
-            random = np.array([scores[kind] for kind in cell if kind.startswith("random")])
-            numbers = [mask.sum() for mask in plan[key].values()]
-            rows.append({"own": key[2], "experts": numbers[0]}
-                        | common.effect(scores["unmasked"], masked, random)
-                        | {f"beyond {name}": "[{:+.3f} {:+.3f}]".format(*interval(masked - other))
-                           for name, other in (("random", random), ("matched", matched))}
-                        | {"": "too few others for controls" if numbers[0] > min(numbers) else
-                           "hurt" * is_hurt(masked, random, matched, sign)})
-    return rows
+        groups = {kind.partition("-")[0]: [] for kind in plan[key]}
+        for kind in plan[key]:
+            groups[kind.partition("-")[0]].append(kind)
+        if "matched" not in groups:
+            continue
+        scores = {group: np.array([cell[kind][metric] for kind in kinds])
+                  for group, kinds in groups.items()}
+        for group, kinds in groups.items():
+            removed = [part_removed(plan[key][kind], shares[key[2]]) for kind in kinds]
+            changes = np.nanmean(scores[group] - cell["unmasked"][metric], 1)
+            low, high = (interval(scores[group][0] - cell["unmasked"][metric])
+                         if group == "masked" else (changes.min(), changes.max()))
+            numbers = [plan[key][kind].sum() for kind in kinds]
+            rows.append({"own": key[2], "": group, "experts": f"{np.mean(numbers):.1f}",
+                         "weight": np.mean(removed), "change": changes.mean(), "low": low,
+                         "high": high, "verdict": ""})
+            if group == "matched" and min(removed) < 0.9 * rows[-len(groups)]["weight"]:
+                rows[-1]["verdict"] = "others do not carry as much"
+        if len(groups.get("random", [])) < draws:
+            rows[-len(groups)]["verdict"] = "none: too few other sets of experts"
+        else:
+            verdicts.append(is_hurt(scores["masked"][0], scores["random"], scores["matched"],
+                                    common.better(metric)))
+            rows[-len(groups)]["verdict"] = "hurt" * verdicts[-1]
+    return rows, verdicts
 
 
 def parse_arguments():
@@ -199,13 +247,20 @@ def main():
     print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     results = run_cells(experiment, plan, bands, layers)
+    shares, verdicts = routing_shares(dumps, experiment.tasks), []
     for metric, band in itertools.product(next(iter(results.values()))["unmasked"], bands):
         print(f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
               "experts are masked, of")
         of_band = {key: cell for key, cell in results.items() if key[0] == band}
         analyze.print_rows(change_rows(of_band, metric))
-        print("in the target's own language, beside random and usage-matched experts")
-        analyze.print_rows(control_rows(of_band, plan, metric))
+        rows, found = control_rows(of_band, plan, metric, shares, args.control_seeds)
+        verdicts += found
+        print("in the target's own language; low, high: 95 % interval, or the least and most draw")
+        analyze.print_rows(rows)
+    print(f"\nhurt: worse than all {args.control_seeds} random draws and all {MATCHED_SEEDS} matched "
+          "ones, and by an interval\nover problems and draws. "
+          f"{sum(verdicts)} of {len(verdicts)} rows are hurt; chance would give up to "
+          f"{len(verdicts) / (args.control_seeds + 1):.1f}")
     common.print_end(experiment)
 
 

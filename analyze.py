@@ -126,7 +126,8 @@ def load_languages(paths, part="all"):
 
 def load_routing(path, part="all"):
     """One dump as a dict: language, meta, layers, counts (layers, experts), num_tokens, top_k,
-    num_experts, revision, and, with an entry for each shard, path, digest, data_sha256.
+    num_experts, revision, weights (like counts: the routing weights given, or of a part, or where
+    there are none, the counts), and, with an entry for each shard, path, digest, data_sha256.
 
     path  an .npz of capture.py; an .npz with selected_experts (tokens, layers, top_k) and meta; a
           recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
@@ -142,12 +143,14 @@ def load_routing(path, part="all"):
         recorder = path.endswith(".json") and part == "all"
         meta, layers, counts, num_tokens, top_k = (
             read_recorder_json(path) if recorder else read_dump(path, part))
+        weights = {} if recorder or part != "all" else open_dump(path)
         require(num_tokens, f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
         language = label or meta["language"]
         require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
         return {"language": language, "meta": meta, "layers": layers,
                 "counts": counts, "num_tokens": num_tokens, "num_experts": counts.shape[1],
                 "top_k": top_k, "revision": meta.get("revision"), "path": [path],
+                "weights": weights.get("weight_sums", counts),
                 "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
                 "data_sha256": [meta.get("data_sha256")]}
 
@@ -298,7 +301,7 @@ def add_shards(dumps):
             "tells languages apart")
     whole, *others = [shards[name] for name in names]
     for shard in others:
-        for key in ("counts", "num_tokens", "path", "digest", "data_sha256"):
+        for key in ("counts", "weights", "num_tokens", "path", "digest", "data_sha256"):
             whole[key] = whole[key] + shard[key]
     return whole
 
@@ -905,8 +908,9 @@ def frequencies(dumps):
 
 
 def rows_of(languages, dumps):
-    """Which of the dumps are those of the languages; InputError if one has none."""
+    """Which of the dumps are those of the languages; InputError if one has none, or is twice."""
     names = [dump["language"] for dump in dumps]
+    require(len(set(languages)) == len(languages), f"a language is twice in {'+'.join(languages)}")
     for language in languages:
         require(language in names, f"no routing for '{language}' among the dumps; run: python "
                                    f"capture.py --languages {language}")

@@ -72,7 +72,8 @@ def dump_of(language, counts, num_tokens=100):
     """One as analyze.load_languages returns it."""
     counts = np.array(counts)
     return {"language": language, "counts": counts, "num_tokens": num_tokens, "path": [language],
-            "num_experts": counts.shape[1], "layers": np.arange(len(counts))}
+            "num_experts": counts.shape[1], "layers": np.arange(len(counts)), "weights": counts,
+            "top_k": 2}
 
 
 # --------------------------------------------------------------------------- ablate: which experts
@@ -104,24 +105,68 @@ def test_a_target_without_routing_is_told_how_to_capture_it(targets):
         ablate.choose_experts(parsed(ablate, "--targets", targets), HAND)
 
 
-def test_a_random_control_has_as_many_experts_per_layer_of_those_in_use():
+def test_random_controls_are_different_sets_of_as_many_experts_in_use():
     masked = np.zeros((2, 8), bool)
     masked[0, [1, 2, 3]] = True
     used = np.array([[1, 1, 1, 1, 1, 1, 1, 0], [1] * 8], bool)
-    draws = [ablate.random_control(masked, used, [7, seed]) for seed in range(20)]
+    draws = ablate.random_controls(masked, used, 20, [7])
     for control in draws:
-        assert control.sum(1).tolist() == [3, 0]
-        assert not (control & ~used).any() and not (control & masked).any()
-    assert len({control.tobytes() for control in draws}) > 3
-    assert (ablate.random_control(masked, used, [7, 3]) == draws[3]).all()
+        assert control.sum(1).tolist() == [3, 0] and not (control & ~used).any()
+    assert len({control.tobytes() for control in [masked, *draws]}) == 21
+    assert any((control & masked).any() for control in draws)  # masked experts may be in them
+    again = ablate.random_controls(masked, used, 20, [7])
+    assert all((a == b).all() for a, b in zip(draws, again))
 
 
-def test_a_usage_matched_control_takes_the_closest_frequencies():
-    frequency = np.array([[0.5, 0.3, 0.45, 0.29, 0.1, 0.02]])
-    masked = np.array([[True, True, False, False, False, False]])
-    candidates = np.array([[False, False, True, False, True, True]])  # expert 3 is exclusive, too
-    control = ablate.usage_matched_control(masked, candidates, frequency)
-    assert np.flatnonzero(control[0]).tolist() == [2, 4]  # .45 for .5, then .1 for .3
+def test_random_controls_are_uniform_and_none_where_there_are_too_few():
+    masked, used = np.array([[True, True, False, False, False]]), np.ones((1, 5), bool)
+    times = {}
+    for seed in range(2000):  # one of the nine other pairs
+        control, = ablate.random_controls(masked, used, 1, [seed])
+        times[tuple(np.flatnonzero(control[0]))] = times.get(tuple(np.flatnonzero(control[0])), 0) + 1
+    assert len(times) == 9 and (0, 1) not in times
+    assert max(abs(n - 2000 / 9) for n in times.values()) < 4 * np.sqrt(2000 / 9)
+    assert len(ablate.random_controls(masked, used, 9, [0])) == 9  # all there are
+    assert ablate.random_controls(masked, used, 10, [0]) == []
+
+
+def test_a_matched_control_carries_as_much_weight_in_every_layer_by_other_experts():
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.full(32, 0.5), size=3)
+    masked = np.zeros((3, 32), bool)
+    masked[0, np.argsort(share[0])[-2:]], masked[2, :4] = True, True
+    controls = [ablate.matched_control(masked, share, 2, [seed]) for seed in range(20)]
+    for control in controls:
+        assert not (control & masked).any() and not control[1].any()
+        for layer in (0, 2):
+            removed = ablate.part_removed(control[[layer]], share[[layer]])
+            assert removed == pytest.approx(share[layer, masked[layer]].sum(), rel=0.1001)
+    assert len({control.tobytes() for control in controls}) > 15
+
+
+def test_where_others_do_not_carry_as_much_a_matched_control_carries_what_it_can():
+    share, masked = np.array([[0.7, 0.1, 0.1, 0.06, 0.04]]), np.array([[True] + [False] * 4])
+    control = ablate.matched_control(masked, share, 2, [0])
+    assert control[0].sum() == 3 and not control[0, 0]  # two must stay
+    assert ablate.part_removed(control, share) > 0.19
+
+
+@pytest.mark.parametrize("planted, expected", [(0, (0.005, 0.06)), (4, (0.9, 1))])
+def test_random_experts_are_rarely_hurt_and_planted_effects_often(planted, expected):
+    """Every expert has an effect of its own, very unequal ones; problems add noise."""
+    rng, experts, problems, trials = np.random.default_rng(0), 24, 40, 2000 if not planted else 200
+    used, hurt = np.ones((1, experts), bool), 0
+    for trial in range(trials):
+        effects = rng.lognormal(0, 1.5, experts)
+        masked = rng.permutation(experts)[None] < 4
+        random = ablate.random_controls(masked, used, 19, [trial])
+        matched = ablate.random_controls(masked, used, 5, [trial, 1])  # no less exchangeable
+        means = np.array([effects[mask[0]].sum() for mask in (masked, *random, *matched)])
+        means[0] += planted * means[1:20].std() + (means[20:].max() - means[0]) * (planted > 0)
+        scores = means[:, None] + rng.normal(0, 0.3, (len(means), problems))
+        hurt += ablate.is_hurt(scores[0], scores[1:20], scores[20:], -1)
+    low, high = expected
+    assert low <= hurt / trials <= high
 
 
 def planned(*arguments, languages=("aa", "xx"), dumps=HAND):
@@ -142,10 +187,11 @@ def test_the_plan_masks_in_the_band_alone_and_controls_the_targets_own_languages
         if (target, language) != ("aa+cc", "aa"):
             assert list(cell) == ["masked"]
             continue
-        assert {"masked", "random-seed0", "random-seed1"} < set(cell)
-        for kind, control in cell.items():  # two are masked; aa uses three others
-            assert control.sum(1).tolist() == [2, 2 if band == "both" else 0], kind
-            assert kind == "masked" or not (control & masked).any()
+        assert {"masked", "random-seed0", "random-seed1", "matched-seed0"} < set(cell)
+        for kind, control in cell.items():  # two are masked; aa uses four
+            if not kind.startswith("matched"):
+                assert control.sum(1).tolist() == [2, 2 if band == "both" else 0], kind
+            assert not kind.startswith("matched") or not (control & masked).any()
             assert not kind.startswith("random") or not control[:, [2, 3]].any()
 
 
@@ -153,7 +199,7 @@ def test_what_all_languages_share_has_controls_in_every_language():
     _, plan = planned("--experts", "shared")
     for (band, target, language), cell in plan.items():
         assert target == "shared" and cell["masked"][0].nonzero()[0].tolist() == [0]
-        assert len(cell) > 3  # also in xx, which has no dump: of experts that any language uses
+        assert len(cell) > 5  # also in xx, which has no dump: of experts that any language uses
     assert {language for _, _, language in plan} == {"aa", "xx"}
 
 
@@ -165,7 +211,7 @@ def test_random_experts_are_as_many_and_the_same_ones_in_every_language():
     draws = {}
     for (band, target, language), cell in plan.items():
         assert chosen[target].sum(1).tolist() == [2, 2]
-        assert not (cell["masked"] & chosen[target]).any()
+        assert not (cell["masked"] == chosen[target]).all()
         assert cell["masked"].sum(1).tolist() == [2, 2 if band == "both" else 0]
         draws.setdefault((band, target), set()).add(cell["masked"].tobytes())
     assert all(len(draw) == 1 for draw in draws.values())
@@ -190,14 +236,14 @@ PLAIN, NOISY = [2.0, 2.0, 2.0, 2.0], [5.0, 1.0, 1.0, 1.0]
     (False, PLAIN, [[1, 1, 1, 1]] * 4 + [[2.1, 2.1, 2.1, 2.1]], [1, 1, 1, 1]),
     # worse than every draw, by one example of four
     (False, NOISY, [[1, 1, 1, 1], [1.1, 1, 1, 1]], [0, 0, 0, 0]),
-    (False, NOISY, [[0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]], [1, 1, 1, 1]),  # so than the matched ones
+    (True, NOISY, [[0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5]], [1, 1, 1, 1]),  # the interval is of random
     (False, PLAIN, [[1, 1, 1, 1], [1.5, 1.5, 1.5, 1.5]], [3, 3, 3, 3]),  # they do worse, surely
     (False, PLAIN, [[3, 3, 3, 3], [3.5, 3.5, 3.5, 3.5]], [3, 3, 3, 3]),  # masking helps
 ])
-def test_hurt_is_worse_than_every_draw_and_than_both_controls_beyond_chance(
+def test_hurt_is_worse_than_every_draw_and_than_random_ones_beyond_chance(
         hurt, masked, random, matched, more_is_better):
     sign = 1 if more_is_better else -1
-    masked, random, matched = (-sign * np.array(x, float) for x in (masked, random, matched))
+    masked, random, matched = (-sign * np.array(x, float) for x in (masked, random, [matched]))
     assert ablate.is_hurt(masked, random, matched, sign) is hurt
     if hurt:
         assert not ablate.is_hurt(masked, random, matched, -sign)
@@ -471,7 +517,8 @@ def test_the_ablation_grid_is_complete(ablation):
     assert set(masked) == set(itertools.product([(0, 1, 2), (7,)], ["sw", "en+zh"], ["en", "sw"]))
     assert {"random-seed0", "random-seed1"} < set(kinds)
     own = {cell: experts for cell, experts in masked.items() if cell[2] in cell[1].split("+")}
-    assert all(cells == own for cells in kinds.values())  # as many experts, layer by layer
+    for kind, cells in kinds.items():  # as many experts, layer by layer
+        assert cells == own if kind.startswith("random") else cells.keys() == own.keys(), kind
 
 
 def test_the_steering_grid_is_complete(steering):
@@ -544,13 +591,19 @@ def test_the_ablation_table_shows_changes_and_those_of_random_draws(ablation, ba
 
     lines = lines_of(ablation.printed, title, metric)
     for language, target in (("sw", "sw"), ("en", "en+zh")):
-        all_targets, own = lines[language]
+        all_targets, own, drawn, matched = lines[language]
         assert all_targets == pytest.approx(
             [scores("baseline", language).mean(), change("exclusive", "sw", language),
              change("exclusive", "en+zh", language)], abs=6e-4)
         random = [change(f"random-seed{seed}", target, language) for seed in range(2)]
-        assert [own[2], *own[5:8]] == pytest.approx(
-            [change("exclusive", target, language), np.mean(random), *sorted(random)], abs=6e-4)
+        assert own[1] == pytest.approx(change("exclusive", target, language), abs=6e-4)
+        assert drawn[1:] == pytest.approx([np.mean(random), *sorted(random)], abs=6e-4)
+        matching = [change(f"matched-seed{seed}", target, language) for seed in range(5)]
+        assert matched[1:] == pytest.approx(
+            [np.mean(matching), min(matching), max(matching)], abs=6e-4)
+        if matched[0] != pytest.approx(own[0], rel=0.11):  # of the weight removed
+            assert matched[0] < own[0] and "others do not carry as much" in ablation.printed
+        assert drawn[0] < own[0]
 
 
 @pytest.mark.parametrize("verdict", [True, False])
