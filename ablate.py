@@ -147,16 +147,17 @@ def as_masks(chosen, layers):
 
 def run_cells(experiment, plan, bands, layers):
     """plan with {metric: scores (examples,)} for every mask, and for "unmasked" beside them."""
-    results, experts = {}, experiment.args.experts
+    results, experts, how = {}, experiment.args.experts, experiment.args.how
     for (band, target, language), masks in tqdm(plan.items(), unit="cell", leave=False):
         cell = results[band, target, language] = {"unmasked": experiment.cell(language)}
         for kind, mask in masks.items():
             name = experts if kind == "masked" else kind
             settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(),
-                        "target": target, "experts": name, "of": experts}
+                        "target": target, "experts": name, "of": experts, "how": how}
             # a mask without experts changes nothing: the unmasked model is its result
             cell[kind] = cell["unmasked"] if not mask.any() else experiment.cell(
-                language, f"{band}-{name}-{target}", settings, masks=as_masks(mask, layers))
+                language, f"{band}-{name}-{target}", settings,
+                **{"zeroed" if how == "zero" else "masks": as_masks(mask, layers)})
     return results
 
 
@@ -220,6 +221,8 @@ def parse_arguments():
     add = common.add_task_arguments(p)
     add("--experts", choices=["exclusive", "shared", "random"], default="exclusive",
         help="exclusive to the target; shared by all; or random, as many (default: %(default)s)")
+    add("--how", choices=["reroute", "zero"], default="reroute", metavar="H",
+        help="reroute: others take their place; zero: they contribute nothing")
     add("--targets", help="whose experts, as bn,de or bn+sw (default: those of the dumps)")
     add("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, "
         "middle and last tenth; those of a selection)")
@@ -243,7 +246,7 @@ def main():
     experiment = common.Experiment(args, dumps)
     plan = plan_cells(args, chosen, bands, dumps, experiment.tasks)
     for mask in itertools.chain(*map(dict.values, plan.values())):
-        common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.shape)
+        common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.shape, {})
     print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     results = run_cells(experiment, plan, bands, layers)
@@ -257,8 +260,8 @@ def main():
         verdicts += found
         print("in the target's own language; low, high: 95 % interval, or the least and most draw")
         analyze.print_rows(rows)
-    print(f"\nhurt: worse than all {args.control_seeds} random draws and all {MATCHED_SEEDS} matched "
-          "ones, and by an interval\nover problems and draws. "
+    print(f"\nhurt: worse than all {args.control_seeds} random draws and all {MATCHED_SEEDS} "
+          "matched ones, and by an interval\nover problems and draws. "
           f"{sum(verdicts)} of {len(verdicts)} rows are hurt; chance would give up to "
           f"{len(verdicts) / (args.control_seeds + 1):.1f}")
     common.print_end(experiment)

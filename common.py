@@ -143,8 +143,17 @@ def read_router(router, output):
     if len(output) == 2:  # Llama 4: scores of all experts, 0 where one is not selected, and logits
         scores, router_logits = output
         require(scores.shape == router_logits.shape, "neither selections nor scores")
-        return router_logits, *scores.topk(router.top_k, -1)
+        selected = router_logits.topk(router.top_k, -1).indices
+        return router_logits, scores.gather(-1, selected), selected
     return output[:3]
+
+
+def without_weights(output, zeroed):
+    """A router's output with a weight of 0 for the experts zeroed, bool (num_experts,)."""
+    if len(output) == 2:
+        return output[0].masked_fill(zeroed, 0), output[1]
+    logits, weights, selected, *more = output
+    return logits, weights.masked_fill(zeroed[selected], 0), selected, *more
 
 
 @contextlib.contextmanager
@@ -199,7 +208,7 @@ class EditedScoring(TorchFunctionMode):
     bias behind the scores could bring it back.
     """
 
-    def __init__(self, router, mask, boost, rule):
+    def __init__(self, router, mask, boost, rule, zeroed):
         super().__init__()
         self.num_experts, self.mask, self.boost, self.rule = len(mask), mask, boost, rule
         weight = next(router.parameters())
@@ -209,6 +218,7 @@ class EditedScoring(TorchFunctionMode):
         if boost is not None:  # in float32 at least
             self.boost = torch.as_tensor(boost, device=weight.device, dtype=torch.promote_types(
                 weight.dtype, torch.float32))
+        self.zeroed = torch.as_tensor(zeroed, device=weight.device)
         # tallies, which stay on the device until they are read
         self.edits, self.moved, self.selections = 0, 0, 0
         self.selected = torch.zeros_like(self.masked)
@@ -255,18 +265,20 @@ def edited_forward(router, scoring, count_moved):
         if count_moved:
             plain = read_router(router, unedited(*args, **kwargs))[2]
             scoring.moved = scoring.moved + newly_selected(plain, selected).sum()
-        return output
+        return without_weights(output, scoring.zeroed)
 
     forward.edited = True
     return forward
 
 
 @contextlib.contextmanager
-def edit_routing(model, masks=None, boosts=None, rule="proportional", count_moved=True):
+def edit_routing(model, masks=None, boosts=None, rule="proportional", count_moved=True,
+                 zeroed=None):
     """Inside the block, routers score edited logits; afterwards, in any case, as they did before.
 
     masks   {decoder layer: expert ids, or bool (num_experts,)}: never selected
     boosts  {decoder layer: (num_experts,) floats}, lambda included; see boost_logits for the rule
+    zeroed  as masks: selected as before, with the weights of the others unchanged, but of weight 0
     Yields a dict that on leaving holds {layer: part of the selections that the boosts moved there,
     given the same hidden states}; for it each boosted router runs twice, which count_moved=False
     saves. One edit of a layer at a time, and from one thread: give masks and boosts together.
@@ -277,13 +289,13 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     boosts that moved no selection at all.
     """
     boosts, moved, edits = boosts or {}, {}, {}
-    routers = find_routers(model)
-    masks = check_edit(masks or {}, boosts, rule, routing_shape(model))
+    routers, shape = find_routers(model), routing_shape(model)
+    checked = check_edit(masks or {}, boosts, rule, shape, zeroed or {})
     with contextlib.ExitStack() as patches:
-        for layer, mask in masks.items():
+        for layer, (mask, zero) in checked.items():
             require(not hasattr(routers[layer].forward, "edited"), f"layer {layer} is being edited "
                     "already; give masks and boosts to one edit_routing")
-            edits[layer] = EditedScoring(routers[layer], mask, boosts.get(layer), rule)
+            edits[layer] = EditedScoring(routers[layer], mask, boosts.get(layer), rule, zero)
             forward = edited_forward(routers[layer], edits[layer], count_moved and layer in boosts)
             patches.enter_context(patch.object(routers[layer], "forward", forward))
         yield moved
@@ -305,25 +317,25 @@ def newly_selected(before, after):
     return (after[..., :, None] != before[..., None, :]).all(-1)
 
 
-def check_edit(masks, boosts, rule, shape):
+def check_edit(masks, boosts, rule, shape, zeroed):
     """InputError if an edit does not fit a model with this routing_shape.
 
-    Returns masks as {layer: bool (num_experts,)}, for all layers that are masked or boosted.
+    Returns {layer: (masked, zeroed)}, both bool (num_experts,), for all layers that are edited.
     """
     require(rule in RULES, f"rule '{rule}' is none of {', '.join(RULES)}")
     checked = {}
-    for layer in sorted(masks.keys() | boosts.keys()):
+    for layer in sorted(masks.keys() | boosts.keys() | zeroed.keys()):
         require(layer in shape, f"layer {layer} has no router; MoE layers are {list(shape)}")
         num_experts, top_k = shape[layer]
         with explained(f"layer {layer}"):
-            mask = as_mask(masks.get(layer, []), num_experts)
+            mask, zero = (as_mask(edit.get(layer, []), num_experts) for edit in (masks, zeroed))
             require((~mask).sum() >= top_k, f"masking {mask.sum()} of {num_experts} experts leaves "
                                             f"fewer than top_k {top_k}")
             boost = np.asarray(boosts.get(layer, np.zeros(num_experts)))
             require(boost.shape == (num_experts,) and np.isfinite(boost).all(),
                     f"a boost is {num_experts} finite numbers, one per expert")
-        if mask.any() or layer in boosts:
-            checked[layer] = mask
+        if mask.any() or zero.any() or layer in boosts:
+            checked[layer] = mask, zero
     return checked
 
 
@@ -1234,7 +1246,7 @@ def evaluate_cell(experiment, language, cell, settings, edit):
             args.batch_tokens, args.score, **settings["generation"])
     row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
            "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
-           "experts": {layer: int(np.count_nonzero(each)) for kind in ("masks", "boosts")
+           "experts": {layer: int(np.count_nonzero(each)) for kind in ("masks", "boosts", "zeroed")
                        for layer, each in edit.get(kind, {}).items()}}
     if responses is not None:
         right = row["scores"].get("accuracy", [None] * len(encoded))

@@ -275,6 +275,28 @@ def test_leaving_the_block_restores_the_model_also_after_an_exception(model):
         assert "forward" not in router.__dict__ and not router._forward_hooks
 
 
+def test_zeroed_experts_are_those_of_a_zeroed_down_projection_bit_for_bit(model):
+    calls, before = routing(model)
+    zeroed, kept = most_used(calls, 1), {}
+    with edit_routing(model, zeroed=zeroed):
+        edited_calls, edited = routing(model)
+    first = min(calls)
+    assert torch.equal(edited_calls[first][2], calls[first][2])  # selected as before
+    for layer, block in blocks(model).items():
+        for name in ("down_proj", "down_proj_bias"):
+            parameter = getattr(block.experts, name, None)
+            if parameter is not None:
+                kept[parameter] = parameter.detach().clone()
+                parameter.data[zeroed[layer]] = 0
+    try:
+        expected = outputs(model)
+    finally:
+        for parameter, value in kept.items():
+            parameter.data.copy_(value)
+    assert torch.equal(edited, expected) and not torch.equal(edited, before)
+    assert torch.equal(outputs(model), before)
+
+
 def test_the_trial_before_a_run_accepts_a_whole_checkpoint_and_one_step_of_decoding(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = common.load_weights(tmp_path, model.config, "float32", "cpu")  # no weight is missing

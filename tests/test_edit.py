@@ -113,6 +113,23 @@ def test_an_edit_inside_an_edit_is_refused(qwen):
     assert untouched(qwen)
 
 
+def test_a_zeroed_expert_is_selected_with_a_weight_of_zero_beside_masks_and_boosts(qwen):
+    hidden, router = hidden_states(6), find_routers(qwen)[0]
+    boost = np.eye(8)[2] * 0.7
+
+    def change(z):
+        z = z + torch.tensor(boost) * z.std(-1, keepdim=True)
+        z[:, 1] = -1e9
+        return z
+
+    weights, selected = by_hand(router, hidden, change)
+    with torch.inference_mode(), edit_routing(qwen, {0: [1]}, {0: boost}, "soft", zeroed={0: [2]}):
+        _, found_weights, found = router(hidden)
+    assert torch.equal(found, selected) and (found == 2).any()
+    torch.testing.assert_close(found_weights.double(), weights.masked_fill(selected == 2, 0),
+                               rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
 def test_a_mask_is_ids_or_one_boolean_for_each_expert(qwen, kind):
     hidden, router = hidden_states(5), find_routers(qwen)[0]
