@@ -216,6 +216,39 @@ def control_rows(results, plan, metric, shares, draws):
     return rows, verdicts
 
 
+def selectivity_rows(results, plan, metric, shares, tokens):
+    """What a mask does to its own language less what it does to the mean of the others, problem by
+    problem, with the 95 % interval; likelihoods in nats per problem, since tokens differ. Beside it
+    the routing weight that goes from its own language and, on average, from the others.
+
+    tokens {language: (problems,)}, 1 where scores are no likelihoods; languages without as many
+    problems have no row.
+    """
+    rows = []
+    for (band, target, language), cell in results.items():
+        changes = {other: (c["masked"][metric] - c["unmasked"][metric]) * tokens[other]
+                   for (b, t, other), c in results.items() if (b, t) == (band, target)}
+        if target == language and len(changes) > 1 == len(set(map(len, changes.values()))):
+            own, mask = changes.pop(language), plan[band, target, language]["masked"]
+            difference = own - np.mean(list(changes.values()), 0)
+            low, high = interval(difference)
+            rows.append({"own": language, "own - others": np.nanmean(difference), "low": low,
+                         "high": high, "weight of own": part_removed(mask, shares[language]),
+                         "of others": np.mean([part_removed(mask, shares[o]) for o in changes])})
+    return rows
+
+
+def scored_tokens(tasks, metric):
+    """{language: how many tokens of each problem a likelihood is the mean of, or 1}."""
+    def count(example):
+        start, stop = example["text_span"]
+        return {"prompt_nll": stop - max(start, 1), "answer_nll": len(
+            example.get("answer_ids", []))}.get(metric, 1)
+
+    return {language: np.array([count(e) for e in encoded])
+            for language, (encoded, _) in tasks.items()}
+
+
 def parse_arguments():
     p = common.argument_parser(__doc__)
     add = common.add_task_arguments(p)
@@ -260,6 +293,11 @@ def main():
         verdicts += found
         print("in the target's own language; low, high: 95 % interval, or the least and most draw")
         analyze.print_rows(rows)
+        rows = selectivity_rows(of_band, plan, metric, shares,
+                                scored_tokens(experiment.tasks, metric))
+        if rows:
+            print("selective? the change in the own language less that in the others, per problem")
+            analyze.print_rows(rows)
     print(f"\nhurt: worse than all {args.control_seeds} random draws and all {MATCHED_SEEDS} "
           "matched ones, and by an interval\nover problems and draws. "
           f"{sum(verdicts)} of {len(verdicts)} rows are hurt; chance would give up to "

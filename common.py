@@ -1221,8 +1221,9 @@ class Experiment:
         settings say how the edit was chosen; name becomes the folder of the predictions.
         """
         encoded, sha = self.tasks[language]
-        settings = self.settings | {"language": language, "data_sha256": sha} | (settings or {})
-        settings |= self.choice | {"edit": short_hash(edit)} if edit else {}
+        choice = self.choice | {"edit": short_hash(edit)} if edit else {}
+        settings = self.settings | {"language": language, "data_sha256": sha} | choice | (
+            settings or {})
         key = json.dumps(settings, sort_keys=True)
         if key not in self.rows:
             self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(

@@ -19,6 +19,7 @@ run goes on where it stopped. In a notebook:
     with steer(model, steering_coefficients(dumps, ["en", "zh"]), 0.5): model.generate(**batch)
 """
 
+import itertools
 import math
 import sys
 
@@ -33,7 +34,7 @@ from capture import capture
 MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
 ROUTING = analyze.DUMPS              # the dumps that the experts are chosen from
 DATA = "tests/data/eval_{lang}.tsv"  # what is evaluated; {lang} stands for the language
-SOURCES = "en,zh"                    # the first gives the coefficients; shares are among them alone
+SOURCES = ["en,zh"]                  # the first gives the coefficients; shares are among them alone
 LAMBDAS = [0.1, 0.3, 1.0]            # the paper, at its size: 0.022 for en,zh and 0.034 for zh,en
 RULE = "proportional"                # soft, hard
 EXPERTS_PER_LANGUAGE = 5 / 16        # a part below 1, or a number; the paper: 20 of 128
@@ -134,26 +135,44 @@ def mcnemar_p(before, after):
     return fixed, broken, min(1.0, 2 * tail)
 
 
+def sign_flip_p(differences, seed=0):
+    """Two-sided p of a mean of differences (problems,), whose signs could as well be others: exact
+    up to 12 that are not 0, else by 10,000 random flips.
+    """
+    values = differences[(differences != 0) & ~np.isnan(differences)]
+    signs = (np.array(list(itertools.product([1, -1], repeat=len(values)))) if len(values) <= 12
+             else np.random.default_rng(seed).choice([1, -1], (10_000, len(values))))
+    sums = np.abs(np.append(signs @ values, values.sum()))
+    return np.mean(sums >= abs(values.sum()) - 1e-12)
+
+
 def effect_rows(metric, part, base, scores, draws=()):
     """An effect for each language, and for all "together" where they have as many problems.
 
-    base, scores and each of draws: {language: scores (examples,)}, of which a part counts.
-    Together, the interval resamples problems, not answers; McNemar's p takes the answers to one
-    problem as independent, which parallel ones are not quite.
+    base, scores and each of draws: {language: scores (examples,)}, of which a part counts. Of all
+    together, problems are resampled, and their signs flipped, not answers. "seen" is the smallest
+    change that so many problems would show (p < .05) in four of five cases.
     """
     cells = {l: [x[l][part] for x in (base, scores, *draws)] for l in base}
     if len({len(before) for before, *_ in cells.values()}) == 1 < len(cells):
         cells["together"] = [np.array(x) for x in zip(*cells.values())]
     rows = []
     for name, (before, after, *controls) in cells.items():
-        means = (np.atleast_2d(x).mean(0) for x in (before, after, *controls))
-        rows.append({"": name} | common.effect(next(means), next(means), list(means)))
+        means = [np.atleast_2d(x).mean(0) for x in (before, after, *controls)]
+        row, difference = {"": name} | common.effect(*means[:2], means[2:]), means[1] - means[0]
+        n, spread = len(difference), np.nanstd(difference)
         if metric in common.RIGHT_OR_WRONG:
-            rows[-1] |= zip(("fixed", "broken", "p"), mcnemar_p(before, after))
+            fixed, broken, p = mcnemar_p(before, after)
+            if not fixed + broken:  # the rule of three
+                row |= {"low": -3 / n, "high": 3 / n}
+            spread = max(spread, np.sqrt(3 / n) * (spread == 0))
+            row |= {"fixed": fixed, "broken": broken,
+                    "p": sign_flip_p(difference) if name == "together" else p}
+        rows.append(row | {"seen": 2.8 * spread / np.sqrt(n)})
     return rows
 
 
-def choose_coefficients(args, dumps):
+def choose_coefficients(args, dumps, sources):
     """{name: coefficients}: "shared" or "selection", and as controls of it "band0-7", ..."""
     bands = {"selection" if args.selection else "shared": args.band,
              **{f"band{band}": band for band in args.control_bands}}
@@ -161,44 +180,51 @@ def choose_coefficients(args, dumps):
         selection = analyze.load_selection(args.selection, dumps[0])
         return {name: selection_coefficients(selection, dumps[0]["layers"], band)
                 for name, band in bands.items()}
-    return {name: steering_coefficients(dumps, args.sources, band, args.experts_per_language,
+    return {name: steering_coefficients(dumps, sources, band, args.experts_per_language,
                                         args.threshold) for name, band in bands.items()}
 
 
-def run_cells(experiment, languages, name="baseline", strength=0, coefficients=None):
+def run_cells(experiment, group, name="baseline", strength=0, coefficients=None):
     """{metric: {language: scores (examples,)}} under the boosts, or of the unsteered model."""
     args, edit, settings = experiment.args, {}, {}
     if coefficients:
         settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
-                    "sources": args.sources, "band": sorted(coefficients)}
+                    "sources": group["sources"], "band": sorted(coefficients),
+                    "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
         edit = {"boosts": scaled(coefficients, strength), "rule": args.rule}
         name = f"{name}-lambda{strength}"
     cells = {language: experiment.cell(language, name, settings, **edit)
-             for language in tqdm(languages, desc=name, leave=False)}
+             for language in tqdm(group["languages"], desc=name, leave=False)}
     return {metric: {language: cell[metric] for language, cell in cells.items()}
-            for metric in cells[languages[0]]}
+            for metric in cells[group["languages"][0]]}
 
 
-def run_all(experiment, languages, coefficients):
+def run_all(experiment, group, lambdas):
     """({lambda: gain}, unsteered, steered, [random draws], {control band: ...}), as of run_cells:
     steered by the best of the lambdas, which is chosen on the even examples if there are several.
     """
-    args, (kind, *bands), metric = experiment.args, coefficients, experiment.args.metrics[0]
-    boosted, base = coefficients[kind], run_cells(experiment, languages)
-    steered = {strength: run_cells(experiment, languages, kind, strength, boosted)
-               for strength in args.lambdas}
+    (kind, *bands), metric = group["coefficients"], experiment.args.metrics[0]
+    boosted, base = group["coefficients"][kind], run_cells(experiment, group)
+    steered = {strength: run_cells(experiment, group, kind, strength, boosted)
+               for strength in lambdas}
     best, gains = choose_lambda(base[metric], {l: s[metric] for l, s in steered.items()}, metric)
-    draws = [run_cells(experiment, languages, f"random-seed{seed}", best,
-                       random_coefficients(boosted, seed)) for seed in range(args.control_seeds)]
-    others = {name: run_cells(experiment, languages, name, best, coefficients[name])
+    draws = [run_cells(experiment, group, f"random-seed{seed}", best, coefficients)
+             for seed, coefficients in enumerate(random_draws(experiment, boosted))]
+    others = {name: run_cells(experiment, group, name, best, group["coefficients"][name])
               for name in bands}
     return gains, base, steered[best], draws, others
+
+
+def random_draws(experiment, coefficients):
+    seeds = range(experiment.args.control_seeds)
+    return [random_coefficients(coefficients, seed) for seed in seeds]
 
 
 def parse_arguments():
     p = common.argument_parser(__doc__)
     add = common.add_task_arguments(p)
-    add("--sources", help="languages whose shared experts are boosted (default: %(default)s)")
+    add("--sources", nargs="+", metavar="A,B", help="languages whose shared experts are boosted, "
+        "or several such groups, each for itself (default: %(default)s)")
     add("--band", metavar="A-B", help="decoder layers, inclusive (default: the paper's part of the "
         "depth; all of a selection's)")
     add("--control-bands", nargs="+", default=[], metavar="B", help="steer these, too: 0-7 40-47")
@@ -207,70 +233,147 @@ def parse_arguments():
     add("--rule", choices=common.RULES, metavar="R", help=f"{', '.join(common.RULES)}; see "
         "common.boost_logits")
     args = common.parse_task_arguments(p, sys.modules[__name__])
-    args.sources = [] if args.selection else args.sources.split(",")
+    args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
     common.require(np.isfinite(args.lambdas).all(),
                    f"lambda must be a finite number, not {args.lambdas}")
-    common.require(args.selection or len(set(args.sources)) == len(args.sources) > 1, "--sources "
-                   f"takes two or more different languages, as {SOURCES}")
+    for group in args.sources:
+        common.require(args.selection or len(set(group)) == len(group) > 1, "--sources takes two "
+                       f"or more different languages, as {SOURCES[0]}, or several such groups")
     return args
 
 
 def prepare(args):
-    """(experiment, evaluated languages, {name: coefficients}), checked before weights are read."""
+    """(experiment, [{sources, languages, coefficients}]): a group of sources, the languages that it
+    is evaluated in, and choose_coefficients; checked before weights are read.
+    """
     dumps = analyze.load_languages(args.routing, args.part)
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
                                                           dumps[0]["num_experts"])
-    coefficients = choose_coefficients(args, dumps)
+    groups = [{"sources": sources, "coefficients": choose_coefficients(args, dumps, sources)}
+              for sources in args.sources]
+    giving = {language for sources in args.sources for language in sources}
     experiment = common.Experiment(
-        args, [dump for dump in dumps if args.selection or dump["language"] in args.sources])
-    # the sources give; unless named, only other languages are evaluated
-    giving = [] if args.languages else args.sources
-    languages = [l for l in experiment.tasks if l not in giving] or list(experiment.tasks)
-    fewest = min(len(experiment.tasks[language][0]) for language in languages)
+        args, [dump for dump in dumps if args.selection or dump["language"] in giving])
+    for group in groups:  # the sources give; unless named, only other languages are evaluated
+        own = [] if args.languages and len(groups) == 1 else group["sources"]
+        group["languages"] = ([l for l in experiment.tasks if l not in own]
+                              or list(experiment.tasks))
+    fewest = min(len(encoded) for encoded, _ in experiment.tasks.values())
     common.require(len(args.lambdas) == 1 or fewest >= 4, "choosing among several lambdas takes 4 "
                    "examples or more; raise --limit or give one --lambda")
-    return experiment, languages, coefficients
+    return experiment, groups
 
 
-def print_moved(experiment, languages, coefficients):
-    """What part of the selections each lambda moves; InputError if one moves none."""
-    args = experiment.args
-    prompts = [e["ids"] for language in languages for e in experiment.tasks[language][0][:20]]
-    for strength in args.lambdas:
-        moved = moved_selections(experiment.model, prompts, coefficients, strength, args.rule,
-                                 args.batch_tokens)
+def mean_moved(experiment, group, coefficients, strength):
+    """moved_selections of each language's first prompts: (mean over layers, {layer: part})."""
+    args, tasks = experiment.args, experiment.tasks
+    prompts = [e["ids"] for language in group["languages"] for e in tasks[language][0][:20]]
+    moved = moved_selections(experiment.model, prompts, coefficients, strength, args.rule,
+                             args.batch_tokens)
+    return np.mean(list(moved.values())), moved
+
+
+def moving_lambdas(experiment, group):
+    """The lambdas that move any selection, printed with the part that they move. InputError if none
+    does.
+    """
+    boosted, found = next(iter(group["coefficients"].values())), []
+    for strength in experiment.args.lambdas:
+        mean, moved = mean_moved(experiment, group, boosted, strength)
         print(f"lambda {strength}: selections moved (%), by layer  "
-              + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in moved.items()))
-        common.require(any(moved.values()), f"lambda {strength} moves no selection in any layer; "
-                                            "take a larger one")
+              + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in moved.items())
+              + ("" if mean else "  left out: it moves none"))
+        found += [strength] * bool(mean)
+    common.require(found, "no lambda moves any selection; take larger ones")
+    return found
+
+
+def print_draws(experiment, group, strength):
+    """What the random draws move beside what the shared experts move: is it a fair control?"""
+    boosted = next(iter(group["coefficients"].values()))
+    shared, *draws = (mean_moved(experiment, group, coefficients, strength)[0] for coefficients in
+                      (boosted, *random_draws(experiment, boosted)))
+    print(f"selections moved at lambda {strength}: {shared:.2%}; by random draws "
+          f"{np.mean(draws):.2%} ({min(draws):.2%} to {max(draws):.2%})"
+          + "; less than half as much: no fair control" * bool(np.mean(draws) < shared / 2))
 
 
 def report(gains, base, steered, draws, others):
-    """A table for each metric; below it, the changes in the control bands."""
-    best, part = max(gains, key=gains.get), slice(None)
+    """A table for each metric; below it, the changes in the control bands. {language: change} of
+    the first metric.
+    """
+    best, part, changes = max(gains, key=gains.get), slice(None), {}
     if len(gains) > 1:
         part = slice(1, None, 2)
         print(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean gain "
               f"of {next(iter(base))}: {', '.join(f'{l} {g:+.4f}' for l, g in gains.items())})")
     for metric in base:
-        print(f"\n{metric}, lambda {best}, beside random experts")
-        analyze.print_rows(effect_rows(metric, part, base[metric], steered[metric],
-                                       [draw[metric] for draw in draws]))
+        print(f"\n{metric}, lambda {best}, beside random experts; seen: the smallest change that "
+              "would be")
+        rows = effect_rows(metric, part, base[metric], steered[metric],
+                           [draw[metric] for draw in draws])
+        changes = changes or {row[""]: row["change"] * common.better(metric) for row in rows}
+        analyze.print_rows(rows)
         for name, cells in others.items():
             print(f"control {name}")
             analyze.print_rows(effect_rows(metric, part, base[metric], cells[metric]))
+    return changes
+
+
+def related_test(gains, sources, languages, rng):
+    """Do languages of a source's family gain more? (mean gain of related less unrelated pairs, p,
+    the smallest p that these languages allow).
+
+    gains (groups, languages), nan in a group's own; centred by group and by language. sources: of
+    each group the first. p by dealing families out at random, as analyze.family_test; nan if all
+    pairs are related, or none.
+    """
+    for _ in range(50):
+        gains = gains - np.nanmean(gains, 1, keepdims=True)
+        gains = gains - np.nanmean(gains, 0)
+    table = analyze.read_families()
+    names = list(dict.fromkeys([*languages, *sources]))
+    families = [analyze.family_of(name, table).split("/")[0] or name for name in names]
+    dealt = np.unique(families, return_inverse=True)[1][analyze.permutations(len(names), rng)]
+    group, target = np.nonzero(~np.isnan(gains))
+    first, second = (np.array([names.index(x) for x in each]) for each in (sources, languages))
+    related = dealt[:, first[group]] == dealt[:, second[target]]
+    if related[0].all() or not related[0].any():
+        return np.nan, np.nan, np.nan
+    related, values = related[related.any(1) & ~related.all(1)], gains[group, target]
+    gaps = (related @ values / related.sum(1)) - (~related @ values / (~related).sum(1))
+    return gaps[0], np.mean(gaps >= gaps[0] - 1e-12), 1 / len(np.unique(related, axis=0))
+
+
+def print_groups(groups, changes):
+    """Target by group, and whether languages related to the sources gain more."""
+    names = [",".join(group["sources"]) for group in groups]
+    languages = list(dict.fromkeys(l for group in groups for l in group["languages"]))
+    gains = np.array([[change.get(l, np.nan) for l in languages] for change in changes])
+    print("gain of each language, by the sources of steering")
+    analyze.print_table({"": languages} | dict(zip(names, gains)))
+    gap, p, least = related_test(gains, [group["sources"][0] for group in groups], languages,
+                                 np.random.default_rng(0))
+    print(f"languages of the first source's family gain {gap:+.4f} more, p {p:.3f} (at best "
+          f"{least:.3f} with these languages)")
 
 
 def main():
     args = parse_arguments()
-    experiment, languages, coefficients = prepare(args)
-    numbers = [f"{name}: {sum(map(np.count_nonzero, c.values()))} experts"
-               for name, c in coefficients.items()]
-    print(f"{args.model}  {'  '.join(numbers)}  {args.selection or 'of ' + ','.join(args.sources)}"
-          f"  rule {args.rule}  experts_per_language {args.experts_per_language}  threshold "
-          f"{args.threshold}")
-    print_moved(experiment, languages, next(iter(coefficients.values())))
-    report(*run_all(experiment, languages, coefficients))
+    experiment, groups = prepare(args)
+    changes = []
+    for group in groups:
+        numbers = [f"{name}: {sum(map(np.count_nonzero, c.values()))} experts"
+                   for name, c in group["coefficients"].items()]
+        print(f"{args.model}  {'  '.join(numbers)}  "
+              f"{args.selection or 'of ' + ','.join(group['sources'])}  rule {args.rule}  "
+              f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
+        results = run_all(experiment, group, moving_lambdas(experiment, group))
+        print_draws(experiment, group, max(results[0], key=results[0].get))
+        changes.append(report(*results))
+        print()
+    if len(groups) > 1:
+        print_groups(groups, changes)
     common.print_end(experiment)
 
 

@@ -352,6 +352,63 @@ def test_languages_are_taken_together_if_their_problems_are_as_many():
     assert list(rows(alone, alone)) == ["aa"] and list(rows(uneven, uneven)) == ["aa", "bb"]
 
 
+def test_signs_are_flipped_problem_by_problem():
+    assert steer.sign_flip_p(np.array([1.0, 1, 1, 0, 0])) == pytest.approx(2 / 8, abs=0.1)
+    few = np.array([0.5, 0.5, 1.0, -0.5, 0, np.nan])  # 16 ways; 10 of them at least 1.5 away from 0
+    sums = [abs(a + b + c + d) for a, b, c, d in itertools.product(
+        [0.5, -0.5], [0.5, -0.5], [1, -1], [0.5, -0.5])]
+    exact = np.mean([s >= 1.5 for s in sums])
+    assert steer.sign_flip_p(few) == pytest.approx((exact * 16 + 1) / 17)  # itself is counted, too
+    assert steer.sign_flip_p(np.zeros(5)) == 1
+    rng = np.random.default_rng(0)
+    rarely = np.mean([steer.sign_flip_p(rng.choice([-1, 0, 1], 40), seed) < 0.05
+                      for seed in range(300)])
+    assert rarely < 0.08
+
+
+def test_together_errs_as_rarely_as_it_says_where_languages_answer_alike():
+    """Eight languages get the same problems right: 10 independent problems, not 80 answers."""
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(200):
+        base, scores = (np.tile(rng.random(60) < 0.7, (8, 1)).astype(float) for _ in range(2))
+        base, scores = (dict(zip("abcdefgh", x)) for x in (base, scores))
+        found += steer.effect_rows("accuracy", slice(None), base, scores)[-1]["p"] < 0.05
+    assert found / 200 < 0.09
+
+
+def test_nothing_changed_is_the_rule_of_three_and_the_smallest_change_that_would_be_seen():
+    base = {"aa": np.array([0, 1] * 30)}
+    row, = steer.effect_rows("accuracy", slice(None), base, base)
+    assert (row["low"], row["high"]) == (-0.05, 0.05) and row["p"] == 1
+    assert row["seen"] == pytest.approx(2.8 * np.sqrt(0.05) / np.sqrt(60))
+    rng, n, part, found = np.random.default_rng(0), 200, 0.2, 0
+    change = 2.8 * np.sqrt(part / n)  # of which it is said that four of five cases show it
+    for _ in range(300):
+        kind = rng.choice(3, n, p=[1 - part, (part + change) / 2, (part - change) / 2])
+        before = np.where(kind == 0, rng.random(n) < 0.5, kind == 2)
+        after = np.where(kind == 0, before, kind == 1)
+        row, = steer.effect_rows("accuracy", slice(None), {"a": before * 1.0}, {"a": after * 1.0})
+        assert row["seen"] == pytest.approx(change, rel=0.35)
+        found += row["p"] < 0.05
+    assert 0.65 < found / 300 < 0.9
+
+
+@pytest.mark.parametrize("planted", [0, 0.1])
+def test_related_languages_gain_more_only_where_it_is_so(planted):
+    languages, sources = "bn de en es fr ja sw zh".split(), ["en", "zh", "fr"]
+    rng, found = np.random.default_rng(0), 0
+    european = {"bn", "de", "en", "es", "fr"}
+    for _ in range(20 if planted else 60):
+        gains = rng.normal(0, 0.02, (3, 8)) + rng.normal(0, 0.1, (3, 1)) + rng.normal(0, 0.1, 8)
+        for i, source in enumerate(sources):
+            gains[i] += [planted * ((l in european) == (source in european)) for l in languages]
+            gains[i, languages.index(source)] = np.nan
+        gap, p, least = steer.related_test(gains, sources, languages, rng)
+        assert least == pytest.approx(1 / 56, rel=0.05)
+        found += p < 0.05
+    assert found / 60 < 0.15 if not planted else found / 20 > 0.8
+
+
 # --------------------------------------------------------------------------- steer: the tiny model
 
 @pytest.fixture(scope="module")
@@ -591,7 +648,7 @@ def test_the_ablation_table_shows_changes_and_those_of_random_draws(ablation, ba
 
     lines = lines_of(ablation.printed, title, metric)
     for language, target in (("sw", "sw"), ("en", "en+zh")):
-        all_targets, own, drawn, matched = lines[language]
+        all_targets, own, drawn, matched = lines[language][:4]
         assert all_targets == pytest.approx(
             [scores("baseline", language).mean(), change("exclusive", "sw", language),
              change("exclusive", "en+zh", language)], abs=6e-4)
@@ -660,8 +717,16 @@ def test_sources_are_not_evaluated_unless_they_are_named(dumps, tmp_path):
     assert rows_of(out)[-1]["settings"]["language"] == "en"
 
 
+def test_a_lambda_that_moves_no_selection_is_left_out(dumps, tmp_path):
+    printed = run(steer, "--routing", *dumps, "--languages", "sw", "--limit", 4, "--lambda", 1e-9, 0.5,
+                  "--control-seeds", 2, "--metrics", "prompt_nll", "--out", tmp_path / "r.jsonl")
+    assert "lambda 1e-09: selections moved" in printed and "left out: it moves none" in printed
+    assert {r["settings"].get("lambda") for r in rows_of(tmp_path / "r.jsonl")} == {None, 0.5}
+    assert re.search(r"selections moved at lambda 0.5: \d.\d+%; by random draws", printed)
+
+
 def test_a_lambda_that_moves_no_selection_is_an_error(dumps, tmp_path):
-    with pytest.raises(common.InputError, match="lambda 1e-09 moves no selection.*a larger one"):
+    with pytest.raises(common.InputError, match="no lambda moves any selection; take larger ones"):
         run(steer, "--routing", *dumps, "--languages", "sw", "--limit", 4, "--lambda", 1e-9,
             "--out", tmp_path / "r.jsonl")
 
@@ -709,4 +774,4 @@ def test_a_contrast_is_boosted(contrast, dumps, tiny, tmp_path):
     line = next(l for l in printed.split("\n") if l.startswith("sw "))
     assert numbers(line)[:2] == [r.mean() for r in right]
     fixed, broken = (right[1] > right[0]).sum(), (right[1] < right[0]).sum()
-    assert fixed != broken and line.split()[-3:-1] == [str(fixed), str(broken)]
+    assert fixed != broken and line.split()[-4:-2] == [str(fixed), str(broken)]
