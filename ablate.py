@@ -18,8 +18,10 @@ leave out 0. One model load; two minutes on the tiny model. A stopped run goes o
 """
 
 import itertools
+import json
 import math
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -43,6 +45,7 @@ MAX_LENGTH = 4096                    # tokens of a prompt
 MAX_NEW_TOKENS = None                # of a response; None: the checkpoint's generation config
 OUT = "results/ablate.jsonl"
 # ------------------------------------------------------------------------------------------------
+EDITS = {"reroute": "masks", "zero": "zeroed"}  # of edit_routing
 OF_ALL = ("shared", "selection")     # targets that are no language: every language has its controls
 
 
@@ -55,7 +58,7 @@ def choose_experts(args, dumps):
         common.require(selection.any(), f"{args.selection}: A's tokens select no expert more")
         return {"selection": selection}
     share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
-    if args.experts == "shared":
+    if args.experts in ("shared", "each"):
         return {"shared": analyze.shared_experts(share, args.threshold)}
     targets = args.targets.split(",") if args.targets else [dump["language"] for dump in dumps]
     rows = {target: analyze.rows_of(target.split("+"), dumps) for target in targets}
@@ -157,7 +160,7 @@ def run_cells(experiment, plan, bands, layers):
             # a mask without experts changes nothing: the unmasked model is its result
             cell[kind] = cell["unmasked"] if not mask.any() else experiment.cell(
                 language, f"{band}-{name}-{target}", settings,
-                **{"zeroed" if how == "zero" else "masks": as_masks(mask, layers)})
+                **{EDITS[how]: as_masks(mask, layers)})
     return results
 
 
@@ -238,6 +241,57 @@ def selectivity_rows(results, plan, metric, shares, tokens):
     return rows
 
 
+def run_each(experiment, shares, rows, layers):
+    """Mask every expert that a language uses, one at a time, in the rows; what that does to the
+    first metric goes into effects.npz, with what earlier runs of equal settings have found.
+
+    effect  float64 (languages, layers, experts): mean change, nan where not run
+    """
+    args, todo = experiment.args, []
+    for language, share in shares.items():
+        experiment.cell(language)
+        todo += [(language, *place) for place in np.argwhere((share > 0) & rows[:, None]).tolist()]
+    print(f"{len(todo)} evaluations")
+    started, num_experts = time.perf_counter(), shares[todo[0][0]].shape[1]
+    for done, (language, row, expert) in enumerate(tqdm(todo, leave=False)):
+        if done == 10:
+            seconds = (time.perf_counter() - started) / 10 * len(todo)
+            tqdm.write(f"about {seconds / 60:.0f} minutes, if none is there already")
+        layer = int(layers[row])
+        experiment.cell(language, "each", {"layer": layer, "expert": expert, "how": args.how}, **{
+            EDITS[args.how]: {layer: np.arange(num_experts) == expert}})
+    settings = json.loads(list(experiment.cut)[-1])
+    effects = collect_effects(experiment.rows.values(), settings, args.metrics[0], layers,
+                              num_experts)
+    path = common.predictions_folder(args.out) / "effects.npz"
+    common.write_whole(path, lambda file: np.savez(file, **effects))
+    print(path)
+
+
+def collect_effects(rows, settings, metric, layers, num_experts):
+    """The arrays of effects.npz, from all rows of a results file with these settings but for the
+    place of the expert and the language.
+    """
+    def the_same(settings):
+        place = ("language", "data_sha256", "layer", "expert", "edit")
+        return {key: value for key, value in settings.items() if key not in place}
+
+    settings, found, base = the_same(settings), {}, {}
+    for row in rows:
+        own, scores = row["settings"], np.array(row["scores"].get(metric, np.nan))
+        if the_same(own) == settings:
+            found[own["language"], own["data_sha256"], own["layer"], own["expert"]] = scores
+        elif all(settings.get(key) == value for key, value in the_same(own).items()):
+            base[own["language"], own["data_sha256"]] = scores
+    languages = sorted({key[0] for key in found})
+    effect = np.full((len(languages), len(layers), num_experts), np.nan)
+    for (language, data, layer, expert), scores in found.items():
+        place = languages.index(language), list(layers).index(layer), expert
+        effect[place] = np.nanmean(scores - base[language, data])
+    return {"effect": effect, "languages": np.array(languages), "layers": layers, "metric": metric,
+            "meta": json.dumps(settings | {"harm": -common.better(metric)})}
+
+
 def scored_tokens(tasks, metric):
     """{language: how many tokens of each problem a likelihood is the mean of, or 1}."""
     def count(example):
@@ -252,9 +306,10 @@ def scored_tokens(tasks, metric):
 def parse_arguments():
     p = common.argument_parser(__doc__)
     add = common.add_task_arguments(p)
-    add("--experts", choices=["exclusive", "shared", "random"], default="exclusive",
-        help="exclusive to the target; shared by all; or random, as many (default: %(default)s)")
-    add("--how", choices=["reroute", "zero"], default="reroute", metavar="H",
+    add("--experts", choices=["exclusive", "shared", "random", "each"], default="exclusive",
+        metavar="E", help="exclusive to the target (default); shared by all; random, as many; or "
+        "each, one at a time")
+    add("--how", choices=EDITS, default="reroute", metavar="H",
         help="reroute: others take their place; zero: they contribute nothing")
     add("--targets", help="whose experts, as bn,de or bn+sw (default: those of the dumps)")
     add("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, "
@@ -262,6 +317,8 @@ def parse_arguments():
     args = common.parse_task_arguments(p, sys.modules[__name__])
     if args.selection:
         args.experts = "selection"
+    common.require(args.experts != "each" or args.bands, "--experts each takes long; say in which "
+                   "--bands")
     common.require(args.experts not in OF_ALL or not args.targets, f"--targets has no part in the "
                    f"{args.experts} experts; leave it out")
     return args
@@ -277,6 +334,9 @@ def main():
     if args.selection and not args.bands:
         bands = {"selected": chosen["selection"].any(1)}
     experiment = common.Experiment(args, dumps)
+    if args.experts == "each":
+        return run_each(experiment, routing_shares(dumps, experiment.tasks),
+                        np.any(list(bands.values()), 0), layers)
     plan = plan_cells(args, chosen, bands, dumps, experiment.tasks)
     for mask in itertools.chain(*map(dict.values, plan.values())):
         common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.shape, {})

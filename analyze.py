@@ -663,6 +663,62 @@ def rank_correlation(x, y, rng):
     return rho[0], np.mean(np.abs(rho) >= abs(rho[0]) - 1e-12)
 
 
+# ------------------------------------------------------------------------------ effects of experts
+
+def load_effects(path, dumps):
+    """Harm, float64 (languages, layers, experts) like the dumps, of ablate.py --experts each: how
+    much worse it gets without the expert; nan where that was not tried.
+    """
+    with explained(f"{path} is not what ablate.py --experts each writes"):
+        file = np.load(path, allow_pickle=False)
+        meta, effects = json.loads(str(file["meta"])), dict(zip(file["languages"], file["effect"]))
+        require(np.array_equal(file["layers"], dumps[0]["layers"]) and dumps[0]["revision"] in (
+            None, meta["revision"]), f"{path} is of another model than the dumps")
+    nothing = np.full(dumps[0]["counts"].shape, np.nan)
+    return meta["harm"] * np.stack([effects.get(dump["language"], nothing) for dump in dumps])
+
+
+def rank_agreement(x, y):
+    """Spearman's rho of finite values; ties in the order of their places."""
+    return np.corrcoef(*(np.argsort(np.argsort(values)) for values in (x, y)))[0, 1]
+
+
+def matched_difference(harm, exclusive, weight, rng, permutations=2000):
+    """Do exclusive experts do more than others of the same use? {difference, p, seen, alone}.
+
+    harm (nan where unknown), exclusive, weight: (languages, layers, experts). Blocks of up to four
+    neighbours in weight, of one layer and language, the largest at most 1.25 times the smallest;
+    weight is taken out linearly, within blocks, of harm and of label; labels are permuted within
+    blocks (one-sided p). seen: the difference found in four of five cases; alone: exclusive experts
+    without a neighbour, which do not count.
+    """
+    blocks = []
+    for place in np.ndindex(harm.shape[:2]):
+        blocks.append([])
+        tried = np.flatnonzero(np.isfinite(harm[place]))
+        for expert in tried[np.argsort(weight[place][tried])]:
+            first = blocks[-1][0][2] if blocks[-1] else expert
+            if len(blocks[-1]) == 4 or weight[place][expert] > 1.25 * weight[place][first]:
+                blocks.append([])
+            blocks[-1].append((*place, expert))
+    blocks = [block for block in blocks if len(block) > 1]
+    block = np.repeat(np.arange(len(blocks)), list(map(len, blocks)))
+    y, label, x = (each[tuple(np.concatenate(blocks).T)].astype(float)
+                   for each in (harm, exclusive, weight))
+
+    def within(values):
+        return values - (np.bincount(block, values) / np.bincount(block))[block]
+
+    x, slopes = within(x), []
+    y = within(y) - x * (y @ x) / (x @ x)
+    for draw in range(permutations + 1):
+        dealt = label[np.lexsort((rng.random(len(label)), block))] if draw else label
+        dealt = within(dealt) - x * (dealt @ x) / (x @ x)
+        slopes.append(dealt @ y / max(dealt @ dealt, 1e-300))
+    return {"difference": slopes[0], "p": np.mean(np.array(slopes) >= slopes[0] - 1e-15),
+            "seen": 2.49 * np.std(slopes[1:]), "alone": int(exclusive.sum() - label.sum())}
+
+
 # ----------------------------------------------------------------------------------------- tables
 
 def texts(result, key, *index, scale=1, digits=3):
@@ -763,6 +819,32 @@ def print_tests(result, bands):
         print_table({"band": bands, "Spearman": rho, "p": p})
 
 
+def print_effects(result, args):
+    """What masking single experts does, beside how much they are used and whose they are."""
+    harm, weight = result["harm"], result["weight"]
+    tried = np.isfinite(harm)
+    exclusive, rows, worst = result["exclusive"] & tried, [], []
+    for k, language in enumerate(result["languages"]):
+        known = [each[k][tried[k]] for each in (harm, weight, result["share"])]
+        if tried[k].any():
+            rows.append({"": language, "experts": len(known[0]),
+                         "weight": rank_agreement(known[0], known[1]),
+                         "share": rank_agreement(known[0], known[2])})
+            for i in np.argsort(-known[0])[:3]:
+                layer, expert = np.argwhere(tried[k])[i]
+                worst.append({"most": language, "layer": result["layers"][layer], "expert": expert}
+                             | dict(zip(("harm", "weight", "share"), (x[i] for x in known))))
+    print("\nwhat masking one expert does: rank correlation of the harm with weight and with share")
+    print_rows(rows)
+    print_rows(worst)
+    print("\nmean harm of exclusive experts, and of others")
+    print_rows([{"layer": layer, "exclusive": harm[:, k][exclusive[:, k]].mean(),
+                 "others": harm[:, k][(tried & ~exclusive)[:, k]].mean()}
+                for k, layer in enumerate(result["layers"]) if exclusive[:, k].any()])
+    print("do exclusive experts do more than others of the same use?")
+    print_rows([matched_difference(harm, exclusive, weight, np.random.default_rng(args.seed))])
+
+
 def report(result, dumps, bands, args):
     """All tables, and what to know about them."""
     n, (layers, experts) = len(dumps), dumps[0]["counts"].shape
@@ -785,6 +867,8 @@ def report(result, dumps, bands, args):
     if "common_tokens" in result and n > 1:
         print_vocabulary(result, bands)
     print_tests(result, bands)
+    if args.effects:
+        print_effects(result, args)
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -819,11 +903,23 @@ def draw_layers(figure, result, bands):
     axis.set_xlabel("decoder layer")
 
 
+def draw_effects(figure, result, bands):
+    """Harm of masking an expert against its use, and by layer; exclusive experts are red."""
+    figure.set_size_inches(10, 4)
+    use, depth = figure.subplots(1, 2)
+    for own, color in ((~result["exclusive"], "gray"), (result["exclusive"], "red")):
+        harm = np.where(own, result["harm"], np.nan)
+        use.plot(result["weight"].ravel(), harm.ravel(), ".", color=color)
+        depth.plot(result["layers"], np.ma.masked_invalid(harm).mean((0, 2)), color=color)
+    use.set(xlabel="share of the routing weight", ylabel="harm", xscale="log")
+    depth.set(xlabel="decoder layer", ylabel="mean harm")
+
+
 def save_figures(folder, result, bands):
-    """heatmaps.png and layers.png in a folder."""
+    """heatmaps.png, layers.png, and with --effects effects.png, in a folder."""
     from matplotlib.figure import Figure
     os.makedirs(folder, exist_ok=True)
-    for draw in (draw_heatmaps, draw_layers):
+    for draw in (draw_heatmaps, draw_layers, *[draw_effects] * ("harm" in result)):
         figure, path = Figure(layout="constrained"), f"{folder}/{draw.__name__[5:]}.png"
         draw(figure, result, bands)
         figure.savefig(path, dpi=120)
@@ -937,6 +1033,9 @@ def compute(dumps, bands, args):
         scores = read_scores(args.scores, result["languages"][others])
         result["score_correlation"] = np.array([
             rank_correlation(row, scores, rng) for row in similarities[:, reference, others]])
+    if args.effects:
+        result |= {"harm": load_effects(args.effects, dumps),
+                   "weight": distribution(np.stack([dump["weights"] for dump in dumps]))}
     if args.vocabulary:
         result |= vocabulary_control(dumps, args.part, bands)
     if args.bootstrap:
@@ -983,6 +1082,7 @@ def save_analysis(path, result, dumps, bands, args):
     interval_... of band_, mean_, layer_, num_, entropy    --bootstrap: (2, ...), low and high
     floor_M (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap: of similarity
     exclusive_stability (L, layers, experts), shared_stability (layers, experts)   part of the draws
+    harm, weight (L, layers, experts)                 --effects: of masking it; part of the weight
     num_stable (L, 2)                                 exclusive and shared ones that are stable
     similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L),
     mean_own_tokens, mean_common_tokens (B,)          see vocabulary_control
@@ -1035,12 +1135,13 @@ def parse_arguments():
     add("--bootstrap", type=int, default=0, metavar="N", help="intervals of N draws, and the floor")
     add("--parallel", action="store_true", help="sequence i says the same in all languages")
     add("--vocabulary", action="store_true", help="over common tokens, and over a language's own")
+    add("--effects", metavar="FILE", help="of ablate.py --experts each: what does each expert do?")
     add("--families", help="file of code, tab, family/branch; over the built-in table")
     add("--scores", help='file of {"de": 0.9, ...}: correlate with the similarity to ' + REFERENCE)
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     add = p.add_argument_group("what is written").add_argument
     add("--out", default=OUT, help="(default: %(default)s)")
-    add("--figures", default="", help="folder of heatmaps.png and layers.png; needs matplotlib")
+    add("--figures", default="", help="folder of pictures; needs matplotlib")
     add = p.add_argument_group("instead: experts that tell two groups of tokens apart").add_argument
     add("--contrast", nargs=2, metavar=("A", "B"), help="two dumps")
     add("--tau", type=float, default=TAU, help="where A has this much more (default: %(default)s)")

@@ -464,7 +464,7 @@ def test_the_plain_tables_read_no_more_than_they_need(planted, monkeypatch, tmp_
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__",
                         lambda self, key: (read.add(key), get(self, key))[1])
     assert analyze.load_routing(str(tmp_path / "de.npz"))["num_tokens"] == 1500
-    assert read == {"counts", "layers", "meta", "sequence_offsets"}
+    assert read == {"counts", "weight_sums", "layers", "meta", "sequence_offsets"}
 
 
 def test_a_digest_tells_counts_apart(tmp_path):
