@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import ablate
 import analyze
@@ -447,6 +448,58 @@ def test_moved_selections_are_counted_over_real_tokens(tiny, coefficients):
             new[layer] += sum(len(set(b) - set(a)) for a, b in zip(plain[layer], steered[layer]))
     assert moved == {layer: pytest.approx(n / total, abs=2 / total) for layer, n in new.items()}
     assert max(moved.values()) > 0.05
+
+
+# ------------------------------------------------------------------------------- a planted effect
+
+@pytest.fixture(scope="module")
+def carrier(tmp_path_factory):
+    """A model in which expert 5 of layer 1 alone writes the answer, "7", and is never selected; and
+    one in which it writes nothing. Every token has the same large first coordinate to work with.
+    """
+    place = tmp_path_factory.mktemp("carrier")
+    tokenizer = AutoTokenizer.from_pretrained("tests/tiny_moe")
+    seven, = tokenizer("7", add_special_tokens=False)["input_ids"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=32, moe_intermediate_size=8, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, num_experts=8,
+        num_experts_per_tok=1, norm_topk_prob=True, tie_word_embeddings=False))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(0, 0.3)[:, 0] = 8.0
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.normal_(0, 0.5)[:, 0] = 0
+        block = model.model.layers[1].mlp
+        block.gate.weight[5, 0] = -1.0
+        block.experts.gate_up_proj[5, :, 0] = 1.0
+        direction = model.lm_head.weight.normal_(0, 0.3)[seven].clone()
+        block.experts.down_proj[5] = direction[:, None] / direction.norm()
+        model.save_pretrained(place / "writes")
+        block.experts.down_proj[5] *= 0
+        model.save_pretrained(place / "empty")
+    for folder in ("writes", "empty"):
+        tokenizer.save_pretrained(place / folder)
+    (place / "en.tsv").write_text("".join(f"How many {word}s?\t7\n" for word in
+                                          "apple egg pen cat dog box cup hat key map".split()))
+    return place
+
+
+@pytest.mark.parametrize("folder, found", [("writes", True), ("empty", False)])
+def test_a_planted_effect_is_found_and_without_it_none(carrier, tmp_path, folder, found):
+    args = parsed(steer, "--model", carrier / folder, "--data", carrier / "en.tsv", "--rule", "soft",
+                  "--lambda", 6, "--metrics", "answer_nll", "--control-seeds", 7,
+                  "--out", tmp_path / "r.jsonl")
+    experiment = common.Experiment(args, [])
+    group = {"sources": [], "languages": ["en"], "coefficients": {"shared": {1: np.eye(8)[5]}}}
+    lambdas = steer.moving_lambdas(experiment, group)
+    _, base, steered, draws, _ = steer.run_all(experiment, group, lambdas)
+    row, = steer.effect_rows("answer_nll", slice(None), base["answer_nll"], steered["answer_nll"],
+                             [draw["answer_nll"] for draw in draws])
+    others = [random["answer_nll"]["en"].mean() - base["answer_nll"]["en"].mean()
+              for seed, random in enumerate(draws)
+              if not steer.random_coefficients({1: np.eye(8)[5]}, seed)[1][5]]
+    beyond = row["high"] < 0 and row["change"] < min(others) - 0.1
+    assert bool(beyond) == found
 
 
 # ------------------------------------------------------------------------------------------- cells
