@@ -5,16 +5,18 @@ Mask experts, layer band by layer band, and see which languages it hurts, agains
     python ablate.py --model Qwen/Qwen3-30B-A3B --data 'data/mgsm_{lang}.tsv' \\
                      --bands early=0-4 middle=22-26 late=43-47 --metrics accuracy prompt_nll
     python ablate.py --selection selection.json            # what analyze.py --contrast selected
+    python ablate.py --experts each --bands all=0-7 --limit 24     # then: analyze.py --effects
 
 reads   routing dumps, and evaluation data, best not what the dumps were captured on
 writes  results/ablate.jsonl    a line per cell: settings, scores of every example, their mean
+        results/ablate/         predictions, and of --experts each effects.npz
 
 A cell is band x target x evaluation language: the experts exclusive to the target (arXiv
-2601.14050) are never selected in the band. In the target's own language there are controls, as many
-experts each: random ones among those that the language uses at all, and those that it uses as
-often as the masked ones without their being exclusive. A language is hurt if it does worse than
-with every random draw, and worse than with the controls by intervals, over examples and draws, that
-leave out 0. One model load; two minutes on the tiny model. A stopped run goes on where it stopped.
+2601.14050) are never selected in the band (--how zero: selected, without a contribution). In the
+target's own language there are controls: as many experts drawn from those that the language uses at
+all, and others that carry as much of its routing weight. A language is hurt if it does worse than
+with every draw of both, and by an interval over problems and random draws that leaves out 0. One
+model load; two minutes on the tiny model. A stopped run goes on where it stopped.
 """
 
 import itertools
@@ -188,34 +190,32 @@ def change_rows(results, metric):
 def control_rows(results, plan, metric, shares, draws):
     """For each language with controls three rows: masked, random and matched experts, how many they
     are, what part of its routing weight goes, the mean change, and its 95 % interval over problems
-    or, of draws, the least and the most; and the verdict. Rows, and how many have one.
+    or, of draws, the least and the most; and the verdict. Rows, and all verdicts.
     """
-    rows, verdicts = [], []
+    rows, verdicts, kinds = [], [], ("masked", "random", "matched")
     for key, cell in results.items():
-        groups = {kind.partition("-")[0]: [] for kind in plan[key]}
-        for kind in plan[key]:
-            groups[kind.partition("-")[0]].append(kind)
-        if "matched" not in groups:
+        masks, base, drawn = plan[key], cell["unmasked"][metric], {}
+        if len(masks) == 1:
             continue
-        scores = {group: np.array([cell[kind][metric] for kind in kinds])
-                  for group, kinds in groups.items()}
-        for group, kinds in groups.items():
-            removed = [part_removed(plan[key][kind], shares[key[2]]) for kind in kinds]
-            changes = np.nanmean(scores[group] - cell["unmasked"][metric], 1)
-            low, high = (interval(scores[group][0] - cell["unmasked"][metric])
-                         if group == "masked" else (changes.min(), changes.max()))
-            numbers = [plan[key][kind].sum() for kind in kinds]
-            rows.append({"own": key[2], "": group, "experts": f"{np.mean(numbers):.1f}",
-                         "weight": np.mean(removed), "change": changes.mean(), "low": low,
+        for kind in kinds:
+            drawn[kind] = np.array([cell[name][metric] - base for name in masks
+                                    if name.startswith(kind)]).reshape(-1, len(base))
+        enough = len(drawn["random"]) >= draws
+        verdicts += [is_hurt(*drawn["masked"], drawn["random"], drawn["matched"],
+                             common.better(metric))] if enough else []
+        for kind in kinds if enough else ("masked", "matched"):
+            of_kind = [mask for name, mask in masks.items() if name.startswith(kind)]
+            removed = [part_removed(mask, shares[key[2]]) for mask in of_kind]
+            means = np.nanmean(drawn[kind], 1)
+            low, high = interval(*drawn[kind]) if kind == "masked" else (means.min(), means.max())
+            experts = np.mean([mask.sum() for mask in of_kind])
+            rows.append({"own": key[2], "": kind, "experts": f"{experts:.1f}",
+                         "weight": np.mean(removed), "change": means.mean(), "low": low,
                          "high": high, "verdict": ""})
-            if group == "matched" and min(removed) < 0.9 * rows[-len(groups)]["weight"]:
-                rows[-1]["verdict"] = "others do not carry as much"
-        if len(groups.get("random", [])) < draws:
-            rows[-len(groups)]["verdict"] = "none: too few other sets of experts"
-        else:
-            verdicts.append(is_hurt(scores["masked"][0], scores["random"], scores["matched"],
-                                    common.better(metric)))
-            rows[-len(groups)]["verdict"] = "hurt" * verdicts[-1]
+        rows[-len(drawn) + (not enough)]["verdict"] = (
+            "hurt" * verdicts[-1] if enough else "none: too few other sets of experts")
+        if min(removed) < 0.9 * part_removed(masks["masked"], shares[key[2]]):
+            rows[-1]["verdict"] = "others do not carry as much"
     return rows, verdicts
 
 
@@ -224,20 +224,24 @@ def selectivity_rows(results, plan, metric, shares, tokens):
     problem, with the 95 % interval; likelihoods in nats per problem, since tokens differ. Beside it
     the routing weight that goes from its own language and, on average, from the others.
 
-    tokens {language: (problems,)}, 1 where scores are no likelihoods; languages without as many
-    problems have no row.
+    tokens {language: (problems,)}, 1 where scores are no likelihoods. Nothing without as many
+    problems in every language.
     """
-    rows = []
-    for (band, target, language), cell in results.items():
-        changes = {other: (c["masked"][metric] - c["unmasked"][metric]) * tokens[other]
-                   for (b, t, other), c in results.items() if (b, t) == (band, target)}
-        if target == language and len(changes) > 1 == len(set(map(len, changes.values()))):
-            own, mask = changes.pop(language), plan[band, target, language]["masked"]
-            difference = own - np.mean(list(changes.values()), 0)
-            low, high = interval(difference)
-            rows.append({"own": language, "own - others": np.nanmean(difference), "low": low,
-                         "high": high, "weight of own": part_removed(mask, shares[language]),
-                         "of others": np.mean([part_removed(mask, shares[o]) for o in changes])})
+    rows, names = [], list(tokens)
+    if len(set(map(len, tokens.values()))) > 1 or len(names) < 2:
+        return rows
+    for band, target in dict.fromkeys(key[:2] for key in results if key[1] in names):
+        cells = [results[band, target, language] for language in names]
+        change = np.array([(cell["masked"][metric] - cell["unmasked"][metric]) * tokens[language]
+                           for language, cell in zip(names, cells)])
+        mask = plan[band, target, target]["masked"]
+        weight = np.array([part_removed(mask, shares[language]) for language in names])
+        own = np.array(names) == target
+        difference = change[own][0] - change[~own].mean(0)
+        low, high = interval(difference)
+        rows.append({"own": target, "own - others": np.nanmean(difference), "low": low,
+                     "high": high, "weight of own": weight[own][0],
+                     "of others": weight[~own].mean()})
     return rows
 
 
@@ -324,6 +328,26 @@ def parse_arguments():
     return args
 
 
+def report(results, plan, bands, layers, shares, experiment):
+    """The tables of every metric and band, and how many rows are hurt."""
+    draws, verdicts = experiment.args.control_seeds, []
+    for metric, band in itertools.product(next(iter(results.values()))["unmasked"], bands):
+        of_band = {key: cell for key, cell in results.items() if key[0] == band}
+        print(f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
+              "experts are masked, of")
+        analyze.print_rows(change_rows(of_band, metric))
+        print("in the target's own language; low, high: 95 % interval, or the least and most draw")
+        rows, found = control_rows(of_band, plan, metric, shares, draws)
+        analyze.print_rows(rows)
+        verdicts += found
+        print("selective? the change in the own language less that in the others, per problem")
+        analyze.print_rows(selectivity_rows(of_band, plan, metric, shares,
+                                            scored_tokens(experiment.tasks, metric)))
+    print(f"\nhurt: worse than all {draws} random draws and all {MATCHED_SEEDS} matched ones, and "
+          f"by an interval\nover problems and draws. {sum(verdicts)} of {len(verdicts)} rows are "
+          f"hurt; chance would give up to {len(verdicts) / (draws + 1):.1f}")
+
+
 def main():
     args = parse_arguments()
     dumps = analyze.load_languages(args.routing, args.part)
@@ -334,34 +358,17 @@ def main():
     if args.selection and not args.bands:
         bands = {"selected": chosen["selection"].any(1)}
     experiment = common.Experiment(args, dumps)
+    shares = routing_shares(dumps, experiment.tasks)
     if args.experts == "each":
-        return run_each(experiment, routing_shares(dumps, experiment.tasks),
-                        np.any(list(bands.values()), 0), layers)
+        return run_each(experiment, shares, np.any(list(bands.values()), 0), layers)
     plan = plan_cells(args, chosen, bands, dumps, experiment.tasks)
+    common.require(any(cell["masked"].any() for cell in plan.values()),
+                   "no expert to mask in these bands; give other --bands or --targets")
     for mask in itertools.chain(*map(dict.values, plan.values())):
         common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.shape, {})
     print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-    results = run_cells(experiment, plan, bands, layers)
-    shares, verdicts = routing_shares(dumps, experiment.tasks), []
-    for metric, band in itertools.product(next(iter(results.values()))["unmasked"], bands):
-        print(f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
-              "experts are masked, of")
-        of_band = {key: cell for key, cell in results.items() if key[0] == band}
-        analyze.print_rows(change_rows(of_band, metric))
-        rows, found = control_rows(of_band, plan, metric, shares, args.control_seeds)
-        verdicts += found
-        print("in the target's own language; low, high: 95 % interval, or the least and most draw")
-        analyze.print_rows(rows)
-        rows = selectivity_rows(of_band, plan, metric, shares,
-                                scored_tokens(experiment.tasks, metric))
-        if rows:
-            print("selective? the change in the own language less that in the others, per problem")
-            analyze.print_rows(rows)
-    print(f"\nhurt: worse than all {args.control_seeds} random draws and all {MATCHED_SEEDS} "
-          "matched ones, and by an interval\nover problems and draws. "
-          f"{sum(verdicts)} of {len(verdicts)} rows are hurt; chance would give up to "
-          f"{len(verdicts) / (args.control_seeds + 1):.1f}")
+    report(run_cells(experiment, plan, bands, layers), plan, bands, layers, shares, experiment)
     common.print_end(experiment)
 
 

@@ -10,7 +10,7 @@ reads   routing dumps      .npz of capture.py, or .json of the paper's recorder;
 writes  analysis.npz       the same figures as arrays, listed at save_analysis; --figures: pictures
 
 Exclusive and shared experts are those of arXiv 2601.14050. All shares depend on which languages are
-compared: name the dumps. Under a second; with a thousand bootstrap draws, half a minute.
+compared: name the dumps. Under a second; with a thousand bootstrap draws, seconds to a minute.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def explained(message):
     except (InputError, OSError):
         raise
     except Exception as error:
-        what = str(error).partition("\n")[0]
-        raise InputError(f"{message} ({type(error).__name__}: {what})") from error
+        missing = f": no {error}" if type(error) is KeyError else ""
+        raise InputError(message + missing) from error
 
 
 # ---------------------------------------------------------------------------------- reading dumps
@@ -216,9 +216,8 @@ def open_dump(path, *keys):
     file = np.load(path, allow_pickle=False)
     require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
     for key in keys:
-        require(key in file, f"{path} holds no {key}, which --part, --bootstrap, --parallel and "
-                             "--vocabulary need; capture it again with --overwrite, without "
-                             "--stats-only")
+        require(key in file, f"{path} holds no {key}; capture it again with --overwrite, without "
+                             "--stats-only; of an engine's IDs it is not known")
     return file
 
 
@@ -544,7 +543,7 @@ def select_contrast(frequency_a, frequency_b, tau=TAU, top=None):
     if top is None:
         return difference, difference > tau
     order = np.argsort(-np.abs(difference), axis=None, kind="stable")
-    return difference, np.argsort(order).reshape(difference.shape) < top
+    return difference, (np.argsort(order).reshape(difference.shape) < top) & (difference != 0)
 
 
 def load_selection(path, dump):
@@ -1104,7 +1103,7 @@ def run_contrast(args):
     (a, b), layers = frequencies(dumps), dumps[0]["layers"]
     difference, chosen = select_contrast(a, b, args.tau, args.top)
     require(chosen.any(), f"no frequency in A is larger by more than {args.tau} (the most: "
-                          f"{difference.max():.3f}); lower --tau, or give --top")
+                          f"{difference.max():.3f}); lower --tau, or give --top, and other dumps")
     experts = {int(layer): {int(expert): round(row[expert], 6) for expert in np.flatnonzero(picked)}
                for layer, row, picked in zip(layers, difference, chosen) if picked.any()}
     selection = {"experts": experts, "revision": dumps[0]["revision"], "arguments": vars(args),

@@ -587,7 +587,8 @@ def read_json_line(line):
         require(set(map(type, answers)) <= {str, int, float}, "an answer is a text or a number, or "
                                                               "a list of such")
         answers = list(map(str, answers))
-        kind = row.get("kind") or (answer_kind(answers[0]) if answers else "span")
+        kinds = set(map(answer_kind, answers))
+        kind = row.get("kind") or ("number" if kinds == {"number"} else "span")
         require(kind in ("number", "choice", "span"), f"kind {kind} is no number, choice or span")
         example |= {"answer": answers, "kind": kind}
     return example

@@ -12,8 +12,9 @@ writes  results/steer.jsonl     a line per cell: settings, scores of every examp
 In the band, router_logits += lambda * c * |router_logits| for the experts that the source languages
 share, with c the first source's share in the expert (arXiv 2601.14050). Of several lambdas the best
 is chosen on every other example and reported on the rest. Controls boost as many random experts per
-layer with the same coefficients. One model load; a minute and a half on the tiny model. A stopped
-run goes on where it stopped. In a notebook:
+layer with the same coefficients. --sources en,zh zh,en fr,es steers by each group, and asks whether
+languages of a source's family gain more. One model load; a minute on the tiny model. A stopped run
+goes on where it stopped. In a notebook, with model, tokenizer = common.load_model("..."):
 
     dumps = analyze.load_languages(["routing/en.npz", "routing/zh.npz"])
     with steer(model, steering_coefficients(dumps, ["en", "zh"]), 0.5): model.generate(**batch)

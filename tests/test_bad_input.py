@@ -110,7 +110,7 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "other revision": ("analyze", "{}/a.npz {}/b.npz", r"revision \(b, a\): different models"),
     "twice": ("analyze", "{}/en.npz {}/en.npz", "not one whole, nor all the shards .* label=path"),
     "shard missing": ("analyze", "{}/part.npz", r"\(shards 1/3\): not one whole"),
-    "no lengths": ("analyze", "{}/same_aa.npz --part response", "no prompt_lengths, which --part"),
+    "no lengths": ("analyze", "{}/same_aa.npz --part response", "no prompt_lengths; capture it again"),
     "no response": ("analyze", "{}/en.npz --part response", "en.npz holds no response tokens"),
     "reversed": ("analyze", "{}/en.npz --bands a=1-0", "'a=1-0' does not hold MoE layers .* 0-1"),
     "no dump": ("ablate", "--routing {}/none.npz", "no such dump: .*; run: python capture.py"),
