@@ -51,6 +51,10 @@ SHAPES = {
 MEAN_LENGTHS = {"bn": 270, "de": 94, "en": 73, "es": 90, "fr": 92, "ja": 93, "sw": 118, "zh": 78}
 
 
+def first_line(error):
+    return str(error).partition("\n")[0]
+
+
 def build(shape, device):
     """A model of random weights, made where it runs."""
     sizes = SHAPES[shape] | {"num_local_experts": SHAPES[shape]["num_experts"]}
@@ -213,7 +217,7 @@ def waits_inside(model, corpora, batch_tokens):
         capture.capture(model, together(corpora), batch_tokens)
         return "no"
     except RuntimeError as error:
-        return f"yes: {common.first_line(error)}"
+        return f"yes: {first_line(error)}"
     finally:
         mode("default")
         for handle in handles:
@@ -261,7 +265,8 @@ def cut_dumps(arrays, corpora, layers):
         tokens = slice(token, token + sum(map(len, sequences)))
         part = {key: array[tokens if key == "selected_experts" else rows]
                 for key, array in arrays.items()}
-        dumps[language] = capture.as_dump(part, sequences, prompt_lengths, layers)
+        dumps[language] = capture.as_dump(part, sequences, prompt_lengths,
+                                            [(0, len(ids)) for ids in sequences], layers)
         sequence, token = rows.stop, tokens.stop
     return dumps
 
@@ -361,7 +366,8 @@ def bench_generate(model, tokenizer, args):
 
     def run(edit):
         with edited(model, edit):
-            return common.generate(model, tokenizer, encoded, args.batch_tokens * 4, args.new_tokens)
+            return common.generate(model, tokenizer, encoded, args.batch_tokens * 4,
+                                   max_new_tokens=args.new_tokens)
 
     measured = in_turn({name: lambda edit=edit: run(edit) for name, edit in edits.items()},
                        3 * args.rounds, args.device)
@@ -416,7 +422,7 @@ def continuous(model, encoded, edit, args, static):
                                      max_new_tokens=args.new_tokens, pad_token_id=0)
                 same += out[0, len(e["ids"]):].tolist() == list(result.generated_tokens)
     except Exception as error:  # whatever it is, the other figures are to be had
-        return f"  does not run here: {type(error).__name__}: {common.first_line(error)[:60]}"
+        return f"  does not run here: {type(error).__name__}: {first_line(error)[:60]}"
     return (f"{len(encoded) * args.new_tokens / took:>10,.0f}{np.median(static) / took:>10.3f}"
             f"  of static batches; {same} of {len(encoded[:16])} responses the same as one by one")
 
@@ -474,7 +480,7 @@ def bench_kernels(model, tokenizer, args):
 
     runs = {"prefill": lambda: bare(model, corpora, batches),
             "generate": lambda: common.generate(model, tokenizer, encoded, args.batch_tokens * 4,
-                                                args.new_tokens)}
+                                                max_new_tokens=args.new_tokens)}
     tokens = {"prefill": total(corpora), "generate": len(encoded) * args.new_tokens}
     default = None
     for name, experts_name, attention_name in choices:
@@ -496,7 +502,7 @@ def bench_kernels(model, tokenizer, args):
             print(line, flush=True)
         except Exception as error:  # whatever it is, the other figures are to be had
             print(f"{name:<44}  does not run here: {type(error).__name__}: "
-                  f"{common.first_line(error)[:60]}", flush=True)
+                  f"{first_line(error)[:60]}", flush=True)
     model.set_experts_implementation(experts)
     model.set_attn_implementation(attention)
 
