@@ -127,24 +127,14 @@ def choose_lambda(base, steered, metric):
     return max(gains, key=gains.get), gains
 
 
-def mcnemar_p(before, after):
-    """(fixed, broken, exact two-sided p) of right/wrong scores: could the changes be coin flips?"""
-    before, after = np.asarray(before, bool), np.asarray(after, bool)
-    fixed, broken = int((~before & after).sum()), int((before & ~after).sum())
-    n = fixed + broken
-    tail = sum(math.comb(n, k) for k in range(min(fixed, broken) + 1)) / 2**n
-    return fixed, broken, min(1.0, 2 * tail)
-
-
 def sign_flip_p(differences, seed=0):
-    """Two-sided p of a mean of differences (problems,), whose signs could as well be others: exact
-    up to 12 that are not 0, else by 10,000 random flips.
+    """Two-sided p of a mean of differences (problems,) whose signs could as well be others: exact up
+    to 12 that are not 0, else by 10,000 random flips. Of right-or-wrong answers, McNemar's test.
     """
     values = differences[(differences != 0) & ~np.isnan(differences)]
     signs = (np.array(list(itertools.product([1, -1], repeat=len(values)))) if len(values) <= 12
              else np.random.default_rng(seed).choice([1, -1], (10_000, len(values))))
-    sums = np.abs(np.append(signs @ values, values.sum()))
-    return np.mean(sums >= abs(values.sum()) - 1e-12)
+    return np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12)
 
 
 def effect_rows(metric, part, base, scores, draws=()):
@@ -163,26 +153,30 @@ def effect_rows(metric, part, base, scores, draws=()):
         row, difference = {"": name} | common.effect(*means[:2], means[2:]), means[1] - means[0]
         n, spread = len(difference), np.nanstd(difference)
         if metric in common.RIGHT_OR_WRONG:
-            fixed, broken, p = mcnemar_p(before, after)
-            if not fixed + broken:  # the rule of three
-                row |= {"low": -3 / n, "high": 3 / n}
-            spread = max(spread, np.sqrt(3 / n) * (spread == 0))
-            row |= {"fixed": fixed, "broken": broken,
-                    "p": sign_flip_p(difference) if name == "together" else p}
+            row |= {"fixed": (after > before).sum(), "broken": (after < before).sum(),
+                    "p": sign_flip_p(difference)}
+            if not difference.any():  # the rule of three
+                row["low"], row["high"], spread = -3 / n, 3 / n, np.sqrt(3 / n)
         rows.append(row | {"seen": 2.8 * spread / np.sqrt(n)})
     return rows
 
 
 def choose_coefficients(args, dumps, sources):
-    """{name: coefficients}: "shared" or "selection", and as controls of it "band0-7", ..."""
-    bands = {"selection" if args.selection else "shared": args.band,
-             **{f"band{band}": band for band in args.control_bands}}
-    if args.selection:
-        selection = analyze.load_selection(args.selection, dumps[0])
-        return {name: selection_coefficients(selection, dumps[0]["layers"], band)
-                for name, band in bands.items()}
-    return {name: steering_coefficients(dumps, sources, band, args.experts_per_language,
-                                        args.threshold) for name, band in bands.items()}
+    """A group: its sources, the kind of its experts ("shared" or "selection"), the boosted ones and
+    as controls random draws and {"band0-7": ...}, each {decoder layer: (num_experts,)}.
+    """
+    def coefficients(band):
+        if args.selection:
+            selection = analyze.load_selection(args.selection, dumps[0])
+            return selection_coefficients(selection, dumps[0]["layers"], band)
+        return steering_coefficients(dumps, sources, band, args.experts_per_language,
+                                     args.threshold)
+
+    boosted = coefficients(args.band)
+    return {"sources": sources, "kind": "selection" if args.selection else "shared",
+            "boosted": boosted, "draws": [random_coefficients(boosted, seed)
+                                          for seed in range(args.control_seeds)],
+            "bands": {f"band{band}": coefficients(band) for band in args.control_bands}}
 
 
 def run_cells(experiment, group, name="baseline", strength=0, coefficients=None):
@@ -204,21 +198,15 @@ def run_all(experiment, group, lambdas):
     """({lambda: gain}, unsteered, steered, [random draws], {control band: ...}), as of run_cells:
     steered by the best of the lambdas, which is chosen on the even examples if there are several.
     """
-    (kind, *bands), metric = group["coefficients"], experiment.args.metrics[0]
-    boosted, base = group["coefficients"][kind], run_cells(experiment, group)
-    steered = {strength: run_cells(experiment, group, kind, strength, boosted)
+    metric, base = experiment.args.metrics[0], run_cells(experiment, group)
+    steered = {strength: run_cells(experiment, group, group["kind"], strength, group["boosted"])
                for strength in lambdas}
     best, gains = choose_lambda(base[metric], {l: s[metric] for l, s in steered.items()}, metric)
     draws = [run_cells(experiment, group, f"random-seed{seed}", best, coefficients)
-             for seed, coefficients in enumerate(random_draws(experiment, boosted))]
-    others = {name: run_cells(experiment, group, name, best, group["coefficients"][name])
-              for name in bands}
-    return gains, base, steered[best], draws, others
-
-
-def random_draws(experiment, coefficients):
-    seeds = range(experiment.args.control_seeds)
-    return [random_coefficients(coefficients, seed) for seed in seeds]
+             for seed, coefficients in enumerate(group["draws"])]
+    return gains, base, steered[best], draws, {
+        name: run_cells(experiment, group, name, best, coefficients)
+        for name, coefficients in group["bands"].items()}
 
 
 def parse_arguments():
@@ -244,14 +232,13 @@ def parse_arguments():
 
 
 def prepare(args):
-    """(experiment, [{sources, languages, coefficients}]): a group of sources, the languages that it
-    is evaluated in, and choose_coefficients; checked before weights are read.
+    """(experiment, groups of choose_coefficients with the languages that each is evaluated in),
+    checked before weights are read.
     """
     dumps = analyze.load_languages(args.routing, args.part)
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
                                                           dumps[0]["num_experts"])
-    groups = [{"sources": sources, "coefficients": choose_coefficients(args, dumps, sources)}
-              for sources in args.sources]
+    groups = [choose_coefficients(args, dumps, sources) for sources in args.sources]
     giving = {language for sources in args.sources for language in sources}
     experiment = common.Experiment(
         args, [dump for dump in dumps if args.selection or dump["language"] in giving])
@@ -265,35 +252,33 @@ def prepare(args):
     return experiment, groups
 
 
-def mean_moved(experiment, group, coefficients, strength):
-    """moved_selections of each language's first prompts: (mean over layers, {layer: part})."""
-    args, tasks = experiment.args, experiment.tasks
-    prompts = [e["ids"] for language in group["languages"] for e in tasks[language][0][:20]]
-    moved = moved_selections(experiment.model, prompts, coefficients, strength, args.rule,
-                             args.batch_tokens)
-    return np.mean(list(moved.values())), moved
+def moved_by(experiment, group, coefficients, strength):
+    """moved_selections of each language's first prompts."""
+    prompts = [e["ids"] for language in group["languages"]
+               for e in experiment.tasks[language][0][:20]]
+    return moved_selections(experiment.model, prompts, coefficients, strength,
+                            experiment.args.rule, experiment.args.batch_tokens)
 
 
 def moving_lambdas(experiment, group):
     """The lambdas that move any selection, printed with the part that they move. InputError if none
     does.
     """
-    boosted, found = next(iter(group["coefficients"].values())), []
+    found = []
     for strength in experiment.args.lambdas:
-        mean, moved = mean_moved(experiment, group, boosted, strength)
+        moved = moved_by(experiment, group, group["boosted"], strength)
         print(f"lambda {strength}: selections moved (%), by layer  "
               + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in moved.items())
-              + ("" if mean else "  left out: it moves none"))
-        found += [strength] * bool(mean)
+              + ("" if any(moved.values()) else "  left out: it moves none"))
+        found += [strength] if any(moved.values()) else []
     common.require(found, "no lambda moves any selection; take larger ones")
     return found
 
 
 def print_draws(experiment, group, strength):
     """What the random draws move beside what the shared experts move: is it a fair control?"""
-    boosted = next(iter(group["coefficients"].values()))
-    shared, *draws = (mean_moved(experiment, group, coefficients, strength)[0] for coefficients in
-                      (boosted, *random_draws(experiment, boosted)))
+    shared, *draws = (np.mean(list(moved_by(experiment, group, c, strength).values()))
+                      for c in (group["boosted"], *group["draws"]))
     print(f"selections moved at lambda {strength}: {shared:.2%}; by random draws "
           f"{np.mean(draws):.2%} ({min(draws):.2%} to {max(draws):.2%})"
           + "; less than half as much: no fair control" * bool(np.mean(draws) < shared / 2))
@@ -364,10 +349,9 @@ def main():
     experiment, groups = prepare(args)
     changes = []
     for group in groups:
-        numbers = [f"{name}: {sum(map(np.count_nonzero, c.values()))} experts"
-                   for name, c in group["coefficients"].items()]
-        print(f"{args.model}  {'  '.join(numbers)}  "
-              f"{args.selection or 'of ' + ','.join(group['sources'])}  rule {args.rule}  "
+        number = sum(map(np.count_nonzero, group["boosted"].values()))
+        print(f"{args.model}  {number} experts  "
+              f"{args.selection or 'shared by ' + ','.join(group['sources'])}  rule {args.rule}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
         results = run_all(experiment, group, moving_lambdas(experiment, group))
         print_draws(experiment, group, max(results[0], key=results[0].get))

@@ -10,7 +10,6 @@ import torch
 import common
 from common import (InputError, bootstrap_interval, encode_examples, last_number, load_model,
                     load_rows, read_examples, span_scores)
-from steer import mcnemar_p
 
 
 @pytest.mark.parametrize("language, text, number", [
@@ -255,13 +254,6 @@ def test_an_effect_is_that_on_the_same_examples_and_leaves_out_those_without_a_s
     assert found["change"] == pytest.approx(1) and 0 <= found["low"] < 1 < found["high"] <= 2
     assert (found["before"], found["after"]) == pytest.approx((11 / 3, 23 / 4))
     assert [found[k] for k in ("random", "least", "most")] == pytest.approx([1 / 3, -1, 2])
-
-
-def test_mcnemar_by_hand():
-    before = [0] * 6 + [1] * 4
-    after = [1] * 5 + [0] * 2 + [1] * 3  # 5 fixed, 1 broken: p = 2 * (1 + 6) / 2**6
-    assert mcnemar_p(before, after) == (5, 1, pytest.approx(14 / 64))
-    assert mcnemar_p([1, 0], [1, 0]) == (0, 0, 1)
 
 
 def test_a_results_line_that_a_kill_cut_short_is_taken_off_by_the_next_one(tmp_path):
