@@ -276,22 +276,20 @@ def collect_effects(rows, settings, metric, layers, num_experts):
     """The arrays of effects.npz, from all rows of a results file with these settings but for the
     place of the expert and the language.
     """
-    def the_same(settings):
-        place = ("language", "data_sha256", "layer", "expert", "edit")
-        return {key: value for key, value in settings.items() if key not in place}
-
-    settings, found, base = the_same(settings), {}, {}
+    places, found, base = ("language", "data_sha256", "layer", "expert", "edit"), {}, {}
     for row in rows:
-        own, scores = row["settings"], np.array(row["scores"].get(metric, np.nan))
-        if the_same(own) == settings:
-            found[own["language"], own["data_sha256"], own["layer"], own["expert"]] = scores
-        elif all(settings.get(key) == value for key, value in the_same(own).items()):
-            base[own["language"], own["data_sha256"]] = scores
+        own = row["settings"]
+        if all(settings.get(key) == own[key] for key in own if key not in places):
+            scores = np.array(row["scores"][metric])
+            if "expert" in own:
+                found[own["language"], own["data_sha256"], own["layer"], own["expert"]] = scores
+            else:
+                base[own["language"], own["data_sha256"]] = scores
     languages = sorted({key[0] for key in found})
     effect = np.full((len(languages), len(layers), num_experts), np.nan)
     for (language, data, layer, expert), scores in found.items():
-        place = languages.index(language), list(layers).index(layer), expert
-        effect[place] = np.nanmean(scores - base[language, data])
+        row = languages.index(language), list(layers).index(layer), expert
+        effect[row] = np.nanmean(scores - base[language, data])
     return {"effect": effect, "languages": np.array(languages), "layers": layers, "metric": metric,
             "meta": json.dumps(settings | {"harm": -common.better(metric)})}
 

@@ -820,28 +820,23 @@ def print_tests(result, bands):
 
 def print_effects(result, args):
     """What masking single experts does, beside how much they are used and whose they are."""
-    harm, weight = result["harm"], result["weight"]
-    tried = np.isfinite(harm)
-    exclusive, rows, worst = result["exclusive"] & tried, [], []
-    for k, language in enumerate(result["languages"]):
-        known = [each[k][tried[k]] for each in (harm, weight, result["share"])]
-        if tried[k].any():
-            rows.append({"": language, "experts": len(known[0]),
-                         "weight": rank_agreement(known[0], known[1]),
-                         "share": rank_agreement(known[0], known[2])})
-            for i in np.argsort(-known[0])[:3]:
-                layer, expert = np.argwhere(tried[k])[i]
-                worst.append({"most": language, "layer": result["layers"][layer], "expert": expert}
-                             | dict(zip(("harm", "weight", "share"), (x[i] for x in known))))
+    harm, tried = result["harm"], np.isfinite(result["harm"])
+    columns = {name: result[name] for name in ("harm", "weight", "share")}
+    known = np.flatnonzero(tried.any((1, 2)))
     print("\nwhat masking one expert does: rank correlation of the harm with weight and with share")
-    print_rows(rows)
-    print_rows(worst)
+    print_table({"": result["languages"][known], "experts": tried[known].sum((1, 2))} | {
+        name: [rank_agreement(harm[k][tried[k]], columns[name][k][tried[k]]) for k in known]
+        for name in ("weight", "share")})
+    worst = np.unravel_index(np.argsort(np.where(tried, -harm, np.inf), axis=None)[:20], harm.shape)
+    print_table({"most harm": result["languages"][worst[0]], "layer": result["layers"][worst[1]],
+                 "expert": worst[2]} | {name: values[worst] for name, values in columns.items()})
+    exclusive, others = (np.ma.masked_where(~(tried & own), harm).mean((0, 2)).filled(np.nan)
+                         for own in (result["exclusive"], ~result["exclusive"]))
     print("\nmean harm of exclusive experts, and of others")
-    print_rows([{"layer": layer, "exclusive": harm[:, k][exclusive[:, k]].mean(),
-                 "others": harm[:, k][(tried & ~exclusive)[:, k]].mean()}
-                for k, layer in enumerate(result["layers"]) if exclusive[:, k].any()])
+    print_table({"layer": result["layers"], "exclusive": exclusive, "others": others})
     print("do exclusive experts do more than others of the same use?")
-    print_rows([matched_difference(harm, exclusive, weight, np.random.default_rng(args.seed))])
+    print_rows([matched_difference(harm, result["exclusive"] & tried, result["weight"],
+                                   np.random.default_rng(args.seed))])
 
 
 def report(result, dumps, bands, args):

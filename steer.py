@@ -128,8 +128,8 @@ def choose_lambda(base, steered, metric):
 
 
 def sign_flip_p(differences, seed=0):
-    """Two-sided p of a mean of differences (problems,) whose signs could as well be others: exact up
-    to 12 that are not 0, else by 10,000 random flips. Of right-or-wrong answers, McNemar's test.
+    """Two-sided p of a mean of differences (problems,) whose signs could as well be others: exact
+    up to 12 that are not 0, else by 10,000 random flips. Of right-or-wrong answers, McNemar's test.
     """
     values = differences[(differences != 0) & ~np.isnan(differences)]
     signs = (np.array(list(itertools.product([1, -1], repeat=len(values)))) if len(values) <= 12
