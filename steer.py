@@ -285,8 +285,8 @@ def print_draws(experiment, group, strength):
 
 
 def report(gains, base, steered, draws, others):
-    """A table for each metric; below it, the changes in the control bands. {language: change} of
-    the first metric.
+    """A table for each metric; below it, the changes in the control bands. {metric: {language:
+    gain}}, where more is better.
     """
     best, part, changes = max(gains, key=gains.get), slice(None), {}
     if len(gains) > 1:
@@ -298,7 +298,7 @@ def report(gains, base, steered, draws, others):
               "would be")
         rows = effect_rows(metric, part, base[metric], steered[metric],
                            [draw[metric] for draw in draws])
-        changes = changes or {row[""]: row["change"] * common.better(metric) for row in rows}
+        changes[metric] = {row[""]: row["change"] * common.better(metric) for row in rows}
         analyze.print_rows(rows)
         for name, cells in others.items():
             print(f"control {name}")
@@ -335,13 +335,15 @@ def print_groups(groups, changes):
     """Target by group, and whether languages related to the sources gain more."""
     names = [",".join(group["sources"]) for group in groups]
     languages = list(dict.fromkeys(l for group in groups for l in group["languages"]))
-    gains = np.array([[change.get(l, np.nan) for l in languages] for change in changes])
-    print("gain of each language, by the sources of steering")
-    analyze.print_table({"": languages} | dict(zip(names, gains)))
-    gap, p, least = related_test(gains, [group["sources"][0] for group in groups], languages,
-                                 np.random.default_rng(0))
-    print(f"languages of the first source's family gain {gap:+.4f} more, p {p:.3f} (at best "
-          f"{least:.3f} with these languages)")
+    for metric in changes[0]:
+        gains = np.array([[change[metric].get(l, np.nan) for l in languages]
+                          for change in changes])
+        print(f"gain of each language in {metric}, by the sources of steering")
+        analyze.print_table({"": languages} | dict(zip(names, gains)))
+        gap, p, least = related_test(gains, [group["sources"][0] for group in groups], languages,
+                                     np.random.default_rng(0))
+        print(f"languages of the first source's family gain {gap:+.4f} more, p {p:.3f} (at best "
+              f"{least:.3f} with these languages)\n")
 
 
 def main():
