@@ -806,8 +806,12 @@ def plain_digits(text):
 
 def last_number(text, language=None):
     r"""The last number in a text's last \boxed{} that is not empty, or else in the text: an exact
-    Fraction, or None. Separators are those of a language, as "2.125" and "2 125" for 2125 and
-    "12,50" for 12.5 where it writes a decimal comma.
+    Fraction, or None. Separators are those of a language.
+
+    BOX             \boxed{\text{18}} \boxed{18\text{ m}^2} \boxed{x=18} \boxed{\$18} -> 18
+    FRACTION        \frac{1}{2} \dfrac{1}{2} 1/2 -> 1/2
+    NUMBER_IN_TEXT  2,125 2{,}125 2\,125 -> 2125; 1,00,000 1e5 -> 100000; -$18 -> -18; 14-9=5 -> 5;
+                    where a comma is decimal 2.125 and 2 125 -> 2125, 12,50 -> 25/2
     """
     text, comma = plain_digits(text), base_language(language) in COMMA_DECIMAL
     text = (re.findall(BOX, text) or [text])[-1]
