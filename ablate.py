@@ -110,9 +110,11 @@ def weighted_order(items, weights, rng):
     return items[np.argsort(rng.exponential(size=len(items)) / weights)]
 
 
-def part_removed(masked, share):
-    """The part of a language's routing weight that masking removes, in the layers with a mask."""
-    return share[masked].sum() / max(1, masked.any(1).sum())
+def part_removed(masked, share, of=None):
+    """The part of a language's routing weight that masking removes, in the layers with a mask, or
+    where another set, of which this is a control, has one.
+    """
+    return share[masked].sum() / max(1, (masked if of is None else of).any(1).sum())
 
 
 def routing_shares(dumps, languages):
@@ -205,7 +207,7 @@ def control_rows(results, plan, metric, shares, draws):
                              common.better(metric))] if enough else []
         for kind in kinds if enough else ("masked", "matched"):
             of_kind = [mask for name, mask in masks.items() if name.startswith(kind)]
-            removed = [part_removed(mask, shares[key[2]]) for mask in of_kind]
+            removed = [part_removed(mask, shares[key[2]], masks["masked"]) for mask in of_kind]
             means = np.nanmean(drawn[kind], 1)
             low, high = interval(*drawn[kind]) if kind == "masked" else (means.min(), means.max())
             experts = np.mean([mask.sum() for mask in of_kind])
@@ -265,8 +267,9 @@ def run_each(experiment, shares, rows, layers):
         experiment.cell(language, "each", {"layer": layer, "expert": expert, "how": args.how}, **{
             EDITS[args.how]: {layer: np.arange(num_experts) == expert}})
     settings = json.loads(list(experiment.cut)[-1])
-    effects = collect_effects(experiment.rows.values(), settings, args.metrics[0], layers,
-                              num_experts)
+    rows = [row for row in experiment.rows.values() if row["settings"]["data_sha256"] == (
+        experiment.tasks.get(row["settings"]["language"], (0, row["settings"]["data_sha256"]))[1])]
+    effects = collect_effects(rows, settings, args.metrics[0], layers, num_experts)
     path = common.predictions_folder(args.out) / "effects.npz"
     common.write_whole(path, lambda file: np.savez(file, **effects))
     print(path)
@@ -321,6 +324,8 @@ def parse_arguments():
         args.experts = "selection"
     common.require(args.experts != "each" or args.bands, "--experts each takes long; say in which "
                    "--bands")
+    common.require(args.experts != "each" or not args.targets, "--targets has no part in --experts "
+                   "each; --languages says whose")
     common.require(args.experts not in OF_ALL or not args.targets, f"--targets has no part in the "
                    f"{args.experts} experts; leave it out")
     return args
@@ -363,7 +368,8 @@ def main():
     common.require(any(cell["masked"].any() for cell in plan.values()),
                    "no expert to mask in these bands; give other --bands or --targets")
     for mask in itertools.chain(*map(dict.values, plan.values())):
-        common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.shape, {})
+        edits = {"masks": {}, "zeroed": {}, EDITS[args.how]: as_masks(mask, layers)}
+        common.check_edit(edits["masks"], {}, "proportional", experiment.shape, edits["zeroed"])
     print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     report(run_cells(experiment, plan, bands, layers), plan, bands, layers, shares, experiment)

@@ -673,6 +673,8 @@ def load_effects(path, dumps):
         meta, effects = json.loads(str(file["meta"])), dict(zip(file["languages"], file["effect"]))
         require(np.array_equal(file["layers"], dumps[0]["layers"]) and dumps[0]["revision"] in (
             None, meta["revision"]), f"{path} is of another model than the dumps")
+    require(any(dump["language"] in effects for dump in dumps), f"{path} is of other languages "
+            f"than the dumps: {', '.join(effects)}; label=path renames a dump")
     nothing = np.full(dumps[0]["counts"].shape, np.nan)
     return meta["harm"] * np.stack([effects.get(dump["language"], nothing) for dump in dumps])
 
@@ -701,6 +703,8 @@ def matched_difference(harm, exclusive, weight, rng, permutations=2000):
                 blocks.append([])
             blocks[-1].append((*place, expert))
     blocks = [block for block in blocks if len(block) > 1]
+    if not blocks:
+        return dict.fromkeys(("difference", "p", "seen", "alone"), np.nan)
     block = np.repeat(np.arange(len(blocks)), list(map(len, blocks)))
     y, label, x = (each[tuple(np.concatenate(blocks).T)].astype(float)
                    for each in (harm, exclusive, weight))

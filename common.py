@@ -781,7 +781,7 @@ FRACTION = r"\\[dt]?frac\s*{([^{}]*)}\s*{([^{}]*)}"
 # 18, -5, 2,125.50, 1,00,000, 1e5, 3/4; not the minus of 14-9. A language says what is THOUSANDS
 NUMBER_IN_TEXT = r"""
     ( (?<![0-9A-Za-z)]) (?<![0-9]\ ) -\ ? )?                   # -5
-    ( \d{1,3} (THOUSANDS) \d{3} (?:\3\d{3})* (?!\d)            # 2,125
+    ( [1-9]\d{0,2} (THOUSANDS) \d{3} (?:\3\d{3})* (?!\d)            # 2,125
     | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                         # 1,00,000
     | \d+ )
     (?: DECIMAL (\d+) )? (?: e([+-]?\d{1,3}) )?                # .50 e5
@@ -1157,7 +1157,8 @@ def evaluation_settings(args, config, tokenizer, shape):
     return {"revision": checkpoint_id(args.model, config, shape),
             "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
             "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
-            "score": args.score, "instruction": args.instruction and short_hash(
+            "options": str(MODEL_OPTIONS), "score": args.score,
+            "instruction": args.instruction and short_hash(
                 Path(args.instruction).read_text("utf-8-sig")),
             "generation": {"seed": args.seed if args.temperature else 0} | generation_settings(
                 checkpoint, tokenizer, args.max_new_tokens, args.temperature, args.top_p,

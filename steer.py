@@ -134,7 +134,8 @@ def sign_flip_p(differences, seed=0):
     values = differences[(differences != 0) & ~np.isnan(differences)]
     signs = (np.array(list(itertools.product([1, -1], repeat=len(values)))) if len(values) <= 12
              else np.random.default_rng(seed).choice([1, -1], (10_000, len(values))))
-    return np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12)
+    beyond = np.abs(signs @ values) >= abs(values.sum()) - 1e-12
+    return np.mean(beyond) if len(values) <= 12 else (beyond.sum() + 1) / (len(signs) + 1)
 
 
 def effect_rows(metric, part, base, scores, draws=()):
@@ -151,12 +152,13 @@ def effect_rows(metric, part, base, scores, draws=()):
     for name, (before, after, *controls) in cells.items():
         means = [np.atleast_2d(x).mean(0) for x in (before, after, *controls)]
         row, difference = {"": name} | common.effect(*means[:2], means[2:]), means[1] - means[0]
-        n, spread = len(difference), np.nanstd(difference)
+        n, spread = np.isfinite(difference).sum(), np.nanstd(difference)
         if metric in common.RIGHT_OR_WRONG:
             row |= {"fixed": (after > before).sum(), "broken": (after < before).sum(),
                     "p": sign_flip_p(difference)}
-            if not difference.any():  # the rule of three
-                row["low"], row["high"], spread = -3 / n, 3 / n, np.sqrt(3 / n)
+            if np.array_equal(before, after):  # the rule of three
+                row |= {"low": -min(1, 3 / n), "high": min(1, 3 / n)}
+                spread = np.sqrt(3 / n)
         rows.append(row | {"seen": 2.8 * spread / np.sqrt(n)})
     return rows
 
@@ -336,8 +338,8 @@ def print_groups(groups, changes):
     names = [",".join(group["sources"]) for group in groups]
     languages = list(dict.fromkeys(l for group in groups for l in group["languages"]))
     for metric in changes[0]:
-        gains = np.array([[change[metric].get(l, np.nan) for l in languages]
-                          for change in changes])
+        gains = np.array([[np.nan if l in group["sources"] else change[metric].get(l, np.nan)
+                           for l in languages] for group, change in zip(groups, changes)])
         print(f"gain of each language in {metric}, by the sources of steering")
         analyze.print_table({"": languages} | dict(zip(names, gains)))
         gap, p, least = related_test(gains, [group["sources"][0] for group in groups], languages,
