@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import textwrap
+from collections import ChainMap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,6 +43,9 @@ STABLE = 0.95          # a stable expert stays exclusive, or shared, in so many 
 PERMUTATIONS = 10_000  # of labels or scores, at random; up to 8 languages, all there are
 # ------------------------------------------------------------------------------------------------
 MADE_WITH = ("dtype", "chat_template", "tokenizer", "max_length")  # in which dumps should agree
+ADD_UP = ("counts", "weights", "num_tokens", "path", "digest", "data_sha256")  # of shards
+PARTS = {"all": [], "prompt": ["prompt_lengths"], "response": ["prompt_lengths"],
+         "text": ["text_spans"]}  # of a sequence, and what a dump must hold to find them
 MEASURES = ("similarity", "divergence", "jaccard", "cosine")  # of two languages: pair_measures
 # {family/branch: ISO 639-1 and FLORES codes} of the most studied languages; --families for others
 FAMILIES = dict(line.split(maxsplit=1) for line in """\
@@ -140,19 +144,31 @@ def load_routing(path, part="all"):
     require(os.path.isfile(path), f"no such dump: {path}; run: python capture.py")
     with explained(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json "
                    "of the paper's recorder"):
-        recorder = path.endswith(".json") and part == "all"
-        meta, layers, counts, num_tokens, top_k = (
-            read_recorder_json(path) if recorder else read_dump(path, part))
-        weights = {} if recorder or part != "all" else open_dump(path)
+        file = open_dump(path)
+        meta = file["meta"]
+        if part == "all" and "counts" in file:
+            counts, top_k = file["counts"], meta["top_k"]
+            num_tokens = int(file.get("sequence_offsets", [meta.get("num_tokens")])[-1])
+            weights = file.get("weight_sums", counts)
+        else:
+            selected, _ = read_tokens([path], part, "selected_experts")
+            num_tokens, _, top_k = selected.shape
+            weights = counts = grouped_counts(selected, np.zeros(num_tokens, int), 1,
+                                              meta["num_experts"])[0]
+        layers, language = file.get("layers", np.arange(len(counts))), label or meta["language"]
         require(num_tokens, f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
-        language = label or meta["language"]
+        require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and np.allclose(
+            counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
+            f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
+            f"top_k {top_k}; capture it again")
         require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
-        return {"language": language, "meta": meta, "layers": layers,
-                "counts": counts, "num_tokens": num_tokens, "num_experts": counts.shape[1],
-                "top_k": top_k, "revision": meta.get("revision"), "path": [path],
-                "weights": weights.get("weight_sums", counts),
-                "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
-                "data_sha256": [meta.get("data_sha256")]}
+    if "note" in file:
+        print(f"note: {path}: {file['note']}")
+    return {"language": language, "meta": meta, "layers": layers, "counts": counts,
+            "num_tokens": num_tokens, "num_experts": counts.shape[1], "top_k": top_k,
+            "revision": meta.get("revision"), "weights": weights, "path": [path],
+            "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
+            "data_sha256": [meta.get("data_sha256")]}
 
 
 def split_label(path):
@@ -165,68 +181,52 @@ def read_json(path):
     return json.loads(Path(path).read_bytes())
 
 
-def read_recorder_json(path):
-    """(meta, layers, counts, num_tokens, top_k). The recorder summed in bfloat16: its counts are
-    near, and need not add up to whole tokens. An expert that a layer lacks was not selected there.
-    """
-    record = read_json(path)
-    layers = sorted(record, key=int)
-    rows = [record[layer] for layer in layers]
-    totals = {int(row["total_tokens"]) for row in rows}
-    require(len(totals) == 1, f"{path}: total_tokens differs between layers: {sorted(totals)}")
-    num_tokens = totals.pop()
-    last = max(int(expert) for row in rows for expert in row.keys() - {"total_tokens"})
-    counts = np.array([[row.get(str(expert), {"activation_tokens": 0})["activation_tokens"]
-                        for expert in range(last + 1)] for row in rows], int)
-    top_k = round(counts.sum(1).mean() / max(num_tokens, 1))
-    require(np.allclose(counts.sum(1), num_tokens * top_k, rtol=0.05), f"{path}: the experts of a "
-            f"layer do not add up to {num_tokens} tokens * top_k {top_k}")
-    return {"language": Path(path).stem}, np.array(layers, np.int32), counts, num_tokens, top_k
-
-
-def read_dump(path, part):
-    """(meta, layers, counts, num_tokens, top_k) of an .npz."""
-    file = open_dump(path)
-    meta = json.loads(str(file["meta"]))
-    if part == "all" and "counts" in file:
-        counts, num_tokens, top_k = file["counts"], int(file["sequence_offsets"][-1]), meta["top_k"]
-    else:
-        selected = read_tokens([path], part, "selected_experts")[0]
-        num_tokens, _, top_k = selected.shape
-        counts = grouped_counts(selected, np.zeros(num_tokens, int), 1, meta["num_experts"])[0]
-    layers = file.get("layers", np.arange(len(counts)))
-    if "counts" not in file:
-        tokens, real = real_ids(file, path)
-        layers = file.get("layers", np.arange(len(real)))[real]
-        if not (tokens.all() and real.all()):
-            print(f"note: {path}: left out {(~tokens).sum()} tokens and {(~real).sum()} layers "
-                  "that are placeholders")
-    require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and (
-        counts.sum(1) == num_tokens * top_k).all(), f"{path}: the counts of {len(layers)} layers "
-            f"do not add up to {num_tokens} tokens * top_k {top_k}; capture it again")
-    return meta, layers, counts, num_tokens, top_k
-
-
 def open_dump(path, *keys):
-    """The arrays of an .npz, each read when it is asked for; InputError if one of the keys is not
-    there.
+    """The arrays of a dump, each read when it is asked for, and meta, as a mapping; InputError if
+    one of the keys is not there. Of a dump without counts, the selected_experts of real layers, and
+    real (tokens,): see real_ids.
     """
-    require(not path.endswith(".json"), f"{path} is a recorder's, without single tokens, which "
-            "--part, --bootstrap, --parallel and --vocabulary need")
-    file = np.load(path, allow_pickle=False)
-    require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
+    if path.endswith(".json"):
+        file = read_recorder(path)
+    else:
+        file = np.load(path, allow_pickle=False)
+        require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
+        file = ChainMap({"meta": json.loads(str(file["meta"]))}, file)
     for key in keys:
         require(key in file, f"{path} holds no {key}; capture it again with --overwrite, without "
-                             "--stats-only; of an engine's IDs it is not known")
+                             "--stats-only; of a recorder's or an engine's dump it is not known")
+    if "counts" not in file:
+        ids = file["selected_experts"]
+        real, layers = real_ids(ids, file["meta"]["num_experts"], path)
+        file.maps[0] |= {"real": real, "selected_experts": ids[:, layers].astype(np.int64),
+                         "layers": file.get("layers", np.arange(len(layers)))[layers]}
+        if not (real.all() and layers.all()):
+            file["note"] = (f"left out {(~real).sum()} tokens and {(~layers).sum()} layers that "
+                            "are placeholders")
     return file
 
 
-def real_ids(file, path):
-    """(tokens, layers), bool, of a dump from elsewhere without what its engine filled in: tokens of
-    -1, or in every layer of zeros or arange(top_k); and dense layers, of which 16 tokens or more
-    say the same. InputError where the rest is not top_k different experts.
+def read_recorder(path):
+    """A recorder's .json as a dump. It summed in bfloat16: its counts are near, and need not add up
+    to whole tokens. An expert that a layer lacks was not selected there.
     """
-    ids, num_experts = file["selected_experts"], json.loads(str(file["meta"]))["num_experts"]
+    record = read_json(path)
+    layers = sorted(record, key=int)
+    num_tokens, = {int(record[layer].pop("total_tokens")) for layer in layers}
+    counts = np.zeros((len(layers), 1 + max(int(e) for row in record.values() for e in row)), int)
+    for row, layer in zip(counts, layers):
+        for expert, entry in record[layer].items():
+            row[int(expert)] = entry["activation_tokens"]
+    return {"counts": counts, "layers": np.array(layers, np.int32), "meta": {
+        "language": Path(path).stem, "num_tokens": num_tokens, "inexact": "summed in bfloat16",
+        "top_k": round(counts.sum(1).mean() / max(num_tokens, 1))}}
+
+
+def real_ids(ids, num_experts, path):
+    """(tokens,), (layers,), bool: ids of a dump from elsewhere without what its engine filled in:
+    tokens of -1, or in every layer of zeros or arange(top_k); and dense layers, of which 16 tokens
+    or more say the same. InputError where the rest is not top_k different experts.
+    """
     require(ids.ndim == 3 and ids.dtype.kind in "iu", f"{path}: selected_experts is {ids.dtype} "
             f"{ids.shape}, not integers (tokens, layers, top_k)")
     ids = ids.astype(np.int64)
@@ -237,9 +237,8 @@ def real_ids(file, path):
         tokens &= ~np.any([(ids[:, layers] == filling).all((1, 2)) for filling in fillings], 0)
         if tokens.sum() >= 16:
             layers &= (ids[tokens] != ids[tokens][:1]).any((0, 2))
-    ordered = np.sort(ids)
-    bad = (np.diff(ordered) == 0).any(-1) | (ordered[..., 0] < 0)
-    bad |= ordered[..., -1] >= num_experts
+    # in order, different experts rise from above -1 to below num_experts
+    bad = (np.diff(np.sort(ids), prepend=-1, append=num_experts) < 1).any(-1)
     for token, layer in np.argwhere(bad & tokens[:, None] & layers)[:1]:
         raise InputError(f"{path}: token {token} has in layer {layer} the experts "
                          f"{ids[token, layer].tolist()}: neither {ids.shape[2]} different ones of "
@@ -248,31 +247,24 @@ def real_ids(file, path):
 
 
 def read_tokens(paths, part, *keys):
-    """Arrays with a row for each token of the part, and the sequence of each token (tokens,).
-
-    The first key is selected_experts.
-    """
+    """Arrays with a row for each token of the part, and the sequence of each token (tokens,)."""
     shards, num_sequences = [], 0
     for path in paths:
-        file = open_dump(path, *keys)
+        file = open_dump(path, *keys, *PARTS[part])
         arrays = [file[key] for key in keys]
         offsets = file.get("sequence_offsets", np.array([0, len(arrays[0])]))
         require(offsets[0] == 0 and {offsets[-1]} == set(map(len, arrays)),
                 f"{path}: sequence_offsets do not go from 0 to the number of tokens")
         sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        arrays.append(sequence + num_sequences)
-        tokens = np.ones(len(sequence), bool)
-        if "counts" not in file:
-            tokens, layers = real_ids(file, path)
-            arrays[0] = arrays[0][:, layers].astype(np.int64)
         position = np.arange(len(sequence)) - offsets[sequence]
+        tokens = file.get("real", np.ones(len(sequence), bool))
         if part == "text":
-            start, stop = open_dump(path, "text_spans")["text_spans"][sequence].T
-            tokens &= (start <= position) & (position < stop)
+            start, stop = file["text_spans"][sequence].T
+            tokens = tokens & (start <= position) & (position < stop)
         elif part != "all":
-            in_prompt = position < open_dump(path, "prompt_lengths")["prompt_lengths"][sequence]
-            tokens &= in_prompt == (part == "prompt")
-        shards.append([array[tokens] for array in arrays])
+            in_prompt = position < file["prompt_lengths"][sequence]
+            tokens = tokens & (in_prompt == (part == "prompt"))
+        shards.append([array[tokens] for array in (*arrays, sequence + num_sequences)])
         num_sequences += len(offsets) - 1
     return [np.concatenate(arrays) for arrays in zip(*shards)]
 
@@ -291,17 +283,16 @@ def grouped_counts(selected_experts, group, num_groups, num_experts):
 def add_shards(dumps):
     """The dumps of one language as one: a whole, or all shards of it, in order."""
     shards = {dump["meta"].get("shard", "1/1"): dump for dump in dumps}
-    names = [f"{i}/{len(dumps)}" for i in range(1, len(dumps) + 1)]
-    settings = [[dump["meta"].get(key) for key in ("data_sha256", "limit", *MADE_WITH)]
-                for dump in dumps]
-    require(shards.keys() == set(names) and all(each == settings[0] for each in settings),
+    names = [f"{i + 1}/{len(dumps)}" for i in range(len(dumps))]
+    made = {str([dump["meta"].get(key) for key in ("data_sha256", "limit", *MADE_WITH)])
+            for dump in dumps}
+    require(shards.keys() == set(names) and len(made) == 1,
             f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} "
             f"(shards {', '.join(shards)}): not one whole, nor all the shards of one; label=path "
             "tells languages apart")
     whole, *others = [shards[name] for name in names]
     for shard in others:
-        for key in ("counts", "weights", "num_tokens", "path", "digest", "data_sha256"):
-            whole[key] = whole[key] + shard[key]
+        whole |= {key: whole[key] + shard[key] for key in ADD_UP}
     return whole
 
 
@@ -419,14 +410,11 @@ def pair_measures(frequency, experts_per_language):
     jaccard                 of the sets of each language's most frequent experts
     cosine                  of the frequencies
     """
-    p, n = distribution(frequency), len(frequency)
+    p = distribution(frequency)
+    similarity, divergence = np.array([jensen_shannon(row, p) for row in p]).transpose(1, 3, 0, 2)
     kept = most_frequent(frequency, experts_per_language).astype(float)
     in_both = np.einsum("ile,jle->lij", kept, kept)
     unit = frequency / np.linalg.norm(frequency, axis=-1, keepdims=True)
-    similarity, divergence = np.ones_like(in_both), np.zeros_like(in_both)
-    for i, j in itertools.combinations(range(n), 2):
-        for measure, value in zip((similarity, divergence), jensen_shannon(p[i], p[j])):
-            measure[:, i, j] = measure[:, j, i] = value
     return {"similarity": similarity, "divergence": divergence,
             "jaccard": in_both / (2 * kept[0, 0].sum() - in_both),
             "cosine": np.einsum("ile,jle->lij", unit, unit)}
@@ -458,14 +446,14 @@ def analyze(frequency, experts_per_language, threshold):
     """What depends on frequency (languages, layers, experts) alone; listed at save_analysis."""
     share = language_shares(frequency, experts_per_language)
     exclusive, shared = exclusive_experts(share, threshold), shared_experts(share, threshold)
-    p = distribution(frequency)
+    p, active = distribution(frequency), (frequency > 0).sum(-1)
     to_exclusive, to_shared = (p * exclusive).sum(-1), (p * shared).sum(-1)
     return pair_measures(frequency, experts_per_language) | {
         "frequency": frequency, "share": share, "exclusive": exclusive, "shared": shared,
         "entropy": entropy_bits(p) / np.log2(p.shape[-1]),
         "reliance": np.stack([to_exclusive, to_shared, 1 - to_exclusive - to_shared], -1),
         "most_used": p.max(-1), "mean_most_used": p.max(-1).mean(1),
-        "active": (frequency > 0).sum(-1), "mean_active": (frequency > 0).sum(-1).mean(1)}
+        "active": active, "mean_active": active.mean(1)}
 
 
 def summarize(result, bands):
@@ -511,14 +499,13 @@ def vocabulary_control(dumps, part, bands):
     such tokens, and their means over pairs, mean_own_tokens, mean_common_tokens (bands,);
     common_tokens (languages, languages), the part of the row's that the column has
     """
-    both = []  # of each language (languages, layers, experts): selections of tokens that both have
     tokens = [read_tokens(dump["path"], part, "selected_experts", "token_ids") for dump in dumps]
+    both = []  # of each language (languages, layers, experts): selections of tokens that both have
     for selected, ids, _ in tqdm(tokens, "vocabulary", leave=False):
-        kinds, kind = np.unique(ids, return_inverse=True)
-        in_other = [np.isin(kinds, other) for _, other, _ in tokens]
+        in_other = [np.isin(ids, other) for _, other, _ in tokens]
         # tokens that the same languages have are counted together
         patterns, pattern = np.unique(in_other, axis=1, return_inverse=True)
-        by_pattern = grouped_counts(selected, pattern.ravel()[kind], patterns.shape[1],
+        by_pattern = grouped_counts(selected, pattern.ravel(), patterns.shape[1],
                                     dumps[0]["num_experts"])
         both.append(np.tensordot(patterns, by_pattern, 1))
     both = np.stack(both)
@@ -527,20 +514,20 @@ def vocabulary_control(dumps, part, bands):
     for name, counts in (("own", every - both), ("common", both)):
         with np.errstate(invalid="ignore"):  # 0 / 0 is nan
             p = distribution(counts)
-            similarity = jensen_shannon(p, p.swapaxes(0, 1))[0]
-        similarity = result[f"similarity_{name}_tokens"] = similarity.transpose(2, 0, 1)
-        result[f"mean_{name}_tokens"] = band_means(mean_of_pairs(similarity), bands)
+            similarity = jensen_shannon(p, p.swapaxes(0, 1))[0].transpose(2, 0, 1)
+        result |= {f"similarity_{name}_tokens": similarity,
+                   f"mean_{name}_tokens": band_means(mean_of_pairs(similarity), bands)}
     return result
 
 
-def select_contrast(frequency_a, frequency_b, tau=TAU, top=None):
+def select_contrast(frequency_a, frequency_b, tau=TAU, top=0):
     """(difference, chosen), both (layers, experts): how much more tokens of A than of B select it.
 
     top  the so many largest differences, of either sign: the risk difference of arXiv 2509.09660
     tau  else, the experts with a difference above tau: the task experts of arXiv 2510.04694
     """
     difference = frequency_a - frequency_b
-    if top is None:
+    if not top:
         return difference, difference > tau
     order = np.argsort(-np.abs(difference), axis=None, kind="stable")
     return difference, (np.argsort(order).reshape(difference.shape) < top) & (difference != 0)
@@ -580,42 +567,61 @@ def split_half_floor(counts, experts_per_language, rng):
     return {m: np.mean([floor[m][:, 0, 1] for floor in floors], 0) for m in MEASURES}
 
 
+def floors(counts, experts_per_language, bands, rng):
+    """split_half_floor of every language, and its means; see save_analysis."""
+    each = [split_half_floor(c, experts_per_language, rng) for c in counts]
+    result = {f"floor_{m}": np.stack([floor[m] for floor in each]) for m in MEASURES}
+    layer = result["floor_similarity"].mean(0)
+    return result | {"layer_floor": layer, "band_floor": band_means(layer, bands)}
+
+
+def resampled(counts, draws, rng, parallel):
+    """Of each draw of as many sequences: totals (languages, layers, experts), and how often each of
+    the first language's sequences is in it; parallel languages draw the same ones.
+    """
+    for start in range(0, draws, 50):
+        size = min(50, draws - start)
+        weights = [rng.multinomial(len(c), np.full(len(c), 1 / len(c)), size).astype(np.float32)
+                   for c in counts[:1 if parallel else None]]
+        totals = [np.tensordot(w, c, 1) for w, c in zip(itertools.cycle(weights), counts)]
+        yield from zip(np.stack(totals, 1, dtype=float), weights[0])
+
+
 def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_sequence=None):
     """95 % intervals of summarize()'s figures, and how often experts stay what they are.
 
     counts       of each language (sequences, layers, experts): sequences are drawn
     by_sequence  aligned_divergence's: the languages are parallel, all draw the same sequences
-    -> {figure: (low and high, ...)}, the part of the draws in which an expert is exclusive
-    (languages, layers, experts), and in which it is shared (layers, experts). Intervals are the
-    estimate less the draws' bias, 1.96 of their standard deviations to both sides (the normal
-    bootstrap interval): samples of few tokens look less alike than what they were taken from.
+    -> interval_... (low and high, ...), exclusive_stability, shared_stability, num_stable: see
+    save_analysis. Intervals are the estimate less the draws' bias, 1.96 of their standard
+    deviations to both sides (the normal bootstrap interval): samples of few tokens look less alike
+    than what they were taken from.
     """
-    parallel = by_sequence is not None
-
     def figures(totals, weights):
         result = analyze(distribution(totals), experts_per_language, threshold)
-        if parallel:
+        if by_sequence is not None:
             result["layer_aligned"] = np.average(by_sequence, 0, weights)
         return result, summarize(result, bands)
 
     drawn, exclusive, shared = [], 0, 0
-    for start in tqdm(range(0, draws, 50), "bootstrap", unit="50 draws", leave=False):
-        size = min(50, draws - start)
-        weights = [rng.multinomial(len(c), np.full(len(c), 1 / len(c)), size).astype(np.float32)
-                   for c in counts[:1 if parallel else None]]  # how often each sequence is drawn
-        totals = [np.tensordot(w, c, 1) for w, c in zip(itertools.cycle(weights), counts)]
-        for total, weight in zip(np.stack(totals, 1, dtype=float), weights[0]):
-            result, summary = figures(total, weight)
-            drawn.append(summary)
-            exclusive += result["exclusive"]
-            shared += result["shared"]
-    whole, intervals = np.stack([c.sum(0, dtype=float) for c in counts]), {}
-    for key, value in figures(whole, np.ones(len(counts[0])))[1].items():
-        values = np.array([summary[key] for summary in drawn])
+    samples = resampled(counts, draws, rng, by_sequence is not None)
+    for totals, weights in tqdm(samples, "bootstrap", draws, leave=False):
+        result, summary = figures(totals, weights)
+        drawn.append(summary)
+        exclusive += result["exclusive"]
+        shared += result["shared"]
+    result, summary = figures(np.stack([c.sum(0, dtype=float) for c in counts]),
+                              np.ones(len(counts[0])))
+    stable = [result["exclusive"] & (exclusive >= STABLE * draws),
+              (result["share"] > 0) & result["shared"] & (shared >= STABLE * draws)]
+    intervals = {}
+    for key, value in summary.items():
+        values = np.array([each[key] for each in drawn])
         middle, half = 2 * value - values.mean(0), 1.96 * values.std(0, ddof=1)
         most = 1 if value.dtype == float else np.inf  # a part, or a number of experts
-        intervals[key] = np.clip([middle - half, middle + half], 0, most)
-    return intervals, exclusive / draws, shared / draws
+        intervals[f"interval_{key}"] = np.clip([middle - half, middle + half], 0, most)
+    return intervals | {"exclusive_stability": exclusive / draws, "num_stable":
+                        np.sum(stable, (2, 3)).T, "shared_stability": shared / draws}
 
 
 def permutations(n, rng):
@@ -625,40 +631,35 @@ def permutations(n, rng):
     return np.array([range(n), *(rng.permutation(n) for _ in range(PERMUTATIONS))])
 
 
-def family_test(similarity, labels, rng):
-    """(mean similarity within groups, between, p): how often labels dealt out at random do as well.
+def family_test(similarities, labels, rng):
+    """Of each band, mean similarity within groups, between, and p: how often labels dealt out at
+    random do as well.
 
-    similarity (n, n), labels a group of each language. nan without a pair within, or between.
+    similarities (bands, n, n), labels the group of each language, or "": those are left out
+    -> (bands, 3), nan without a pair within, or between
     """
-    i, j = np.triu_indices(len(labels), 1)
-    groups, values = np.unique(labels, return_inverse=True)[1], similarity[i, j]
-    same = groups[i] == groups[j]
+    known = np.flatnonzero(labels)
+    groups = np.unique(labels[known], return_inverse=True)[1]
+    i, j = np.triu_indices(len(known), 1)
+    values, same = similarities[:, known[i], known[j]], groups[i] == groups[j]
     if same.all() or not same.any():
-        return np.full(3, np.nan)
+        return np.full((len(values), 3), np.nan)
     # the number of pairs within groups being the same, the gap grows with their sum
-    sums = np.concatenate([(dealt[:, i] == dealt[:, j]) @ values for dealt in np.array_split(
-        groups[permutations(len(labels), rng)], 50)])
-    return values[same].mean(), values[~same].mean(), np.mean(sums >= sums[0] - 1e-12)
+    sums = np.concatenate([(dealt[:, i] == dealt[:, j]) @ values.T for dealt in np.array_split(
+        groups[permutations(len(known), rng)], 50)])
+    return np.stack([values[:, same].mean(1), values[:, ~same].mean(1),
+                     (sums >= sums[0] - 1e-12).mean(0)], 1)
 
 
-def family_tests(similarities, families, rng):
-    """family_test of similarities (bands, n, n): (2, bands, 3), by family and by branch.
-
-    families: "family/branch" of each language, or "" where none is known: those are left out.
-    """
-    known = np.flatnonzero(families)
-    similarities, branches = similarities[:, known][:, :, known], families[known]
-    levels = [[branch.split("/")[0] for branch in branches], branches]
-    return np.array([[family_test(similarity, labels, rng) for similarity in similarities]
-                     for labels in levels])
+def ranks(values):
+    """How many are less, minus how many are more: twice the rank, less its mean; ties alike."""
+    return np.sign(np.subtract.outer(values, values)).sum(1)
 
 
 def rank_correlation(x, y, rng):
-    """(Spearman's rho, two-sided permutation p) of two series; ties get their mean rank."""
-    # how many are less, minus how many are more: twice the rank, less its mean
-    x, y = (np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y))
-    norm = np.linalg.norm(x) * np.linalg.norm(y)
-    rho = y[permutations(len(y), rng)] @ x / max(norm, 1)
+    """(Spearman's rho, two-sided permutation p) of two series."""
+    x, y = ranks(x), ranks(y)
+    rho = y[permutations(len(y), rng)] @ x / max(np.linalg.norm(x) * np.linalg.norm(y), 1)
     return rho[0], np.mean(np.abs(rho) >= abs(rho[0]) - 1e-12)
 
 
@@ -679,65 +680,134 @@ def load_effects(path, dumps):
     return meta["harm"] * np.stack([effects.get(dump["language"], nothing) for dump in dumps])
 
 
-def rank_agreement(x, y):
-    """Spearman's rho of finite values; ties in the order of their places."""
-    return np.corrcoef(*(np.argsort(np.argsort(values)) for values in (x, y)))[0, 1]
+def blocks_of_equal_use(weight, tried):
+    """The tried experts in blocks: up to four neighbours in weight, of one layer and language, the
+    largest at most 1.25 times the smallest. Both (languages, layers, experts) -> indices into them,
+    flattened.
+    """
+    blocks, use = [], weight.ravel()
+    for row in np.arange(weight.size).reshape(-1, weight.shape[-1]):
+        left = row[tried.ravel()[row]]
+        left = left[np.argsort(use[left])]
+        while len(left):
+            blocks.append(left[:4][use[left[:4]] <= 1.25 * use[left[0]]])
+            left = left[len(blocks[-1]):]
+    return blocks
 
 
 def matched_difference(harm, exclusive, weight, rng, permutations=2000):
-    """Do exclusive experts do more than others of the same use? {difference, p, seen, alone}.
+    """Do exclusive experts do more than others of the same use? Difference, p, seen, alone.
 
-    harm (nan where unknown), exclusive, weight: (languages, layers, experts). Blocks of up to four
-    neighbours in weight, of one layer and language, the largest at most 1.25 times the smallest;
-    weight is taken out linearly, within blocks, of harm and of label; labels are permuted within
-    blocks (one-sided p). seen: the difference found in four of five cases; alone: exclusive experts
+    harm (nan where unknown), exclusive, weight: (languages, layers, experts). In
+    blocks_of_equal_use weight is taken out linearly of harm and of label, and labels are permuted
+    (one-sided p). seen: the difference found in four of five cases; alone: exclusive experts
     without a neighbour, which do not count.
     """
-    blocks = []
-    for place in np.ndindex(harm.shape[:2]):
-        blocks.append([])
-        tried = np.flatnonzero(np.isfinite(harm[place]))
-        for expert in tried[np.argsort(weight[place][tried])]:
-            first = blocks[-1][0][2] if blocks[-1] else expert
-            if len(blocks[-1]) == 4 or weight[place][expert] > 1.25 * weight[place][first]:
-                blocks.append([])
-            blocks[-1].append((*place, expert))
-    blocks = [block for block in blocks if len(block) > 1]
+    tried = np.isfinite(harm)
+    blocks = [block for block in blocks_of_equal_use(weight, tried) if len(block) > 1]
     if not blocks:
-        return dict.fromkeys(("difference", "p", "seen", "alone"), np.nan)
-    block = np.repeat(np.arange(len(blocks)), list(map(len, blocks)))
-    y, label, x = (each[tuple(np.concatenate(blocks).T)].astype(float)
-                   for each in (harm, exclusive, weight))
+        return np.full(4, np.nan)
+    y, label, x = (values.ravel()[np.concatenate(blocks)].astype(float)
+                   for values in (harm, exclusive, weight))
+    block = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
 
     def within(values):
         return values - (np.bincount(block, values) / np.bincount(block))[block]
 
-    x, slopes = within(x), []
-    y = within(y) - x * (y @ x) / (x @ x)
+    def unexplained(values):
+        return within(values) - x * (values @ x) / (x @ x)
+
+    x = within(x)
+    y, slopes = unexplained(y), []
     for draw in range(permutations + 1):
-        dealt = label[np.lexsort((rng.random(len(label)), block))] if draw else label
-        dealt = within(dealt) - x * (dealt @ x) / (x @ x)
+        dealt = unexplained(label[np.lexsort((rng.random(len(label)), block))] if draw else label)
         slopes.append(dealt @ y / max(dealt @ dealt, 1e-300))
-    return {"difference": slopes[0], "p": np.mean(np.array(slopes) >= slopes[0] - 1e-15),
-            "seen": 2.49 * np.std(slopes[1:]), "alone": int(exclusive.sum() - label.sum())}
+    return np.array([slopes[0], np.mean(np.array(slopes) >= slopes[0] - 1e-15),
+                     2.49 * np.std(slopes[1:]), (exclusive & tried).sum() - label.sum()])
+
+
+def effects(harm, result, dumps, rng):
+    """What --effects adds to a result; harm is load_effects'. See save_analysis."""
+    weight, tried = distribution(np.stack([dump["weights"] for dump in dumps])), np.isfinite(harm)
+    columns = [harm, weight, result["share"]]
+    correlation = [np.corrcoef([ranks(each[k][tried[k]]) for each in columns])[0, 1:]
+                   if tried[k].any() else [np.nan, np.nan] for k in range(len(harm))]
+    layer_harm = [np.ma.masked_where(~(tried & kind), harm).mean((0, 2)).filled(np.nan)
+                  for kind in (result["exclusive"], ~result["exclusive"])]
+    worst = np.unravel_index(
+        np.argsort(np.where(tried, -harm, np.inf), axis=None)[:20], harm.shape)
+    return {"harm": harm, "weight": weight, "num_harm": tried.sum((1, 2)),
+            "harm_correlation": np.array(correlation), "layer_harm": np.stack(layer_harm, 1),
+            "worst": np.stack([each[worst] for each in columns], 1), "worst_expert": np.array([
+                f"{result['languages'][k]:<4}{result['layers'][layer]:>4}{expert:>5}"
+                for k, layer, expert in zip(*worst)]),
+            "matched_difference": matched_difference(harm, result["exclusive"], weight, rng)[None]}
 
 
 # ----------------------------------------------------------------------------------------- tables
 
-def texts(result, key, *index, scale=1, digits=3):
-    """["0.776 [.772 .781]", ...]: a series of figures and, after a bootstrap, their intervals."""
-    series = [value[index] * scale for value in (result[key], *result.get(f"interval_{key}", ()))]
-    rows = [[f"{value:.{digits}f}" for value in row] for row in zip(*series)]
-    return [f"{value} [{' '.join(b.lstrip('0') for b in bounds)}]" if bounds else value
-            for value, *bounds in rows]
+# {title: {title of a column, or of the columns of an array with two axes: its key in result}}; the
+# first column names the rows. A table is printed if its last array is there.
+TABLES = {
+    "means over pairs of languages; with --bootstrap [95 % interval] and the floor, random halves "
+    "of a language; with --parallel, the divergence is that of aligned sequences": {
+        "band": "bands", "layers": "band_layers", "similarity": "mean_similarity",
+        "floor": "band_floor", "divergence": "mean_divergence",
+        "jaccard": "mean_jaccard", "cosine": "mean_cosine"},
+    "layer by layer; excl.: experts exclusive to a language, of all and of each": {
+        "layer": "layers", "similarity": "layer_similarity", "floor": "layer_floor",
+        "entropy": "mean_entropy", "shared": "layer_shared", "excl.": "layer_exclusive"},
+    "part of the routing to experts exclusive to the language, shared, neither, and to the most "
+    "used expert; experts in use": {
+        "": "languages", "exclusive shared neither": "mean_reliance", "top": "mean_most_used",
+        "active": "mean_active"},
+    f"number of experts; stable: in {STABLE:.0%} of the draws": {
+        "": "languages", "exclusive": "num_exclusive", "shared": "num_shared",
+        "stable-exclusive stable-shared": "num_stable"},
+    "similarity over tokens whose ids": {
+        "band": "bands", "any": "mean_similarity", "common": "mean_common_tokens",
+        "own": "mean_own_tokens"},
+    "similarity within the same family, and to others; p: labels dealt out at random": {
+        "band": "bands", "same other p": "family"},
+    "similarity within the same branch, and to others": {
+        "band": "bands", "same other p": "branch"},
+    f"rank correlation of the similarity to {REFERENCE} with the scores": {
+        "band": "bands", "Spearman p": "score_correlation"},
+    "what masking one expert does: rank correlation of the harm with weight and with share": {
+        "": "languages", "experts": "num_harm", "weight share": "harm_correlation"},
+    "the experts that do the most harm when masked": {
+        "expert": "worst_expert",
+        "harm weight share": "worst"},
+    "mean harm of exclusive experts, and of others": {
+        "layer": "layers", "exclusive others": "layer_harm"},
+    "do exclusive experts do more than others of the same use?": {
+        "difference p seen alone": "matched_difference"},
+}
+
+
+def table_columns(result, titles):
+    """{title: cells} of the arrays that are there; after a bootstrap, with intervals of parts."""
+    columns = {}
+    for title, key in titles.items():
+        if key in result:
+            value = np.asarray(result[key])
+            interval = result.get(f"interval_{key}", ()) if value.dtype == float else ()
+            series = [each.reshape(len(value), -1).T for each in (value, *interval)]
+            columns |= {name: list(zip(*cells)) for name, *cells in
+                        zip(title.split() or [title], *series)}
+    return columns
+
+
+def cell_text(cell):
+    """.7761 -> "0.776", and with an interval (.7761, .7722, .781) -> "0.776 [.772 .781]"."""
+    value, *bounds = cell if isinstance(cell, tuple) else (cell,)
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{text} [{' '.join(cell_text(b).lstrip('0') for b in bounds)}]" if bounds else text
 
 
 def print_table(columns, first=9):
-    """{title: cells} as wide as their widest entry, right-aligned but for the first column; of
-    floats, three decimals.
-    """
-    rows = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
-            for row in (columns, *zip(*columns.values()))]
+    """{title: cells} as wide as their widest entry, right-aligned but for the first column."""
+    rows = [list(map(cell_text, row)) for row in (columns, *zip(*columns.values()))]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
         print(name.ljust(max(first, widths[0])), *map(str.rjust, cells, widths[1:]), sep="  ")
@@ -750,123 +820,56 @@ def print_rows(rows):
 
 
 def print_wrapped(text):
-    print(textwrap.fill(text, 100, subsequent_indent="        ", break_on_hyphens=False))
+    print(textwrap.fill(text, 100, break_on_hyphens=False))
 
 
-def print_bands(result, bands):
-    """Means over pairs; the matrix of every band, or of many languages their order alone."""
-    languages = result["languages"]
-    titles = {"similarity": "mean_similarity", "floor": "band_floor",
-              "divergence": "mean_aligned" if "mean_aligned" in result else "mean_divergence",
-              "jaccard": "mean_jaccard", "cosine": "mean_cosine"}
-    print("\nmeans over pairs of languages; with --bootstrap [95 % interval] and the floor, random "
-          "halves of a\nlanguage; with --parallel, the divergence is that of aligned sequences")
-    layers = [describe(result["layers"][rows]) for rows in bands.values()]
-    print_table({"band": bands, "layers": layers} | {
-        title: texts(result, key) for title, key in titles.items() if key in result})
-    for band, order, matrix in zip(bands, result["order"], result["band_similarity"]):
-        print()
-        print_wrapped(f"similarity, {band}; in order of average linkage: "
-                      + " ".join(languages[order]))
-        if len(languages) <= PRINT_LANGUAGES:
-            print_table({"": languages} | dict(zip(languages, matrix)))
-
-
-def print_layers(result):
-    columns = {"layer": result["layers"], "similarity": texts(result, "layer_similarity")}
-    titles = {"floor": "layer_floor", "entropy": "mean_entropy", "shared": "layer_shared",
-              "excl.": "layer_exclusive"}
-    columns |= {title: result[key] for title, key in titles.items() if key in result}
-    if len(result["languages"]) <= PRINT_LANGUAGES:
-        columns |= zip(result["languages"], result["exclusive"].sum(-1))
-    print()
-    print_table(columns, first=7)
-
-
-def print_languages(result):
-    columns = {"": result["languages"]}
-    print("\nrouting (%) to experts exclusive to the language, shared, neither; n: experts (with "
-          f"--bootstrap,\nthose stable in {STABLE:.0%} of the draws); top: part (%) of the most "
-          "used expert; active: experts in use")
-    for k, kind in enumerate(("exclusive", "shared", "neither")):
-        columns[kind] = texts(result, "mean_reliance", ..., k, scale=100, digits=1)
-    for k, kind in enumerate(("exclusive", "shared")):
-        columns[f"n {kind}"] = result[f"num_{kind}"]
-        if "num_stable" in result:
-            columns[f"n {kind}"] = map("{} ({})".format, result[f"num_{kind}"],
-                                       result["num_stable"][:, k])
-    print_table(columns | {"top": texts(result, "mean_most_used", scale=100, digits=1),
-                           "active": texts(result, "mean_active", digits=1)})
-
-
-def print_vocabulary(result, bands):
-    print(f"\nsimilarity over tokens whose ids ({mean_of_pairs(result['common_tokens']):.1%} of "
-          "them common to a pair, on average)")
-    print_table({"band": bands, "are any": result["mean_similarity"],
-                 "are common": result["mean_common_tokens"],
-                 "are the language's own": result["mean_own_tokens"]})
-
-
-def print_tests(result, bands):
-    for level, tests in zip(("family", "branch"), result["family_tests"]):
-        if np.isfinite(tests).all():
-            print(f"\nsimilarity within the same {level}, and to others; p: labels dealt out at "
-                  "random")
-            print_table({"band": bands} | dict(zip(("same", "other", "p"), tests.T)))
+def notes(dumps, result, args):
+    """What to know about the tables, line by line."""
+    n = len(dumps)
+    if n > PRINT_LANGUAGES:
+        yield (f"with more than {PRINT_LANGUAGES} languages, what is as wide as their number is in "
+               f"{args.out} alone")
+    for key in MADE_WITH:
+        made = {str(dump["meta"][key]) for dump in dumps if key in dump["meta"]}
+        if len(made) > 1:
+            yield f"the dumps were not made alike; {key}: {', '.join(sorted(made))}"
+    if args.threshold * n <= 1:
+        yield (f"shares add up to 1, so with {n} languages none is shared at a threshold of "
+               f"{args.threshold}; raise --threshold")
     unknown = result["languages"][result["families"] == ""]
     if len(unknown):
-        print_wrapped(f"note: no family known of {', '.join(unknown)}; see --families")
-    if "score_correlation" in result:
-        print(f"\nrank correlation of the similarity to {REFERENCE} with the scores")
-        rho, p = result["score_correlation"].T
-        print_table({"band": bands, "Spearman": rho, "p": p})
-
-
-def print_effects(result, args):
-    """What masking single experts does, beside how much they are used and whose they are."""
-    harm, tried = result["harm"], np.isfinite(result["harm"])
-    columns = {name: result[name] for name in ("harm", "weight", "share")}
-    known = np.flatnonzero(tried.any((1, 2)))
-    print("\nwhat masking one expert does: rank correlation of the harm with weight and with share")
-    print_table({"": result["languages"][known], "experts": tried[known].sum((1, 2))} | {
-        name: [rank_agreement(harm[k][tried[k]], columns[name][k][tried[k]]) for k in known]
-        for name in ("weight", "share")})
-    worst = np.unravel_index(np.argsort(np.where(tried, -harm, np.inf), axis=None)[:20], harm.shape)
-    print_table({"most harm": result["languages"][worst[0]], "layer": result["layers"][worst[1]],
-                 "expert": worst[2]} | {name: values[worst] for name, values in columns.items()})
-    exclusive, others = (np.ma.masked_where(~(tried & own), harm).mean((0, 2)).filled(np.nan)
-                         for own in (result["exclusive"], ~result["exclusive"]))
-    print("\nmean harm of exclusive experts, and of others")
-    print_table({"layer": result["layers"], "exclusive": exclusive, "others": others})
-    print("do exclusive experts do more than others of the same use?")
-    print_rows([matched_difference(harm, result["exclusive"] & tried, result["weight"],
-                                   np.random.default_rng(args.seed))])
+        yield f"no family known of {', '.join(unknown)}; see --families"
 
 
 def report(result, dumps, bands, args):
     """All tables, and what to know about them."""
-    n, (layers, experts) = len(dumps), dumps[0]["counts"].shape
-    print(f"{n} languages  {layers} MoE layers  {experts} experts  top_k {dumps[0]['top_k']}  "
-          f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
+    languages, (layers, experts) = result["languages"], dumps[0]["counts"].shape
+    few = len(languages) <= PRINT_LANGUAGES
+    print(f"{len(dumps)} languages  {layers} MoE layers  {experts} experts  top_k "
+          f"{dumps[0]['top_k']}  experts_per_language {args.experts_per_language}  threshold "
+          f"{args.threshold}")
     print_wrapped("tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps))
-    if n > PRINT_LANGUAGES:
-        print(f"note: with more than {PRINT_LANGUAGES} languages, what is as wide as their number "
-              f"is in {args.out} alone")
-    for key in MADE_WITH:
-        made = {str(dump["meta"][key]) for dump in dumps if key in dump["meta"]}
-        if len(made) > 1:
-            print(f"note: the dumps were not made alike; {key}: {', '.join(sorted(made))}")
-    if args.threshold * n <= 1:
-        print(f"note: shares add up to 1, so with {n} languages none is shared at a threshold of "
-              f"{args.threshold}; raise --threshold")
-    print_bands(result, bands)
-    print_layers(result)
-    print_languages(result)
-    if "common_tokens" in result and n > 1:
-        print_vocabulary(result, bands)
-    print_tests(result, bands)
-    if args.effects:
-        print_effects(result, args)
+    for note in notes(dumps, result, args):
+        print_wrapped(f"note: {note}")
+    shown = result | {"bands": list(bands), "band_layers": [
+        describe(result["layers"][rows]) for rows in bands.values()]}
+    if "mean_aligned" in result:
+        shown |= {"mean_divergence": result["mean_aligned"],
+                  "interval_mean_divergence": result.get("interval_mean_aligned", ())}
+    shown |= {level: tests for level, tests in zip(("family", "branch"), result["family_tests"])
+              if np.isfinite(tests).all()}
+    for title, titles in TABLES.items():
+        if list(titles.values())[-1] in shown:
+            print()
+            print_wrapped(title)
+            each = zip(languages, result["exclusive"].sum(-1)) if few and "excl." in titles else ()
+            print_table(table_columns(shown, titles) | dict(each))
+    for band, order, matrix in zip(bands, result["order"], result["band_similarity"]):
+        print()
+        print_wrapped(f"similarity, {band}; in order of average linkage: "
+                      + " ".join(languages[order]))
+        if few:
+            print_table({"": languages} | dict(zip(languages, matrix)))
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -874,14 +877,13 @@ def report(result, dumps, bands, args):
 def draw_heatmaps(figure, result, bands):
     """Similarity of every pair, a panel per band, in the linkage order of the mean over layers."""
     order, matrices = linkage_order(result["similarity"].mean(0)), result["band_similarity"]
-    names, side = result["languages"][order], 2.5 + 0.16 * len(order)
+    names, ticks, side = result["languages"][order], range(len(order)), 2.5 + 0.16 * len(order)
     figure.set_size_inches(side * len(bands) + 1, side)
     axes = figure.subplots(1, len(bands), squeeze=False)[0]
     for axis, band, matrix in zip(axes, bands, matrices):
         image = axis.imshow(matrix[order][:, order], vmin=matrices.min(), vmax=1)
-        axis.set_title(band)
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set(title=band, xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
+        axis.tick_params("x", rotation=90)
     figure.colorbar(image, ax=axes, label="routing similarity, 1 - JSD")
 
 
@@ -892,7 +894,7 @@ def draw_layers(figure, result, bands):
               "experts": ("layer_exclusive", "layer_shared")}
     figure.set_size_inches(8, 7)
     for axis, (title, keys) in zip(figure.subplots(3, sharex=True), panels.items()):
-        for key in result.keys() & keys:
+        for key in filter(result.__contains__, keys):
             axis.plot(result["layers"], result[key], ".-", label=key.split("_")[1])
             if f"interval_{key}" in result:
                 axis.fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25)
@@ -905,10 +907,10 @@ def draw_effects(figure, result, bands):
     """Harm of masking an expert against its use, and by layer; exclusive experts are red."""
     figure.set_size_inches(10, 4)
     use, depth = figure.subplots(1, 2)
-    for own, color in ((~result["exclusive"], "gray"), (result["exclusive"], "red")):
-        harm = np.where(own, result["harm"], np.nan)
-        use.plot(result["weight"].ravel(), harm.ravel(), ".", color=color)
-        depth.plot(result["layers"], np.ma.masked_invalid(harm).mean((0, 2)), color=color)
+    for kind, color, mean in zip((result["exclusive"], ~result["exclusive"]), ("red", "gray"),
+                                 result["layer_harm"].T):
+        use.plot(result["weight"][kind], result["harm"][kind], ".", color=color)
+        depth.plot(result["layers"], mean, color=color)
     use.set(xlabel="share of the routing weight", ylabel="harm", xscale="log")
     depth.set(xlabel="decoder layer", ylabel="mean harm")
 
@@ -967,15 +969,6 @@ def family_of(language, table):
     return table.get(language) or table.get(re.split("[-_]", language)[0], "")
 
 
-def read_scores(path, languages):
-    """The scores of languages in a JSON file {language: score}."""
-    with explained(f"{path} is not a JSON object with a score of each of {', '.join(languages)}"):
-        scores = read_json(path)
-        scores = [float(scores[language]) for language in languages]
-    require(np.isfinite(scores).all(), f"{path} has a score that is no number: {scores}")
-    return scores
-
-
 def write_whole(path, write):
     """write(file) to a temporary name, which becomes the final one when all is there."""
     os.makedirs(Path(path).parent, exist_ok=True)
@@ -1013,49 +1006,47 @@ def rows_of(languages, dumps):
 
 def compute(dumps, bands, args):
     """All arrays of analysis.npz, listed at save_analysis."""
-    rng, languages = np.random.default_rng(args.seed), [dump["language"] for dump in dumps]
-    result = analyze(frequencies(dumps), args.experts_per_language, args.threshold)
-    by_sequence = None
+    rng, names, settings = np.random.default_rng(args.seed), [d["language"] for d in dumps], (
+        args.experts_per_language, args.threshold)
+    result, by_sequence = analyze(frequencies(dumps), *settings), None
     if args.parallel:
         aligned, by_sequence = aligned_divergence(read_aligned(dumps, args.part))
         result |= {"divergence_aligned": aligned, "layer_aligned": by_sequence.mean(0)}
     result |= summarize(result, bands)
     table, similarities = read_families(args.families), result["band_similarity"]
-    families = np.array([family_of(language, table) for language in languages])
-    result |= {"languages": np.array(languages), "layers": dumps[0]["layers"], "families": families,
-               "order": np.array(list(map(linkage_order, similarities))),
-               "family_tests": family_tests(similarities, families, rng)}
+    families = np.array([family_of(name, table) for name in names])
+    levels = [[family.split("/")[0] for family in families], families]
+    result |= {"languages": np.array(names), "layers": dumps[0]["layers"], "families": families,
+               "order": np.array([linkage_order(matrix) for matrix in similarities]),
+               "family_tests": np.array([family_test(similarities, np.array(labels), rng)
+                                         for labels in levels])}
     if args.scores:
-        reference, = rows_of([REFERENCE], dumps)
-        others = np.flatnonzero(np.arange(len(languages)) != reference)
-        scores = read_scores(args.scores, result["languages"][others])
-        result["score_correlation"] = np.array([
-            rank_correlation(row, scores, rng) for row in similarities[:, reference, others]])
+        result["score_correlation"] = score_correlation(args.scores, similarities, dumps, rng)
     if args.effects:
-        result |= {"harm": load_effects(args.effects, dumps),
-                   "weight": distribution(np.stack([dump["weights"] for dump in dumps]))}
+        result |= effects(load_effects(args.effects, dumps), result, dumps,
+                          np.random.default_rng(args.seed))
     if args.vocabulary:
         result |= vocabulary_control(dumps, args.part, bands)
     if args.bootstrap:
-        result |= noise(result, [sequence_counts(dump, args.part) for dump in dumps], bands, args,
-                        rng, by_sequence)
+        counts = [sequence_counts(dump, args.part) for dump in dumps]
+        result |= floors(counts, args.experts_per_language, bands, rng)
+        result |= bootstrap(counts, args.bootstrap, *settings, bands, rng, by_sequence)
     return result
 
 
-def noise(result, counts, bands, args, rng, by_sequence):
-    """What --bootstrap adds to a result: floors, intervals, stability. See save_analysis."""
-    floors = [split_half_floor(c, args.experts_per_language, rng) for c in counts]
-    added = {f"floor_{m}": np.stack([floor[m] for floor in floors]) for m in MEASURES}
-    added["layer_floor"] = added["floor_similarity"].mean(0)
-    added["band_floor"] = band_means(added["layer_floor"], bands)
-    intervals, exclusive, shared = bootstrap(
-        counts, args.bootstrap, args.experts_per_language, args.threshold, bands, rng, by_sequence)
-    kept = result["share"] > 0
-    stable = [kept & result["exclusive"] & (exclusive >= STABLE),
-              kept & result["shared"] & (shared >= STABLE)]
-    return added | {f"interval_{key}": value for key, value in intervals.items()} | {
-        "exclusive_stability": exclusive, "shared_stability": shared,
-        "num_stable": np.sum(stable, (2, 3)).T}
+def score_correlation(path, similarities, dumps, rng):
+    """Of each band, rank_correlation of the similarity to REFERENCE with the scores in a JSON file
+    {language: score}.
+    """
+    reference, = rows_of([REFERENCE], dumps)
+    others = [i for i in range(len(dumps)) if i != reference]
+    names = [dumps[i]["language"] for i in others]
+    with explained(f"{path} is not a JSON object with a score of each of {', '.join(names)}"):
+        scores = read_json(path)
+        scores = np.array([float(scores[name]) for name in names])
+    require(np.isfinite(scores).all(), f"{path} has a score that is no number: {scores}")
+    return np.array([rank_correlation(row, scores, rng)
+                     for row in similarities[:, reference, others]])
 
 
 def save_analysis(path, result, dumps, bands, args):
@@ -1074,14 +1065,17 @@ def save_analysis(path, result, dumps, bands, args):
     num_exclusive, num_shared (L,)                    experts exclusive to it; shared ones it keeps
     layer_exclusive, layer_shared (layers,)           experts; exclusive, summed over languages
     order (B, L)                                      languages in average-linkage order
-    family_tests (1 or 2, B, 3)                       families, branches: within, between, p
+    family_tests (2, B, 3)                            families, branches: within, between, p
     score_correlation (B, 2)                          --scores: Spearman's rho, p
     divergence_aligned (layers, L, L), layer_aligned (layers,), mean_aligned (B,)    --parallel
     interval_... of band_, mean_, layer_, num_, entropy    --bootstrap: (2, ...), low and high
     floor_M (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap: of similarity
     exclusive_stability (L, layers, experts), shared_stability (layers, experts)   part of the draws
-    harm, weight (L, layers, experts)                 --effects: of masking it; part of the weight
     num_stable (L, 2)                                 exclusive and shared ones that are stable
+    harm, weight (L, layers, experts)                 --effects: of masking it; part of the weight
+    num_harm (L,), harm_correlation (L, 2)            experts tried; harm with weight, with share
+    worst_expert (20,), worst (20, 3)                 language, layer, expert; harm, weight, share
+    layer_harm (layers, 2), matched_difference (1, 4) of exclusive and of others; see there
     similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L),
     mean_own_tokens, mean_common_tokens (B,)          see vocabulary_control
     meta                                              JSON: arguments, bands, inputs with digests
@@ -1103,58 +1097,60 @@ def run_contrast(args):
     difference, chosen = select_contrast(a, b, args.tau, args.top)
     require(chosen.any(), f"no frequency in A is larger by more than {args.tau} (the most: "
                           f"{difference.max():.3f}); lower --tau, or give --top, and other dumps")
-    experts = {int(layer): {int(expert): round(row[expert], 6) for expert in np.flatnonzero(picked)}
-               for layer, row, picked in zip(layers, difference, chosen) if picked.any()}
+    rows, ids = np.nonzero(chosen)
+    table, experts = {"layer": layers[rows], "expert": ids, "difference": difference[chosen],
+                      "frequency in A": a[chosen], "frequency in B": b[chosen]}, {}
+    for layer, expert, more in zip(layers[rows].tolist(), ids.tolist(), difference[chosen]):
+        experts.setdefault(layer, {})[expert] = round(more, 6)
     selection = {"experts": experts, "revision": dumps[0]["revision"], "arguments": vars(args),
                  "inputs": inputs_of(dumps)}
     write_whole(args.selection, lambda file: file.write(json.dumps(selection).encode()))
-    strongest = np.argsort(-np.abs(difference * chosen), axis=None, kind="stable")[:chosen.sum()]
-    rows, ids = np.unravel_index(strongest[:20], chosen.shape)
     rule = f"the {args.top} largest differences" if args.top else f"a difference above {args.tau}"
-    print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}, by {rule}")
-    print_table({"layer": layers[rows], "expert": ids, "difference": difference[rows, ids],
-                 "frequency in A": a[rows, ids], "frequency in B": b[rows, ids]})
+    print(f"{len(ids)} experts in layers {describe(np.unique(layers[rows]))}, by {rule}")
+    strongest = np.argsort(-np.abs(difference[chosen]), kind="stable")[:20]
+    print_table({title: column[strongest] for title, column in table.items()})
     print(f"\n{args.selection}")
 
 
 def parse_arguments():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument_group("what is compared").add_argument
-    add("dumps", nargs="*", default=DUMPS, help="path, or label=path (default: those of routing/)")
-    add("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: the "
-        "first, middle and last tenth)")
-    add("--experts-per-language", type=float, default=EXPERTS_PER_LANGUAGE, metavar="N",
-        help="the most frequent: a number, or a part below 1 (default: %(default).3g)")
-    add("--threshold", type=float, default=THRESHOLD, help="exclusive above it (%(default)s)")
-    add("--part", choices=["all", "prompt", "response", "text"], default="all", help="count only "
-        "these; text: the prompt without chat template and instruction")
-    add = p.add_argument_group("what is noise, and what else it could be").add_argument
-    add("--bootstrap", type=int, default=0, metavar="N", help="intervals of N draws, and the floor")
-    add("--parallel", action="store_true", help="sequence i says the same in all languages")
-    add("--vocabulary", action="store_true", help="over common tokens, and over a language's own")
-    add("--effects", metavar="FILE", help="of ablate.py --experts each: what does each expert do?")
-    add("--families", help="file of code, tab, family/branch; over the built-in table")
-    add("--scores", help='file of {"de": 0.9, ...}: correlate with the similarity to ' + REFERENCE)
-    add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    add = p.add_argument_group("what is written").add_argument
-    add("--out", default=OUT, help="(default: %(default)s)")
-    add("--figures", default="", help="folder of pictures; needs matplotlib")
-    add = p.add_argument_group("instead: experts that tell two groups of tokens apart").add_argument
-    add("--contrast", nargs=2, metavar=("A", "B"), help="two dumps")
-    add("--tau", type=float, default=TAU, help="where A has this much more (default: %(default)s)")
-    add("--top", type=int, metavar="N", help="the N largest differences, of either sign")
-    add("--selection", default="selection.json", help="(default: %(default)s)")
+
+    def add(flag, default, text, **options):
+        group.add_argument(flag, default=default, help=text, **options or {"type": type(default)})
+
+    group = p.add_argument_group("what is compared")
+    add("dumps", DUMPS, "path, or label=path (default: those of routing/)", nargs="*")
+    add("--bands", None, "decoder layers, inclusive, as middle=22-26 (default: the first, middle "
+        "and last tenth)", nargs="+")
+    add("--experts-per-language", EXPERTS_PER_LANGUAGE, "the most frequent: a number, or a part "
+        "below 1 (default: %(default).3g)")
+    add("--threshold", THRESHOLD, "exclusive above it (%(default)s)")
+    add("--part", "all", "count only these; text: the prompt without chat template and instruction",
+        choices=PARTS)
+    group = p.add_argument_group("what is noise, and what else it could be")
+    add("--bootstrap", 0, "intervals of so many draws, and the floor")
+    add("--parallel", False, "sequence i says the same in all languages", action="store_true")
+    add("--vocabulary", False, "over common tokens, and a language's own", action="store_true")
+    add("--effects", "", "file of ablate.py --experts each: what does each expert do?")
+    add("--families", "", "file of code, tab, family/branch; over the built-in table")
+    add("--scores", "", 'file of {"de": 0.9, ...}: correlate with the similarity to ' + REFERENCE)
+    add("--seed", 0, "of the draws (default: %(default)s)")
+    group = p.add_argument_group("what is written")
+    add("--out", OUT, "(default: %(default)s)")
+    add("--figures", "", "folder of pictures; needs matplotlib")
+    group = p.add_argument_group("instead: experts that tell two groups of tokens apart")
+    add("--contrast", None, "two dumps, A and B", nargs=2)
+    add("--tau", TAU, "where A has this much more (default: %(default)s)")
+    add("--top", 0, "instead, so many of the largest differences, of either sign")
+    add("--selection", "selection.json", "(default: %(default)s)")
     args = p.parse_args()
-    if args.contrast:
-        check_output(args.selection, "experts")
-    else:
-        check_output(args.out, "similarity")
+    check_output(*(args.selection, "experts") if args.contrast else (args.out, "similarity"))
     require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
-    require(args.seed >= 0, "--seed takes a number from 0 on")
     require(not args.figures or find_spec("matplotlib"),
             "--figures needs matplotlib; run: pip install matplotlib")
-    require(args.top is None or args.contrast and args.top > 0,
+    require(args.seed >= 0, "--seed takes a number from 0 on")
+    require(args.top == 0 or args.contrast and args.top > 0,
             "--top takes a number above 0, and --contrast A B")
     require(args.bootstrap == 0 or args.bootstrap > 1, "--bootstrap takes 2 draws or more")
     return args

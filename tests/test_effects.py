@@ -63,6 +63,10 @@ def test_each_needs_bands_and_effects_need_the_same_model(each, tmp_path):
             run(analyze, *dumps, "--effects", path, "--out", tmp_path / "a.npz")
 
 
+def mean_ranks(values):
+    return [((values < x).sum() + (values <= x).sum()) / 2 for x in values]
+
+
 def test_effects_are_joined_with_the_routing(each, tmp_path):
     pytest.importorskip("matplotlib")
     dumps, place = each
@@ -71,7 +75,7 @@ def test_effects_are_joined_with_the_routing(each, tmp_path):
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         harm, weight, result = file["harm"], file["weight"], dict(file)
     both = np.isfinite(harm[1])
-    rho = np.corrcoef(*(np.argsort(np.argsort(x[1][both])) for x in (harm, weight)))[0, 1]
+    rho = np.corrcoef(*(mean_ranks(x[1][both]) for x in (harm, weight)))[0, 1]
     line = next(line for line in printed.split("what masking one expert does")[1].split("\n")
                 if line.startswith("sw "))
     assert line.split()[1:3] == [str(both.sum()), f"{rho:.3f}"]
@@ -96,8 +100,8 @@ def test_use_alone_is_not_found_to_be_exclusivity_and_what_is_planted_is():
         for seed in range(30):
             rng = np.random.default_rng(seed)
             result = analyze.matched_difference(*world(rng, planted), rng, 200)
-            found[planted] += result["p"] < 0.05
-            assert result["seen"] > 0 and result["alone"] >= 0
+            found[planted] += result[1] < 0.05
+            assert result[2] > 0 and result[3] >= 0  # seen, alone
     assert found[0.0] <= 5 and found[0.05] >= 28
 
 
@@ -106,4 +110,6 @@ def test_neighbours_in_use_are_at_most_four_and_alike():
     harm, exclusive = np.array([[[0, 1, 0, 1.0, 0, 5, 9]]]), np.zeros((1, 1, 7), bool)
     exclusive[0, 0, [1, 3, 5, 6]] = True  # the two most used ones have no neighbour
     result = analyze.matched_difference(harm, exclusive, weight, np.random.default_rng(0), 200)
-    assert result["alone"] == 2 and result["difference"] > 0.9
+    assert result[3] == 2 and result[0] > 0.9  # alone, difference
+    blocks = analyze.blocks_of_equal_use(weight, np.isfinite(harm))
+    assert [block.tolist() for block in blocks] == [[0, 1, 2, 3], [4], [5], [6]]
