@@ -38,7 +38,10 @@ REFERENCE = "en"       # with --scores: the similarity to this language is corre
 TAU = 0.4              # with --contrast: frequencies differ by more (arXiv 2510.04694)
 OUT = "analysis.npz"
 PRINT_LANGUAGES = 12   # tables as wide as the number of languages are printed up to so many
+PLACES = 2**32         # more tokens than a sequence has
 HALVINGS = 20          # random ways to split a language in two, for the floor
+GRID_EXPERTS = (1 / 20, 10 / 128, 15 / 128, 20 / 128, 25 / 128, 1 / 4, 1 / 3)  # --sensitivity
+GRID_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 STABLE = 0.95          # a stable expert stays exclusive, or shared, in so many bootstrap draws
 PERMUTATIONS = 10_000  # of labels or scores, at random; up to 8 languages, all there are
 # ------------------------------------------------------------------------------------------------
@@ -47,8 +50,15 @@ ADD_UP = ("counts", "weights", "num_tokens", "path", "digest", "data_sha256")  #
 PARTS = {"all": [], "prompt": ["prompt_lengths"], "response": ["prompt_lengths"],
          "text": ["text_spans"]}  # of a sequence, and what a dump must hold to find them
 MEASURES = ("similarity", "divergence", "jaccard", "cosine")  # of two languages: pair_measures
-# {family/branch: ISO 639-1 and FLORES codes} of the most studied languages; --families for others
-FAMILIES = dict(line.split(maxsplit=1) for line in """\
+
+
+def by_code(text):
+    """{code: label} of lines of a label and its codes."""
+    return {code: label for label, *codes in map(str.split, text.splitlines()) for code in codes}
+
+
+# family/branch: ISO 639-1 and FLORES codes of the most studied languages; --families for others
+FAMILIES = by_code("""\
 Afro-Asiatic/Chadic ha hau
 Afro-Asiatic/Cushitic gaz om so som
 Afro-Asiatic/Semitic am amh ar ara arb he heb mlt mt
@@ -84,7 +94,38 @@ Tai-Kadai lao lo th tha
 Turkic az azj kaz kir kk ky tat tr tt tur ug uig uz uzn
 Uralic/Finnic est et fi fin
 Uralic/Hungarian hu hun
-""".splitlines())
+""")
+
+
+# by ISO 15924, as FLORES names them; the other languages write Latn
+SCRIPTS = dict.fromkeys(FAMILIES, "Latn") | by_code("""\
+Arab ar ara arb fa pbt pes ps ug uig ur urd
+Armn hy hye
+Beng as asm ben bn
+Cyrl be bel bg bul kaz khk kir kk ky mk mkd mn ru rus sr srp tat tg tgk tt uk ukr
+Deva hi hin mar mr ne npi
+Ethi am amh
+Geor ka kat
+Grek el ell
+Gujr gu guj
+Guru pa pan
+Hang ko kor
+Hans cmn zh zho
+Hant yue
+Hebr he heb
+Jpan ja jpn
+Khmr khm km
+Knda kan kn
+Laoo lao lo
+Mlym mal ml
+Mymr my mya
+Orya or ory
+Sinh si sin
+Taml ta tam
+Telu te tel
+Thai th tha
+Tibt bo bod
+""")
 
 
 class InputError(Exception):
@@ -442,28 +483,36 @@ def mean_of_pairs(matrix):
     return np.ma.filled(np.ma.masked_invalid(pairs).mean(-1), np.nan)
 
 
-def analyze(frequency, experts_per_language, threshold):
-    """What depends on frequency (languages, layers, experts) alone; listed at save_analysis."""
+def whose_experts(frequency, experts_per_language, threshold):
+    """share, exclusive, shared, reliance and their sums, as listed at save_analysis."""
     share = language_shares(frequency, experts_per_language)
     exclusive, shared = exclusive_experts(share, threshold), shared_experts(share, threshold)
+    to_exclusive, to_shared = ((distribution(frequency) * kind).sum(-1)
+                               for kind in (exclusive, shared))
+    reliance = np.stack([to_exclusive, to_shared, 1 - to_exclusive - to_shared], -1)
+    return {"share": share, "exclusive": exclusive, "shared": shared, "reliance": reliance,
+            "mean_reliance": reliance.mean(1), "num_exclusive": exclusive.sum((1, 2)),
+            "num_only": (exclusive & (exclusive.sum(0) == 1)).sum((1, 2)),
+            "num_shared": (shared & (share > 0)).sum((1, 2))}
+
+
+def analyze(frequency, experts_per_language, threshold):
+    """What depends on frequency (languages, layers, experts) alone; listed at save_analysis."""
     p, active = distribution(frequency), (frequency > 0).sum(-1)
-    to_exclusive, to_shared = (p * exclusive).sum(-1), (p * shared).sum(-1)
-    return pair_measures(frequency, experts_per_language) | {
-        "frequency": frequency, "share": share, "exclusive": exclusive, "shared": shared,
-        "entropy": entropy_bits(p) / np.log2(p.shape[-1]),
-        "reliance": np.stack([to_exclusive, to_shared, 1 - to_exclusive - to_shared], -1),
+    return pair_measures(frequency, experts_per_language) | whose_experts(
+        frequency, experts_per_language, threshold) | {
+        "frequency": frequency, "entropy": entropy_bits(p) / np.log2(p.shape[-1]),
         "most_used": p.max(-1), "mean_most_used": p.max(-1).mean(1),
         "active": active, "mean_active": active.mean(1)}
 
 
 def summarize(result, bands):
     """Figures that get an interval: means over bands and pairs, parts of the routing, numbers."""
-    exclusive, shared = result["exclusive"], result["shared"]
-    summary = {
-        "entropy": result["entropy"], "mean_entropy": result["entropy"].mean(0),
-        "mean_reliance": result["reliance"].mean(1), "num_exclusive": exclusive.sum((1, 2)),
-        "num_shared": (shared & (result["share"] > 0)).sum((1, 2)),
-        "layer_exclusive": exclusive.sum((0, 2)), "layer_shared": shared.sum(-1)}
+    summary = {key: result[key] for key in (
+        "entropy", "mean_reliance", "num_exclusive", "num_only", "num_shared")} | {
+        "mean_entropy": result["entropy"].mean(0),
+        "layer_exclusive": result["exclusive"].sum((0, 2)),
+        "layer_shared": result["shared"].sum(-1)}
     layer = {measure: mean_of_pairs(result[measure]) for measure in MEASURES}
     if "layer_aligned" in result:
         layer["aligned"] = result["layer_aligned"]
@@ -593,9 +642,10 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     counts       of each language (sequences, layers, experts): sequences are drawn
     by_sequence  aligned_divergence's: the languages are parallel, all draw the same sequences
     -> interval_... (low and high, ...), exclusive_stability, shared_stability, num_stable: see
-    save_analysis. Intervals are the estimate less the draws' bias, 1.96 of their standard
-    deviations to both sides (the normal bootstrap interval): samples of few tokens look less alike
-    than what they were taken from.
+    save_analysis. Intervals are the estimate, 1.96 of the draws' standard deviations to both sides,
+    and their bias to one: away from the draws for what grows or shrinks with the noise of every
+    draw (they look less alike, and less even, than what they were taken from), towards them for
+    what a threshold makes (experts near it pass it more often in draws than they did in truth).
     """
     def figures(totals, weights):
         result = analyze(distribution(totals), experts_per_language, threshold)
@@ -617,11 +667,17 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     intervals = {}
     for key, value in summary.items():
         values = np.array([each[key] for each in drawn])
-        middle, half = 2 * value - values.mean(0), 1.96 * values.std(0, ddof=1)
+        half, longer = 1.96 * values.std(0, ddof=1), values.mean(0) - value
+        if re.search("similarity|divergence|aligned|cosine|entropy", key):
+            longer = -longer
+        bounds = [value - half + np.minimum(longer, 0), value + half + np.maximum(longer, 0)]
         most = 1 if value.dtype == float else np.inf  # a part, or a number of experts
-        intervals[f"interval_{key}"] = np.clip([middle - half, middle + half], 0, most)
-    return intervals | {"exclusive_stability": exclusive / draws, "num_stable":
-                        np.sum(stable, (2, 3)).T, "shared_stability": shared / draws}
+        intervals[f"interval_{key}"] = np.clip(bounds, 0, most)
+    p = distribution(result["frequency"])
+    return intervals | {
+        "exclusive_stability": exclusive / draws, "shared_stability": shared / draws,
+        "num_stable": np.sum(stable, (2, 3)).T,
+        "stable_reliance": np.stack([(p * kind).sum(-1).mean(1) for kind in stable], 1)}
 
 
 def permutations(n, rng):
@@ -632,23 +688,36 @@ def permutations(n, rng):
 
 
 def family_test(similarities, labels, rng):
-    """Of each band, mean similarity within groups, between, and p: how often labels dealt out at
-    random do as well.
+    """Of each band, mean similarity within groups, between, p: how often labels dealt out at random
+    do as well, and the least p that so many languages allow.
 
     similarities (bands, n, n), labels the group of each language, or "": those are left out
-    -> (bands, 3), nan without a pair within, or between
+    -> (bands, 4), nan without a pair within, or between
     """
     known = np.flatnonzero(labels)
     groups = np.unique(labels[known], return_inverse=True)[1]
     i, j = np.triu_indices(len(known), 1)
     values, same = similarities[:, known[i], known[j]], groups[i] == groups[j]
     if same.all() or not same.any():
-        return np.full((len(values), 3), np.nan)
-    # the number of pairs within groups being the same, the gap grows with their sum
+        return np.full((len(values), 4), np.nan)
+    # the number of pairs within groups being the same, the gap grows with their sum; with same as
+    # the similarity itself, only the labelling as it is has the largest
+    values = np.concatenate([values, same[None]])
     sums = np.concatenate([(dealt[:, i] == dealt[:, j]) @ values.T for dealt in np.array_split(
         groups[permutations(len(known), rng)], 50)])
-    return np.stack([values[:, same].mean(1), values[:, ~same].mean(1),
-                     (sums >= sums[0] - 1e-12).mean(0)], 1)
+    p = (sums >= sums[0] - 1e-12).mean(0)
+    return np.stack([values[:, same].mean(1), values[:, ~same].mean(1), p, p * 0 + p[-1]], 1)[:-1]
+
+
+def holm(p):
+    """p of several tests, each raised so that any below .05 is chance once in 20 of all of them at
+    the most; nan is no test. [.01, .04, .03] -> [.03, .06, .06]
+    """
+    tested = np.flatnonzero(np.isfinite(p))
+    order = tested[np.argsort(p[tested])]
+    raised = np.full(p.shape, np.nan)
+    raised[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
+    return raised
 
 
 def ranks(values):
@@ -661,6 +730,113 @@ def rank_correlation(x, y, rng):
     x, y = ranks(x), ranks(y)
     rho = y[permutations(len(y), rng)] @ x / max(np.linalg.norm(x) * np.linalg.norm(y), 1)
     return rho[0], np.mean(np.abs(rho) >= abs(rho[0]) - 1e-12)
+
+
+def mirror(result, rng):
+    """rank_correlation of reliance on exclusive experts with mean similarity to others: (1, 2)."""
+    alike = result["similarity"].mean(0)
+    return np.array([rank_correlation(result["mean_reliance"][:, 0], alike.sum(1), rng)])
+
+
+def leave_one_out(result, experts_per_language, threshold):
+    """How the company makes a language's own experts: without each of the others.
+
+    -> num_without, reliance_without (languages, languages without it), nan without itself; with
+    all, and without the one whose absence changes it most, num_changed, reliance_changed
+    (languages, 2), and who that is, num_changed_by, reliance_changed_by
+    """
+    n, changes = len(result["languages"]), {}
+    without = np.full((2, n, n), np.nan)
+    for k in range(n if n > 1 else 0):
+        others = np.arange(n) != k
+        found = whose_experts(result["frequency"][others], experts_per_language, threshold)
+        without[:, others, k] = found["num_exclusive"], found["mean_reliance"][:, 0]
+    every = result["num_exclusive"], result["mean_reliance"][:, 0]
+    for name, whole, part in zip(("num", "reliance"), every, without):
+        most = np.nan_to_num(np.abs(part - whole[:, None])).argmax(1)
+        changes |= {f"{name}_without": part, f"{name}_changed_by": result["languages"][most],
+                    f"{name}_changed": np.stack([whole, part[np.arange(n), most]], 1)}
+    return changes
+
+
+def sensitivity(frequency):
+    """Which language relies more on which experts, over all settings of the two thresholds.
+
+    -> grid_reliance (numbers of experts, thresholds, languages, 2), on exclusive and on shared
+    experts, grid_exclusive (numbers, thresholds, languages); relies_more (2, languages, languages):
+    the part of the grid in which the row relies more on them than the column; first (languages, 2):
+    the part in which it is first by reliance, and by number
+    """
+    numbers = sorted({number_of_experts(part, frequency.shape[-1]) for part in GRID_EXPERTS})
+    cells = [[whose_experts(frequency, number, threshold) for threshold in GRID_THRESHOLDS]
+             for number in numbers]
+    reliance, number = (np.array([[cell[key] for cell in row] for row in cells])
+                        for key in ("mean_reliance", "num_exclusive"))
+    return {"grid_reliance": reliance[..., :2], "grid_exclusive": number,
+            "relies_more": np.stack([(reliance[..., k][..., None] > reliance[..., k][..., None, :])
+                                     .mean((0, 1)) for k in (0, 1)]),
+            "first": np.stack([(each == each.max(-1, keepdims=True)).mean((0, 1))
+                               for each in (reliance[..., 0], number)], 1)}
+
+
+def null_routers(dumps, experts_per_language, threshold, bands):
+    """summarize()'s figures of what random routers pick for the same hidden states (null_counts of
+    capture.py --null-router, arXiv 2604.09780), means over draws; {} where a dump lacks them.
+    """
+    files = [[open_dump(path) for path in dump["path"]] for dump in dumps]
+    if not all("null_counts" in file for shards in files for file in shards):
+        return {}
+    counts = np.stack([sum(file["null_counts"] for file in shards) for shards in files], 1)
+    drawn = [summarize(analyze(distribution(draw), experts_per_language, threshold), bands)
+             for draw in counts]
+    return {f"null_{key}": np.mean([each[key] for each in drawn], 0) for key in drawn[0]}
+
+
+# ------------------------------------------------------------------------------ two dumps, one text
+
+def token_places(path):
+    """selected_experts of a dump by token, token_ids or none, and where each is: its sequence, and
+    its place in it, as one number.
+    """
+    keys = [key for key in ("selected_experts", "token_ids") if key in open_dump(path)]
+    require("selected_experts" in keys, f"{path} holds no selected_experts to compare by token")
+    selected, *token_ids, sequence = read_tokens([path], "all", *keys)
+    position = np.arange(len(sequence)) - np.searchsorted(sequence, sequence)
+    return selected, token_ids, sequence * PLACES + position
+
+
+def agreement(a, b, num_experts):
+    """How alike two routings, token_places', of the same tokens are: ({title: (layers,)}, the part
+    of the tokens with the same experts in all layers, tokens compared, tokens in one dump only).
+    """
+    _, *rows = np.intersect1d(a[2], b[2], return_indices=True)
+    for x, y in zip(a[1], b[1]):
+        for row in np.flatnonzero(x[rows[0]] != y[rows[1]])[:1]:
+            sequence, token = divmod(a[2][rows[0][row]], PLACES)
+            raise InputError(f"other tokens; the first in sequence {sequence} at token {token}: "
+                             f"{x[rows[0][row]]} and {y[rows[1][row]]}")
+    pairs = [np.sort(each[0][row]).swapaxes(0, 1) for each, row in zip((a, b), rows)]
+    same = np.array([(x == y).all(-1) for x, y in zip(*pairs)])
+    p = [[distribution(np.bincount(x.ravel(), minlength=num_experts)) for x in ids]
+         for ids in pairs]
+    return {"same set": same.mean(1), "similarity": jensen_shannon(*map(np.array, p))[0],
+            "overlap": [(x[:, None] == y[..., None]).any(1).mean() for x, y in zip(*pairs)],
+            "part here": distribution(np.bincount(np.append(~same, same[:1] | True, 0).argmax(0),
+                                                  minlength=len(same) + 1))[:-1],
+            }, same.all(0).mean(), same.shape[1], len(a[2]) + len(b[2]) - 2 * same.shape[1]
+
+
+def run_agreement(args):
+    """--agreement: the table of two dumps of the same tokens."""
+    dumps = load_languages([f"{name}={split_label(path)[1]}" for name, path in
+                            zip("AB", args.agreement)])
+    a, b = (token_places(dump["path"][0]) for dump in dumps)
+    columns, identical, compared, alone = agreement(a, b, dumps[0]["num_experts"])
+    by_lengths = "" if a[1] and b[1] else " by the lengths of sequences alone"
+    print(f"{compared:,} tokens compared{by_lengths}; {alone} are in one dump only; "
+          f"{identical:.1%} have the same experts in all layers")
+    print("part here: of the tokens, in this layer for the first time")
+    print_table({"layer": dumps[0]["layers"]} | columns)
 
 
 # ------------------------------------------------------------------------------ effects of experts
@@ -752,25 +928,40 @@ TABLES = {
     "means over pairs of languages; with --bootstrap [95 % interval] and the floor, random halves "
     "of a language; with --parallel, the divergence is that of aligned sequences": {
         "band": "bands", "layers": "band_layers", "similarity": "mean_similarity",
-        "floor": "band_floor", "divergence": "mean_divergence",
+        "floor": "band_floor", "null": "null_mean_similarity", "divergence": "mean_divergence",
         "jaccard": "mean_jaccard", "cosine": "mean_cosine"},
     "layer by layer; excl.: experts exclusive to a language, of all and of each": {
         "layer": "layers", "similarity": "layer_similarity", "floor": "layer_floor",
-        "entropy": "mean_entropy", "shared": "layer_shared", "excl.": "layer_exclusive"},
+        "null": "null_layer_similarity", "entropy": "layer_entropy", "shared": "layer_shared",
+        "null-excl.": "null_layer_exclusive", "excl.": "layer_exclusive"},
     "part of the routing to experts exclusive to the language, shared, neither, and to the most "
     "used expert; experts in use": {
         "": "languages", "exclusive shared neither": "mean_reliance", "top": "mean_most_used",
         "active": "mean_active"},
-    f"number of experts; stable: in {STABLE:.0%} of the draws": {
-        "": "languages", "exclusive": "num_exclusive", "shared": "num_shared",
+    "rank correlation of this reliance on exclusive experts with the mean similarity to the "
+    "others: near -1 they are one finding, not two": {"Spearman p": "mirror"},
+    f"number of experts; only: exclusive to no other; stable: in {STABLE:.0%} of the draws": {
+        "": "languages", "exclusive": "num_exclusive", "only": "num_only",
+        "null": "null_num_exclusive", "shared": "num_shared",
         "stable-exclusive stable-shared": "num_stable"},
+    "part of the routing to stable experts": {
+        "": "languages", "stable-exclusive stable-shared": "stable_reliance"},
+    "--leave-one-out: number of exclusive experts, and without the language that changes it most": {
+        "": "languages", "all becomes": "num_changed", "without": "num_changed_by"},
+    "reliance on exclusive experts, and without the language that changes it most": {
+        "": "languages", "all becomes": "reliance_changed", "without": "reliance_changed_by"},
+    "--sensitivity: part of the settings in which a language is first, by exclusive experts": {
+        "": "languages", "reliance number": "first"},
+    "part of the settings in which the row relies more on exclusive experts than the column": {
+        "": "languages", "LANGUAGES": "exclusive_more"},
+    "part of the settings in which the row relies more on shared experts than the column": {
+        "": "languages", "LANGUAGES": "shared_more"},
     "similarity over tokens whose ids": {
         "band": "bands", "any": "mean_similarity", "common": "mean_common_tokens",
         "own": "mean_own_tokens"},
-    "similarity within the same family, and to others; p: labels dealt out at random": {
-        "band": "bands", "same other p": "family"},
-    "similarity within the same branch, and to others": {
-        "band": "bands", "same other p": "branch"},
+    "similarity within the same family, and to others; p: labels dealt out at random; least: p "
+    "that so many languages allow; Holm: p among all of these rows; branch and script overlap": {
+        "": "test_rows", "same other p least Holm": "test_values"},
     f"rank correlation of the similarity to {REFERENCE} with the scores": {
         "band": "bands", "Spearman p": "score_correlation"},
     "what masking one expert does: rank correlation of the harm with weight and with share": {
@@ -793,8 +984,8 @@ def table_columns(result, titles):
             value = np.asarray(result[key])
             interval = result.get(f"interval_{key}", ()) if value.dtype == float else ()
             series = [each.reshape(len(value), -1).T for each in (value, *interval)]
-            columns |= {name: list(zip(*cells)) for name, *cells in
-                        zip(title.split() or [title], *series)}
+            names = result["languages"] if title == "LANGUAGES" else title.split() or [title]
+            columns |= {name: list(zip(*cells)) for name, *cells in zip(names, *series)}
     return columns
 
 
@@ -836,6 +1027,8 @@ def notes(dumps, result, args):
     if args.threshold * n <= 1:
         yield (f"shares add up to 1, so with {n} languages none is shared at a threshold of "
                f"{args.threshold}; raise --threshold")
+    if "common_tokens" in result:
+        yield f"{mean_of_pairs(result['common_tokens']):.1%} of tokens are common to a pair"
     unknown = result["languages"][result["families"] == ""]
     if len(unknown):
         yield f"no family known of {', '.join(unknown)}; see --families"
@@ -851,13 +1044,18 @@ def report(result, dumps, bands, args):
     print_wrapped("tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps))
     for note in notes(dumps, result, args):
         print_wrapped(f"note: {note}")
-    shown = result | {"bands": list(bands), "band_layers": [
-        describe(result["layers"][rows]) for rows in bands.values()]}
+    shown = result | {"bands": list(bands), "layer_entropy": result["mean_entropy"],
+                      "band_layers": [describe(result["layers"][rows]) for rows in bands.values()]}
     if "mean_aligned" in result:
         shown |= {"mean_divergence": result["mean_aligned"],
                   "interval_mean_divergence": result.get("interval_mean_aligned", ())}
-    shown |= {level: tests for level, tests in zip(("family", "branch"), result["family_tests"])
-              if np.isfinite(tests).all()}
+    tested = np.isfinite(result["family_tests"]).all(-1)
+    if tested.any():
+        rows = [f"{level} {band}" for level in ("family", "branch", "script") for band in bands]
+        shown |= {"test_rows": np.array(rows)[tested.ravel()],
+                  "test_values": result["family_tests"][tested]}
+    if "relies_more" in result and few:
+        shown |= zip(("exclusive_more", "shared_more"), result["relies_more"])
     for title, titles in TABLES.items():
         if list(titles.values())[-1] in shown:
             print()
@@ -874,28 +1072,42 @@ def report(result, dumps, bands, args):
 
 # --------------------------------------------------------------------------------------- pictures
 
+def draw_matrices(figure, names, matrices, label, low):
+    """A panel of each of {title: (n, n)}."""
+    ticks, side = range(len(names)), 2.5 + 0.16 * len(names)
+    figure.set_size_inches(side * len(matrices) + 1, side)
+    axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axis, (title, matrix) in zip(axes, matrices.items()):
+        image = axis.imshow(matrix, vmin=low, vmax=1)
+        axis.set(title=title, xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
+        axis.tick_params("x", rotation=90)
+    figure.colorbar(image, ax=axes, label=label)
+
+
 def draw_heatmaps(figure, result, bands):
     """Similarity of every pair, a panel per band, in the linkage order of the mean over layers."""
     order, matrices = linkage_order(result["similarity"].mean(0)), result["band_similarity"]
-    names, ticks, side = result["languages"][order], range(len(order)), 2.5 + 0.16 * len(order)
-    figure.set_size_inches(side * len(bands) + 1, side)
-    axes = figure.subplots(1, len(bands), squeeze=False)[0]
-    for axis, band, matrix in zip(axes, bands, matrices):
-        image = axis.imshow(matrix[order][:, order], vmin=matrices.min(), vmax=1)
-        axis.set(title=band, xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
-        axis.tick_params("x", rotation=90)
-    figure.colorbar(image, ax=axes, label="routing similarity, 1 - JSD")
+    draw_matrices(figure, result["languages"][order],
+                  dict(zip(bands, matrices[:, order][:, :, order])),
+                  "routing similarity, 1 - JSD", matrices.min())
+
+
+def draw_sensitivity(figure, result, bands):
+    """In which part of the settings a language relies more than another on exclusive, on shared."""
+    kinds = ("row relies more on exclusive experts", "on shared experts")
+    draw_matrices(figure, result["languages"], dict(zip(kinds, result["relies_more"])),
+                  "part of the settings", 0)
 
 
 def draw_layers(figure, result, bands):
     """The profile over layers; after a bootstrap with 95 % intervals and the floor."""
-    panels = {"similarity, 1 - JSD": ("layer_similarity", "layer_floor"),
+    panels = {"similarity, 1 - JSD": ("layer_similarity", "layer_floor", "null_layer_similarity"),
               "routing entropy / log E": ("mean_entropy",),
-              "experts": ("layer_exclusive", "layer_shared")}
+              "experts": ("layer_exclusive", "layer_shared", "null_layer_exclusive")}
     figure.set_size_inches(8, 7)
     for axis, (title, keys) in zip(figure.subplots(3, sharex=True), panels.items()):
         for key in filter(result.__contains__, keys):
-            axis.plot(result["layers"], result[key], ".-", label=key.split("_")[1])
+            axis.plot(result["layers"], result[key], ".-", label=key.replace("layer_", ""))
             if f"interval_{key}" in result:
                 axis.fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25)
         axis.set_ylabel(title)
@@ -916,10 +1128,11 @@ def draw_effects(figure, result, bands):
 
 
 def save_figures(folder, result, bands):
-    """heatmaps.png, layers.png, and with --effects effects.png, in a folder."""
+    """heatmaps.png, layers.png, with --sensitivity and --effects a picture more, in a folder."""
     from matplotlib.figure import Figure
     os.makedirs(folder, exist_ok=True)
-    for draw in (draw_heatmaps, draw_layers, *[draw_effects] * ("harm" in result)):
+    for draw in (draw_heatmaps, draw_layers, *[draw_sensitivity] * ("first" in result),
+                 *[draw_effects] * ("harm" in result)):
         figure, path = Figure(layout="constrained"), f"{folder}/{draw.__name__[5:]}.png"
         draw(figure, result, bands)
         figure.savefig(path, dpi=120)
@@ -957,16 +1170,21 @@ def describe(layers):
 
 def read_families(path=None):
     """{code: family/branch}: FAMILIES, and over them a file's: code, tab, family, maybe /branch."""
-    table = {code: family for family, codes in FAMILIES.items() for code in codes.split()}
     with explained(f"{path} is not lines of a code, a tab and a family, as "
                    "'de<tab>Indo-European/Germanic', in UTF-8"):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if path else []
-        return table | dict(map(str.strip, line.split("\t")) for line in lines if line.strip())
+        return FAMILIES | dict(map(str.strip, line.split("\t")) for line in lines if line.strip())
 
 
 def family_of(language, table):
     """"Indo-European/Germanic" for "de", "deu_Latn" or "de-AT"; "" if the table has no family."""
     return table.get(language) or table.get(re.split("[-_]", language)[0], "")
+
+
+def script_of(language):
+    """"Hans" for "zh" or "zho_Hans", "Latn" for "de"; "" of an unknown language."""
+    suffix = re.search("_([A-Z][a-z]{3})$", language)
+    return suffix[1] if suffix else family_of(language, SCRIPTS)
 
 
 def write_whole(path, write):
@@ -1015,11 +1233,20 @@ def compute(dumps, bands, args):
     result |= summarize(result, bands)
     table, similarities = read_families(args.families), result["band_similarity"]
     families = np.array([family_of(name, table) for name in names])
-    levels = [[family.split("/")[0] for family in families], families]
+    labels = [[family.split("/")[0] for family in families], families,
+              list(map(script_of, names))]
+    tests = np.array([family_test(similarities, np.array(level), rng) for level in labels])
+    raised = holm(tests[..., 2].ravel()).reshape(*tests.shape[:2], 1)
     result |= {"languages": np.array(names), "layers": dumps[0]["layers"], "families": families,
+               "scripts": np.array(labels[2]), "family_tests": np.append(tests, raised, 2),
                "order": np.array([linkage_order(matrix) for matrix in similarities]),
-               "family_tests": np.array([family_test(similarities, np.array(labels), rng)
-                                         for labels in levels])}
+               "mirror": mirror(result, rng)}
+    if args.leave_one_out:
+        result |= leave_one_out(result, *settings)
+    if args.sensitivity:
+        result |= sensitivity(result["frequency"])
+    if args.part == "all":
+        result |= null_routers(dumps, *settings, bands)
     if args.scores:
         result["score_correlation"] = score_correlation(args.scores, similarities, dumps, rng)
     if args.effects:
@@ -1065,13 +1292,19 @@ def save_analysis(path, result, dumps, bands, args):
     num_exclusive, num_shared (L,)                    experts exclusive to it; shared ones it keeps
     layer_exclusive, layer_shared (layers,)           experts; exclusive, summed over languages
     order (B, L)                                      languages in average-linkage order
-    family_tests (2, B, 3)                            families, branches: within, between, p
+    scripts (L,), family_tests (3, B, 5)              families, branches, scripts: similarity
+                                                      within, between, p, least p, p by Holm
+    num_only (L,), mirror (1, 2)                      exclusive to no other; see there
+    num_without, reliance_without (L, L), num_changed, reliance_changed (L, 2),
+    num_changed_by, reliance_changed_by (L,)          --leave-one-out: see there
+    grid_reliance, grid_exclusive, relies_more, first    --sensitivity: see there
+    null_... of band_, mean_, layer_, num_, entropy   of dumps with null_counts: see null_routers
     score_correlation (B, 2)                          --scores: Spearman's rho, p
     divergence_aligned (layers, L, L), layer_aligned (layers,), mean_aligned (B,)    --parallel
     interval_... of band_, mean_, layer_, num_, entropy    --bootstrap: (2, ...), low and high
     floor_M (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap: of similarity
     exclusive_stability (L, layers, experts), shared_stability (layers, experts)   part of the draws
-    num_stable (L, 2)                                 exclusive and shared ones that are stable
+    num_stable, stable_reliance (L, 2)                exclusive and shared ones that are stable
     harm, weight (L, layers, experts)                 --effects: of masking it; part of the weight
     num_harm (L,), harm_correlation (L, 2)            experts tried; harm with weight, with share
     worst_expert (20,), worst (20, 3)                 language, layer, expert; harm, weight, share
@@ -1132,6 +1365,8 @@ def parse_arguments():
     add("--bootstrap", 0, "intervals of so many draws, and the floor")
     add("--parallel", False, "sequence i says the same in all languages", action="store_true")
     add("--vocabulary", False, "over common tokens, and a language's own", action="store_true")
+    add("--leave-one-out", False, "exclusive experts without a language", action="store_true")
+    add("--sensitivity", False, "other numbers of experts, thresholds", action="store_true")
     add("--effects", "", "file of ablate.py --experts each: what does each expert do?")
     add("--families", "", "file of code, tab, family/branch; over the built-in table")
     add("--scores", "", 'file of {"de": 0.9, ...}: correlate with the similarity to ' + REFERENCE)
@@ -1143,6 +1378,7 @@ def parse_arguments():
     add("--contrast", None, "two dumps, A and B", nargs=2)
     add("--tau", TAU, "where A has this much more (default: %(default)s)")
     add("--top", 0, "instead, so many of the largest differences, of either sign")
+    add("--agreement", None, "two dumps of the same tokens, compared token by token", nargs=2)
     add("--selection", "selection.json", "(default: %(default)s)")
     args = p.parse_args()
     check_output(*(args.selection, "experts") if args.contrast else (args.out, "similarity"))
@@ -1160,6 +1396,8 @@ def main():
     args = parse_arguments()
     if args.contrast:
         return run_contrast(args)
+    if args.agreement:
+        return run_agreement(args)
     dumps = load_languages(args.dumps, args.part)
     args.experts_per_language = number_of_experts(args.experts_per_language,
                                                   dumps[0]["num_experts"])
