@@ -493,15 +493,17 @@ def whose_experts(frequency, experts_per_language, threshold):
     return {"share": share, "exclusive": exclusive, "shared": shared, "reliance": reliance,
             "mean_reliance": reliance.mean(1), "num_exclusive": exclusive.sum((1, 2)),
             "num_only": (exclusive & (exclusive.sum(0) == 1)).sum((1, 2)),
-            "num_shared": (shared & (share > 0)).sum((1, 2))}
+            "num_shared": (shared & (share > 0)).sum((1, 2)), "layer_shared": shared.sum(-1),
+            "layer_exclusive": exclusive.sum((0, 2)), "each_exclusive": exclusive.sum(-1).T}
 
 
 def analyze(frequency, experts_per_language, threshold):
     """What depends on frequency (languages, layers, experts) alone; listed at save_analysis."""
     p, active = distribution(frequency), (frequency > 0).sum(-1)
+    entropy = entropy_bits(p) / np.log2(p.shape[-1])
     return pair_measures(frequency, experts_per_language) | whose_experts(
         frequency, experts_per_language, threshold) | {
-        "frequency": frequency, "entropy": entropy_bits(p) / np.log2(p.shape[-1]),
+        "frequency": frequency, "entropy": entropy, "mean_entropy": entropy.mean(0),
         "most_used": p.max(-1), "mean_most_used": p.max(-1).mean(1),
         "active": active, "mean_active": active.mean(1)}
 
@@ -509,10 +511,8 @@ def analyze(frequency, experts_per_language, threshold):
 def summarize(result, bands):
     """Figures that get an interval: means over bands and pairs, parts of the routing, numbers."""
     summary = {key: result[key] for key in (
-        "entropy", "mean_reliance", "num_exclusive", "num_only", "num_shared")} | {
-        "mean_entropy": result["entropy"].mean(0),
-        "layer_exclusive": result["exclusive"].sum((0, 2)),
-        "layer_shared": result["shared"].sum(-1)}
+        "entropy", "mean_entropy", "mean_reliance", "num_exclusive", "num_only", "num_shared",
+        "layer_exclusive", "layer_shared")}
     layer = {measure: mean_of_pairs(result[measure]) for measure in MEASURES}
     if "layer_aligned" in result:
         layer["aligned"] = result["layer_aligned"]
@@ -624,18 +624,6 @@ def floors(counts, experts_per_language, bands, rng):
     return result | {"layer_floor": layer, "band_floor": band_means(layer, bands)}
 
 
-def resampled(counts, draws, rng, parallel):
-    """Of each draw of as many sequences: totals (languages, layers, experts), and how often each of
-    the first language's sequences is in it; parallel languages draw the same ones.
-    """
-    for start in range(0, draws, 50):
-        size = min(50, draws - start)
-        weights = [rng.multinomial(len(c), np.full(len(c), 1 / len(c)), size).astype(np.float32)
-                   for c in counts[:1 if parallel else None]]
-        totals = [np.tensordot(w, c, 1) for w, c in zip(itertools.cycle(weights), counts)]
-        yield from zip(np.stack(totals, 1, dtype=float), weights[0])
-
-
 def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_sequence=None):
     """95 % intervals of summarize()'s figures, and how often experts stay what they are.
 
@@ -647,24 +635,28 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     draw (they look less alike, and less even, than what they were taken from), towards them for
     what a threshold makes (experts near it pass it more often in draws than they did in truth).
     """
-    def figures(totals, weights):
-        result = analyze(distribution(totals), experts_per_language, threshold)
+    def figures(weights):  # of each language, how often its sequences are in
+        totals = [np.tensordot(w.astype(np.float32), c, 1) for w, c in zip(weights, counts)]
+        result = analyze(distribution(np.stack(totals).astype(float)), experts_per_language,
+                         threshold)
         if by_sequence is not None:
-            result["layer_aligned"] = np.average(by_sequence, 0, weights)
+            result["layer_aligned"] = np.average(by_sequence, 0, weights[0])
         return result, summarize(result, bands)
 
     drawn, exclusive, shared = [], 0, 0
-    samples = resampled(counts, draws, rng, by_sequence is not None)
-    for totals, weights in tqdm(samples, "bootstrap", draws, leave=False):
-        result, summary = figures(totals, weights)
+    for _ in tqdm(range(draws), "bootstrap", leave=False):
+        weights = [rng.multinomial(len(c), np.full(len(c), 1 / len(c))) for c in counts]
+        result, summary = figures(weights if by_sequence is None else weights[:1] * len(counts))
         drawn.append(summary)
         exclusive += result["exclusive"]
         shared += result["shared"]
-    result, summary = figures(np.stack([c.sum(0, dtype=float) for c in counts]),
-                              np.ones(len(counts[0])))
-    stable = [result["exclusive"] & (exclusive >= STABLE * draws),
-              (result["share"] > 0) & result["shared"] & (shared >= STABLE * draws)]
-    intervals = {}
+    result, summary = figures([np.ones(len(c)) for c in counts])
+    exclusive, shared = exclusive / draws, shared / draws
+    stable = np.stack([result["exclusive"] & (exclusive >= STABLE),
+                       (result["share"] > 0) & result["shared"] & (shared >= STABLE)])
+    added = {"exclusive_stability": exclusive, "shared_stability": shared,
+             "num_stable": stable.sum((2, 3)).T, "stable_reliance":
+             (distribution(result["frequency"]) * stable).sum(-1).mean(2).T}
     for key, value in summary.items():
         values = np.array([each[key] for each in drawn])
         half, longer = 1.96 * values.std(0, ddof=1), values.mean(0) - value
@@ -672,12 +664,8 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
             longer = -longer
         bounds = [value - half + np.minimum(longer, 0), value + half + np.maximum(longer, 0)]
         most = 1 if value.dtype == float else np.inf  # a part, or a number of experts
-        intervals[f"interval_{key}"] = np.clip(bounds, 0, most)
-    p = distribution(result["frequency"])
-    return intervals | {
-        "exclusive_stability": exclusive / draws, "shared_stability": shared / draws,
-        "num_stable": np.sum(stable, (2, 3)).T,
-        "stable_reliance": np.stack([(p * kind).sum(-1).mean(1) for kind in stable], 1)}
+        added[f"interval_{key}"] = np.clip(bounds, 0, most)
+    return added
 
 
 def permutations(n, rng):
@@ -711,13 +699,24 @@ def family_test(similarities, labels, rng):
 
 def holm(p):
     """p of several tests, each raised so that any below .05 is chance once in 20 of all of them at
-    the most; nan is no test. [.01, .04, .03] -> [.03, .06, .06]
+    the most. [.01, .04, .03] -> [.03, .06, .06]
     """
-    tested = np.flatnonzero(np.isfinite(p))
-    order = tested[np.argsort(p[tested])]
-    raised = np.full(p.shape, np.nan)
-    raised[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
-    return raised
+    order = np.argsort(p)
+    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(raised, 1)[np.argsort(order)]
+
+
+def family_tests(similarities, labels, bands, rng):
+    """family_test by each of {level: labels}, where it can be had, with Holm's p over all of them.
+
+    -> family_rows, "level band" (rows,), and family_tests (rows, 5)
+    """
+    tests = np.concatenate([family_test(similarities, np.array(each), rng)
+                            for each in labels.values()])
+    rows = np.array([f"{level} {band}" for level in labels for band in bands])
+    known = np.isfinite(tests[:, 2])
+    return {"family_rows": rows[known],
+            "family_tests": np.column_stack([tests[known], holm(tests[known, 2])])}
 
 
 def ranks(values):
@@ -763,18 +762,18 @@ def sensitivity(frequency):
     """Which language relies more on which experts, over all settings of the two thresholds.
 
     -> grid_reliance (numbers of experts, thresholds, languages, 2), on exclusive and on shared
-    experts, grid_exclusive (numbers, thresholds, languages); relies_more (2, languages, languages):
-    the part of the grid in which the row relies more on them than the column; first (languages, 2):
-    the part in which it is first by reliance, and by number
+    experts, grid_exclusive (numbers, thresholds, languages); exclusive_more, shared_more
+    (languages, languages): the part of the grid in which the row relies more on them than the
+    column; first (languages, 2): the part in which it is first by reliance, and by number
     """
     numbers = sorted({number_of_experts(part, frequency.shape[-1]) for part in GRID_EXPERTS})
     cells = [[whose_experts(frequency, number, threshold) for threshold in GRID_THRESHOLDS]
              for number in numbers]
     reliance, number = (np.array([[cell[key] for cell in row] for row in cells])
                         for key in ("mean_reliance", "num_exclusive"))
+    more = (reliance[..., :, None, :] > reliance[..., None, :, :]).mean((0, 1))
     return {"grid_reliance": reliance[..., :2], "grid_exclusive": number,
-            "relies_more": np.stack([(reliance[..., k][..., None] > reliance[..., k][..., None, :])
-                                     .mean((0, 1)) for k in (0, 1)]),
+            "exclusive_more": more[..., 0], "shared_more": more[..., 1],
             "first": np.stack([(each == each.max(-1, keepdims=True)).mean((0, 1))
                                for each in (reliance[..., 0], number)], 1)}
 
@@ -811,19 +810,20 @@ def agreement(a, b, num_experts):
     """
     _, *rows = np.intersect1d(a[2], b[2], return_indices=True)
     for x, y in zip(a[1], b[1]):
-        for row in np.flatnonzero(x[rows[0]] != y[rows[1]])[:1]:
-            sequence, token = divmod(a[2][rows[0][row]], PLACES)
+        for i, j in np.transpose(rows)[x[rows[0]] != y[rows[1]]][:1]:
+            sequence, token = divmod(a[2][i], PLACES)
             raise InputError(f"other tokens; the first in sequence {sequence} at token {token}: "
-                             f"{x[rows[0][row]]} and {y[rows[1][row]]}")
-    pairs = [np.sort(each[0][row]).swapaxes(0, 1) for each, row in zip((a, b), rows)]
-    same = np.array([(x == y).all(-1) for x, y in zip(*pairs)])
-    p = [[distribution(np.bincount(x.ravel(), minlength=num_experts)) for x in ids]
-         for ids in pairs]
-    return {"same set": same.mean(1), "similarity": jensen_shannon(*map(np.array, p))[0],
-            "overlap": [(x[:, None] == y[..., None]).any(1).mean() for x, y in zip(*pairs)],
-            "part here": distribution(np.bincount(np.append(~same, same[:1] | True, 0).argmax(0),
-                                                  minlength=len(same) + 1))[:-1],
-            }, same.all(0).mean(), same.shape[1], len(a[2]) + len(b[2]) - 2 * same.shape[1]
+                             f"{x[i]} and {y[j]}")
+    alone = len(a[2]) + len(b[2]) - 2 * len(rows[0])
+    a, b = a[0][rows[0]], b[0][rows[1]]
+    same = (np.sort(a) == np.sort(b)).all(-1)
+    overlap = [(x[:, None] == y[..., None]).any(1).mean()
+               for x, y in zip(a.swapaxes(0, 1), b.swapaxes(0, 1))]
+    counts = grouped_counts(np.concatenate([a, b]), np.repeat([0, 1], len(a)), 2, num_experts)
+    first = np.bincount(same.argmin(1)[~same.all(1)], minlength=same.shape[1])
+    return {"same set": same.mean(0), "overlap": overlap, "part here": first / len(a),
+            "similarity": jensen_shannon(*distribution(counts))[0]
+            }, same.all(1).mean(), len(a), alone
 
 
 def run_agreement(args):
@@ -922,18 +922,20 @@ def effects(harm, result, dumps, rng):
 
 # ----------------------------------------------------------------------------------------- tables
 
-# {title: {title of a column, or of the columns of an array with two axes: its key in result}}; the
+# {title: {title of a column, or titles of the columns of an array with two axes: key in result}}; its
 # first column names the rows. A table is printed if its last array is there.
 TABLES = {
     "means over pairs of languages; with --bootstrap [95 % interval] and the floor, random halves "
-    "of a language; with --parallel, the divergence is that of aligned sequences": {
+    "of a language": {
         "band": "bands", "layers": "band_layers", "similarity": "mean_similarity",
         "floor": "band_floor", "null": "null_mean_similarity", "divergence": "mean_divergence",
         "jaccard": "mean_jaccard", "cosine": "mean_cosine"},
+    "divergence of aligned sequences": {"band": "bands", "divergence": "mean_aligned"},
     "layer by layer; excl.: experts exclusive to a language, of all and of each": {
         "layer": "layers", "similarity": "layer_similarity", "floor": "layer_floor",
         "null": "null_layer_similarity", "entropy": "layer_entropy", "shared": "layer_shared",
-        "null-excl.": "null_layer_exclusive", "excl.": "layer_exclusive"},
+        "null-excl.": "null_layer_exclusive", "excl.": "layer_exclusive",
+        "LANGUAGES": "each_exclusive"},
     "part of the routing to experts exclusive to the language, shared, neither, and to the most "
     "used expert; experts in use": {
         "": "languages", "exclusive shared neither": "mean_reliance", "top": "mean_most_used",
@@ -961,7 +963,7 @@ TABLES = {
         "own": "mean_own_tokens"},
     "similarity within the same family, and to others; p: labels dealt out at random; least: p "
     "that so many languages allow; Holm: p among all of these rows; branch and script overlap": {
-        "": "test_rows", "same other p least Holm": "test_values"},
+        "": "family_rows", "same other p least Holm": "family_tests"},
     f"rank correlation of the similarity to {REFERENCE} with the scores": {
         "band": "bands", "Spearman p": "score_correlation"},
     "what masking one expert does: rank correlation of the harm with weight and with share": {
@@ -980,7 +982,8 @@ def table_columns(result, titles):
     """{title: cells} of the arrays that are there; after a bootstrap, with intervals of parts."""
     columns = {}
     for title, key in titles.items():
-        if key in result:
+        few = title != "LANGUAGES" or len(result["languages"]) <= PRINT_LANGUAGES
+        if key in result and few:
             value = np.asarray(result[key])
             interval = result.get(f"interval_{key}", ()) if value.dtype == float else ()
             series = [each.reshape(len(value), -1).T for each in (value, *interval)]
@@ -1037,37 +1040,23 @@ def notes(dumps, result, args):
 def report(result, dumps, bands, args):
     """All tables, and what to know about them."""
     languages, (layers, experts) = result["languages"], dumps[0]["counts"].shape
-    few = len(languages) <= PRINT_LANGUAGES
     print(f"{len(dumps)} languages  {layers} MoE layers  {experts} experts  top_k "
           f"{dumps[0]['top_k']}  experts_per_language {args.experts_per_language}  threshold "
           f"{args.threshold}")
     print_wrapped("tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps))
     for note in notes(dumps, result, args):
         print_wrapped(f"note: {note}")
-    shown = result | {"bands": list(bands), "layer_entropy": result["mean_entropy"],
-                      "band_layers": [describe(result["layers"][rows]) for rows in bands.values()]}
-    if "mean_aligned" in result:
-        shown |= {"mean_divergence": result["mean_aligned"],
-                  "interval_mean_divergence": result.get("interval_mean_aligned", ())}
-    tested = np.isfinite(result["family_tests"]).all(-1)
-    if tested.any():
-        rows = [f"{level} {band}" for level in ("family", "branch", "script") for band in bands]
-        shown |= {"test_rows": np.array(rows)[tested.ravel()],
-                  "test_values": result["family_tests"][tested]}
-    if "relies_more" in result and few:
-        shown |= zip(("exclusive_more", "shared_more"), result["relies_more"])
-    for title, titles in TABLES.items():
-        if list(titles.values())[-1] in shown:
+    shown, tables = result | {
+        "bands": list(bands), "layer_entropy": result["mean_entropy"],
+        "band_layers": [describe(result["layers"][rows]) for rows in bands.values()]}, dict(TABLES)
+    for band, order, matrix in zip(bands, result["order"], result["band_similarity"]):
+        title = f"similarity, {band}; in order of average linkage: {' '.join(languages[order])}"
+        tables[title], shown[band] = {"": "languages", "LANGUAGES": band}, matrix
+    for title, titles in tables.items():
+        if len(shown.get(list(titles.values())[-1], ())):
             print()
             print_wrapped(title)
-            each = zip(languages, result["exclusive"].sum(-1)) if few and "excl." in titles else ()
-            print_table(table_columns(shown, titles) | dict(each))
-    for band, order, matrix in zip(bands, result["order"], result["band_similarity"]):
-        print()
-        print_wrapped(f"similarity, {band}; in order of average linkage: "
-                      + " ".join(languages[order]))
-        if few:
-            print_table({"": languages} | dict(zip(languages, matrix)))
+            print_table(table_columns(shown, titles))
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -1075,7 +1064,7 @@ def report(result, dumps, bands, args):
 def draw_matrices(figure, names, matrices, label, low):
     """A panel of each of {title: (n, n)}."""
     ticks, side = range(len(names)), 2.5 + 0.16 * len(names)
-    figure.set_size_inches(side * len(matrices) + 1, side)
+    figure.set_size_inches(side * len(matrices) + 1, side + 0.5)
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (title, matrix) in zip(axes, matrices.items()):
         image = axis.imshow(matrix, vmin=low, vmax=1)
@@ -1094,9 +1083,9 @@ def draw_heatmaps(figure, result, bands):
 
 def draw_sensitivity(figure, result, bands):
     """In which part of the settings a language relies more than another on exclusive, on shared."""
-    kinds = ("row relies more on exclusive experts", "on shared experts")
-    draw_matrices(figure, result["languages"], dict(zip(kinds, result["relies_more"])),
-                  "part of the settings", 0)
+    draw_matrices(figure, result["languages"], {
+        "row relies more on exclusive experts": result["exclusive_more"],
+        "on shared experts": result["shared_more"]}, "part of the settings", 0)
 
 
 def draw_layers(figure, result, bands):
@@ -1107,7 +1096,7 @@ def draw_layers(figure, result, bands):
     figure.set_size_inches(8, 7)
     for axis, (title, keys) in zip(figure.subplots(3, sharex=True), panels.items()):
         for key in filter(result.__contains__, keys):
-            axis.plot(result["layers"], result[key], ".-", label=key.replace("layer_", ""))
+            axis.plot(result["layers"], result[key], ".-", label=re.sub("layer_|mean_", "", key))
             if f"interval_{key}" in result:
                 axis.fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25)
         axis.set_ylabel(title)
@@ -1233,14 +1222,13 @@ def compute(dumps, bands, args):
     result |= summarize(result, bands)
     table, similarities = read_families(args.families), result["band_similarity"]
     families = np.array([family_of(name, table) for name in names])
-    labels = [[family.split("/")[0] for family in families], families,
-              list(map(script_of, names))]
-    tests = np.array([family_test(similarities, np.array(level), rng) for level in labels])
-    raised = holm(tests[..., 2].ravel()).reshape(*tests.shape[:2], 1)
-    result |= {"languages": np.array(names), "layers": dumps[0]["layers"], "families": families,
-               "scripts": np.array(labels[2]), "family_tests": np.append(tests, raised, 2),
-               "order": np.array([linkage_order(matrix) for matrix in similarities]),
-               "mirror": mirror(result, rng)}
+    scripts = np.array([script_of(name) for name in names])
+    labels = {"family": [family.split("/")[0] for family in families], "branch": families,
+              "script": scripts}
+    result |= family_tests(similarities, labels, bands, rng) | {
+        "languages": np.array(names), "layers": dumps[0]["layers"], "families": families,
+        "scripts": scripts, "mirror": mirror(result, rng),
+        "order": np.array([linkage_order(matrix) for matrix in similarities])}
     if args.leave_one_out:
         result |= leave_one_out(result, *settings)
     if args.sensitivity:
@@ -1291,13 +1279,14 @@ def save_analysis(path, result, dumps, bands, args):
     mean_most_used, mean_active (L,)                  means over layers
     num_exclusive, num_shared (L,)                    experts exclusive to it; shared ones it keeps
     layer_exclusive, layer_shared (layers,)           experts; exclusive, summed over languages
+    each_exclusive (layers, L)                        and of each
     order (B, L)                                      languages in average-linkage order
-    scripts (L,), family_tests (3, B, 5)              families, branches, scripts: similarity
-                                                      within, between, p, least p, p by Holm
+    scripts (L,), family_rows (rows,)                 ISO 15924; family, branch or script, and band
+    family_tests (rows, 5)                            within, between, p, least p, Holm's p
     num_only (L,), mirror (1, 2)                      exclusive to no other; see there
     num_without, reliance_without (L, L), num_changed, reliance_changed (L, 2),
     num_changed_by, reliance_changed_by (L,)          --leave-one-out: see there
-    grid_reliance, grid_exclusive, relies_more, first    --sensitivity: see there
+    grid_reliance, grid_exclusive, exclusive_more, shared_more, first    --sensitivity: see there
     null_... of band_, mean_, layer_, num_, entropy   of dumps with null_counts: see null_routers
     score_correlation (B, 2)                          --scores: Spearman's rho, p
     divergence_aligned (layers, L, L), layer_aligned (layers,), mean_aligned (B,)    --parallel
