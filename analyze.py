@@ -3,8 +3,9 @@ Which experts are a language's own, which are shared, how alike languages are ro
 
     python analyze.py                                     # what capture.py wrote for the tiny model
     python analyze.py routing/*.npz --bootstrap 1000 --vocabulary --figures figures
-    python analyze.py bn=mgsm_bn.json en=mgsm_en.json --bands early=0-4 middle=22-26 late=43-47
+    python analyze.py tests/data/qwen3-30b-a3b/*.npz --leave-one-out --sensitivity    # 30B
     python analyze.py --contrast math.npz chat.npz        # experts for ablate.py and steer.py
+    python analyze.py --agreement bf16.npz fp32.npz       # of two dumps of the same tokens
 
 reads   routing dumps      .npz of capture.py, or .json of the paper's recorder; needs numpy, tqdm
 writes  analysis.npz       the same figures as arrays, listed at save_analysis; --figures: pictures
@@ -203,8 +204,9 @@ def load_routing(path, part="all"):
             f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
             f"top_k {top_k}; capture it again")
         require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
-    if "note" in file:
-        print(f"note: {path}: {file['note']}")
+    if any(file.get("left_out", ())):
+        print("note: {}: left out {} tokens and {} layers that are placeholders".format(
+            path, *file["left_out"]))
     return {"language": language, "meta": meta, "layers": layers, "counts": counts,
             "num_tokens": num_tokens, "num_experts": counts.shape[1], "top_k": top_k,
             "revision": meta.get("revision"), "weights": weights, "path": [path],
@@ -225,7 +227,7 @@ def read_json(path):
 def open_dump(path, *keys):
     """The arrays of a dump, each read when it is asked for, and meta, as a mapping; InputError if
     one of the keys is not there. Of a dump without counts, the selected_experts of real layers, and
-    real (tokens,): see real_ids.
+    real (tokens,): see real_ids; left_out, how many tokens and layers are not.
     """
     if path.endswith(".json"):
         file = read_recorder(path)
@@ -241,9 +243,7 @@ def open_dump(path, *keys):
         real, layers = real_ids(ids, file["meta"]["num_experts"], path)
         file.maps[0] |= {"real": real, "selected_experts": ids[:, layers].astype(np.int64),
                          "layers": file.get("layers", np.arange(len(layers)))[layers]}
-        if not (real.all() and layers.all()):
-            file["note"] = (f"left out {(~real).sum()} tokens and {(~layers).sum()} layers that "
-                            "are placeholders")
+        file["left_out"] = (~real).sum(), (~layers).sum()
     return file
 
 
@@ -254,7 +254,8 @@ def read_recorder(path):
     record = read_json(path)
     layers = sorted(record, key=int)
     num_tokens, = {int(record[layer].pop("total_tokens")) for layer in layers}
-    counts = np.zeros((len(layers), 1 + max(int(e) for row in record.values() for e in row)), int)
+    num_experts = 1 + max(int(expert) for row in record.values() for expert in row)
+    counts = np.zeros((len(layers), num_experts), int)
     for row, layer in zip(counts, layers):
         for expert, entry in record[layer].items():
             row[int(expert)] = entry["activation_tokens"]
@@ -578,8 +579,9 @@ def select_contrast(frequency_a, frequency_b, tau=TAU, top=0):
     difference = frequency_a - frequency_b
     if not top:
         return difference, difference > tau
-    order = np.argsort(-np.abs(difference), axis=None, kind="stable")
-    return difference, (np.argsort(order).reshape(difference.shape) < top) & (difference != 0)
+    chosen = np.zeros(difference.shape, bool)
+    chosen.flat[np.argsort(-np.abs(difference), axis=None, kind="stable")[:top]] = True
+    return difference, chosen & (difference != 0)
 
 
 def load_selection(path, dump):
@@ -608,11 +610,9 @@ def split_half_floor(counts, experts_per_language, rng):
     counts (sequences, layers, experts); the mean over HALVINGS. A half has half of the data, so the
     whole is more like itself than this.
     """
-    floors = []
-    for _ in range(HALVINGS):
-        halves = np.array_split(rng.permutation(len(counts)), 2)
-        totals = np.stack([counts[half].sum(0, dtype=float) for half in halves])
-        floors.append(pair_measures(totals, experts_per_language))
+    halves = [[counts[half].sum(0, dtype=float) for half in np.array_split(
+        rng.permutation(len(counts)), 2)] for _ in range(HALVINGS)]
+    floors = [pair_measures(np.stack(pair), experts_per_language) for pair in halves]
     return {m: np.mean([floor[m][:, 0, 1] for floor in floors], 0) for m in MEASURES}
 
 
@@ -731,12 +731,6 @@ def rank_correlation(x, y, rng):
     return rho[0], np.mean(np.abs(rho) >= abs(rho[0]) - 1e-12)
 
 
-def mirror(result, rng):
-    """rank_correlation of reliance on exclusive experts with mean similarity to others: (1, 2)."""
-    alike = result["similarity"].mean(0)
-    return np.array([rank_correlation(result["mean_reliance"][:, 0], alike.sum(1), rng)])
-
-
 def leave_one_out(result, experts_per_language, threshold):
     """How the company makes a language's own experts: without each of the others.
 
@@ -794,14 +788,13 @@ def null_routers(dumps, experts_per_language, threshold, bands):
 # ------------------------------------------------------------------------------ two dumps, one text
 
 def token_places(path):
-    """selected_experts of a dump by token, token_ids or none, and where each is: its sequence, and
-    its place in it, as one number.
+    """selected_experts of a dump by token, [token_ids] if it has them, and where each token is: its
+    sequence, and its place in it, as one number.
     """
-    keys = [key for key in ("selected_experts", "token_ids") if key in open_dump(path)]
-    require("selected_experts" in keys, f"{path} holds no selected_experts to compare by token")
-    selected, *token_ids, sequence = read_tokens([path], "all", *keys)
-    position = np.arange(len(sequence)) - np.searchsorted(sequence, sequence)
-    return selected, token_ids, sequence * PLACES + position
+    keys = ["token_ids"] * ("token_ids" in open_dump(path))
+    selected, *ids, sequence = read_tokens([path], "all", "selected_experts", *keys)
+    return selected, ids, sequence * PLACES + np.arange(len(sequence)) - np.searchsorted(
+        sequence, sequence)
 
 
 def agreement(a, b, num_experts):
@@ -922,8 +915,8 @@ def effects(harm, result, dumps, rng):
 
 # ----------------------------------------------------------------------------------------- tables
 
-# {title: {title of a column, or titles of the columns of an array with two axes: key in result}}; its
-# first column names the rows. A table is printed if its last array is there.
+# {title: {title of a column, or titles of the columns of an array with two axes: key in result}}.
+# The first column names the rows. A table is printed if its last array is there.
 TABLES = {
     "means over pairs of languages; with --bootstrap [95 % interval] and the floor, random halves "
     "of a language": {
@@ -1227,7 +1220,8 @@ def compute(dumps, bands, args):
               "script": scripts}
     result |= family_tests(similarities, labels, bands, rng) | {
         "languages": np.array(names), "layers": dumps[0]["layers"], "families": families,
-        "scripts": scripts, "mirror": mirror(result, rng),
+        "scripts": scripts, "mirror": np.array([rank_correlation(
+            result["mean_reliance"][:, 0], result["similarity"].mean(0).sum(1), rng)]),
         "order": np.array([linkage_order(matrix) for matrix in similarities])}
     if args.leave_one_out:
         result |= leave_one_out(result, *settings)
@@ -1283,7 +1277,8 @@ def save_analysis(path, result, dumps, bands, args):
     order (B, L)                                      languages in average-linkage order
     scripts (L,), family_rows (rows,)                 ISO 15924; family, branch or script, and band
     family_tests (rows, 5)                            within, between, p, least p, Holm's p
-    num_only (L,), mirror (1, 2)                      exclusive to no other; see there
+    num_only (L,), mirror (1, 2)                      exclusive to no other; Spearman's rho and p of
+                                                      reliance on exclusive experts and similarity
     num_without, reliance_without (L, L), num_changed, reliance_changed (L, 2),
     num_changed_by, reliance_changed_by (L,)          --leave-one-out: see there
     grid_reliance, grid_exclusive, exclusive_more, shared_more, first    --sensitivity: see there
@@ -1363,11 +1358,11 @@ def parse_arguments():
     group = p.add_argument_group("what is written")
     add("--out", OUT, "(default: %(default)s)")
     add("--figures", "", "folder of pictures; needs matplotlib")
-    group = p.add_argument_group("instead: experts that tell two groups of tokens apart")
-    add("--contrast", None, "two dumps, A and B", nargs=2)
-    add("--tau", TAU, "where A has this much more (default: %(default)s)")
+    group = p.add_argument_group("instead: of two dumps, A and B")
+    add("--agreement", None, "do the same tokens go to the same experts?", nargs=2)
+    add("--contrast", None, "experts that tell their tokens apart, and for these:", nargs=2)
+    add("--tau", TAU, "those that A selects more often by this (default: %(default)s)")
     add("--top", 0, "instead, so many of the largest differences, of either sign")
-    add("--agreement", None, "two dumps of the same tokens, compared token by token", nargs=2)
     add("--selection", "selection.json", "(default: %(default)s)")
     args = p.parse_args()
     check_output(*(args.selection, "experts") if args.contrast else (args.out, "similarity"))
