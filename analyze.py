@@ -938,8 +938,8 @@ TABLES = {
         "Spearman": "mirror"},
     f"number of experts; only: exclusive to no other; stable: in {STABLE:.0%} of the draws": {
         "": "languages", "exclusive": "num_exclusive", "only": "num_only",
-        "null": "null_num_exclusive", "shared": "num_shared",
-        "stable-exclusive stable-shared": "num_stable"},
+        "null": "null_num_exclusive", "stable-exclusive stable-shared": "num_stable",
+        "shared": "num_shared"},
     "part of the routing to stable experts": {
         "": "languages", "stable-exclusive stable-shared": "stable_reliance"},
     "--leave-one-out: number of exclusive experts, and without the language that changes it most": {

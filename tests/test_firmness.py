@@ -51,6 +51,7 @@ def test_the_published_routing_gives_the_check_values(published):
     assert (number["sw"], number["de"]) == (271, 48)
     assert result["mean_similarity"] == pytest.approx([0.776, 0.913, 0.598], abs=5e-4)
     assert "early         0-4       0.776" in printed  # in the paper's bands
+    assert "\nsw               271   207     413\n" in printed
     frequency = frequencies(load_languages(PUBLISHED))
     sources = language_shares(frequency[[NAMES.index("en"), NAMES.index("zh")]], 20)
     assert shared_experts(sources, 0.7)[10:40].sum() == 420

@@ -353,13 +353,13 @@ def test_planted_structure_is_found(planted, monkeypatch, capsys, tmp_path):
     stable = (result["exclusive"] & (result["exclusive_stability"] >= analyze.STABLE)).sum((1, 2))
     assert result["num_stable"][:, 0].tolist() == stable.tolist()
     line = printed.split("number of experts")[1].split("\nit ")[1].split("\n")[0]
-    assert line.split() == [str(n) for n in (*(result[f"num_{key}"][it] for key in (
-        "exclusive", "only", "shared")), *result["num_stable"][it])]
+    assert line.split() == [str(n) for n in (result["num_exclusive"][it], result["num_only"][it],
+                                             *result["num_stable"][it], result["num_shared"][it])]
 
 
 def test_no_printed_line_is_longer_than_a_hundred_columns(planted, monkeypatch, capsys, tmp_path):
     printed, _ = run(monkeypatch, capsys, tmp_path, *planted, *THREE, "--bootstrap", 2,
-                     "--parallel", "--vocabulary")
+                     "--parallel", "--vocabulary", "--leave-one-out", "--sensitivity")
     assert [line for line in printed.splitlines() if len(line) > 100] == []
 
 
@@ -559,7 +559,8 @@ def test_every_array_that_is_written_is_described(planted, monkeypatch, capsys, 
     scores = {language: 0.1 * i for i, language in enumerate(FAMILY_OF)}
     (tmp_path / "s.json").write_text(json.dumps(scores))
     _, result = run(monkeypatch, capsys, tmp_path, *planted, "--bootstrap", 5, "--parallel",
-                    "--vocabulary", "--scores", tmp_path / "s.json")
+                    "--vocabulary", "--scores", tmp_path / "s.json", "--leave-one-out",
+                    "--sensitivity")
     words = set(re.findall(r"\w+", analyze.save_analysis.__doc__))
 
     def described(key):
