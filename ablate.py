@@ -23,7 +23,6 @@ import itertools
 import json
 import math
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -48,7 +47,7 @@ MAX_NEW_TOKENS = None                # of a response; None: the checkpoint's gen
 OUT = "results/ablate.jsonl"
 # ------------------------------------------------------------------------------------------------
 EDITS = {"reroute": "masks", "zero": "zeroed"}  # of edit_routing
-OF_ALL = ("shared", "selection")     # targets that are no language: every language has its controls
+OF_ALL = ("shared", "selection")     # targets that are no language: all languages have controls
 
 
 def choose_experts(args, dumps):
@@ -60,7 +59,7 @@ def choose_experts(args, dumps):
         common.require(selection.any(), f"{args.selection}: A's tokens select no expert more")
         return {"selection": selection}
     share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
-    if args.experts in ("shared", "each"):
+    if args.experts == "shared":
         return {"shared": analyze.shared_experts(share, args.threshold)}
     targets = args.targets.split(",") if args.targets else [dump["language"] for dump in dumps]
     rows = {target: analyze.rows_of(target.split("+"), dumps) for target in targets}
@@ -95,7 +94,9 @@ def matched_control(masked, share, top_k, seed):
         wanted, most, others = shares[row].sum(), 0, np.flatnonzero(~row & (shares > 0))
         for _ in range(100):
             drawn, total = np.zeros_like(row), 0
-            for expert in weighted_order(others, shares[others], rng)[:len(row) - top_k]:
+            # a random order, in which an expert comes next in proportion to its share
+            order = others[np.argsort(rng.exponential(size=len(others)) / shares[others])]
+            for expert in order[:len(row) - top_k]:
                 if total < 0.9 * wanted and total + shares[expert] <= 1.1 * wanted:
                     drawn[expert], total = True, total + shares[expert]
             if total > most:
@@ -103,11 +104,6 @@ def matched_control(masked, share, top_k, seed):
             if most >= 0.9 * wanted:
                 break
     return control
-
-
-def weighted_order(items, weights, rng):
-    """A random order in which an item comes next in proportion to its weight."""
-    return items[np.argsort(rng.exponential(size=len(items)) / weights)]
 
 
 def part_removed(masked, share, of=None):
@@ -121,29 +117,29 @@ def routing_shares(dumps, languages):
     """{language: (layers, experts)}: each expert's share of a layer's routing weight; of a language
     without a dump, the mean of the others'.
     """
-    shares = [analyze.distribution(dump["weights"]) for dump in dumps]
-    by_language = dict(zip([dump["language"] for dump in dumps], shares))
-    return {language: by_language.get(language, np.mean(shares, 0)) for language in languages}
+    shares = {dump["language"]: analyze.distribution(dump["weights"]) for dump in dumps}
+    mean = np.mean(list(shares.values()), 0)
+    return {language: shares.get(language, mean) for language in languages}
 
 
-def plan_cells(args, chosen, bands, dumps, languages):
-    """{(band, target, language): {kind: bool (layers, experts) to mask}}; kind "masked" is what the
-    experiment is about, "random-seed0", ... and "matched-seed0", ... are its controls.
+def plan_cells(args, chosen, bands, dumps, shares):
+    """{(band, target, language): {kind: [bool (layers, experts) to mask]}}; kind "masked" is what
+    the experiment is about, "random" and "matched" are its controls.
     """
-    shares, plan = routing_shares(dumps, languages), {}
-    for band, target, language in itertools.product(bands, chosen, languages):
+    plan = {}
+    for band, target, language in itertools.product(bands, chosen, shares):
         masked, of_target = chosen[target] & bands[band][:, None], target.split("+")
+        share, top_k = shares[language], dumps[0]["top_k"]
         if args.experts == "random":
             used = np.any([dumps[i]["counts"] for i in analyze.rows_of(of_target, dumps)], 0)
-            masked = (random_controls(masked, used, 1, [zlib.crc32(f"{band} {target}".encode())])
-                      or [masked])[0]
-        cell = plan[band, target, language] = {"masked": masked}
+            masked, = random_controls(masked, used, 1, [zlib.crc32(f"{band} {target}".encode())]) \
+                or [masked]
+        cell = plan[band, target, language] = {"masked": [masked]}
         if masked.any() and (target in OF_ALL or language in of_target):
-            share, seed = shares[language], zlib.crc32(f"{band} {target} {language}".encode())
-            cell |= {f"random-seed{draw}": control for draw, control in enumerate(
-                random_controls(masked, share > 0, args.control_seeds, [seed]))}
-            cell |= {f"matched-seed{draw}": matched_control(
-                masked, share, dumps[0]["top_k"], [seed, draw]) for draw in range(MATCHED_SEEDS)}
+            seed = zlib.crc32(f"{band} {target} {language}".encode())
+            cell["random"] = random_controls(masked, share > 0, args.control_seeds, [seed])
+            cell["matched"] = [matched_control(masked, share, top_k, [seed, draw])
+                               for draw in range(MATCHED_SEEDS)]
     return plan
 
 
@@ -154,18 +150,26 @@ def as_masks(chosen, layers):
 
 def run_cells(experiment, plan, bands, layers):
     """plan with {metric: scores (examples,)} for every mask, and for "unmasked" beside them."""
-    results, experts, how = {}, experiment.args.experts, experiment.args.how
-    for (band, target, language), masks in tqdm(plan.items(), unit="cell", leave=False):
-        cell = results[band, target, language] = {"unmasked": experiment.cell(language)}
-        for kind, mask in masks.items():
-            name = experts if kind == "masked" else kind
-            settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(),
-                        "target": target, "experts": name, "of": experts, "how": how}
-            # a mask without experts changes nothing: the unmasked model is its result
-            cell[kind] = cell["unmasked"] if not mask.any() else experiment.cell(
-                language, f"{band}-{name}-{target}", settings,
-                **{EDITS[how]: as_masks(mask, layers)})
+    results, args = {}, experiment.args
+    for (band, target, language), kinds in tqdm(plan.items(), unit="cell", leave=False):
+        unmasked = experiment.cell(language)
+        cell = results[band, target, language] = {"unmasked": [unmasked]}
+        for kind, masks in kinds.items():
+            cell[kind] = []
+            for draw, mask in enumerate(masks):
+                name = args.experts if kind == "masked" else f"{kind}-seed{draw}"
+                settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(),
+                            "target": target, "experts": name, "of": args.experts, "how": args.how}
+                # a mask without experts changes nothing: the unmasked model is its result
+                cell[kind].append(unmasked if not mask.any() else experiment.cell(
+                    language, f"{band}-{name}-{target}", settings,
+                    **{EDITS[args.how]: as_masks(mask, layers)}))
     return results
+
+
+def changes(cell, kind, metric):
+    """What the masks of a kind change in a cell's scores: (masks, examples)."""
+    return np.array([each[metric] - cell["unmasked"][0][metric] for each in cell[kind]])
 
 
 def is_hurt(masked, random, matched, sign):
@@ -183,40 +187,36 @@ def change_rows(results, metric):
     """For each language, its mean score and what masking each target's experts changes in it."""
     rows = {}
     for (_, target, language), cell in results.items():
-        base = cell["unmasked"][metric]
-        row = rows.setdefault(language, {"": language, "unmasked": np.nanmean(base)})
-        row[target] = np.nanmean(cell["masked"][metric] - base)
+        unmasked = np.nanmean(cell["unmasked"][0][metric])
+        row = rows.setdefault(language, {"": language, "unmasked": unmasked})
+        row[target] = np.nanmean(changes(cell, "masked", metric))
     return list(rows.values())
 
 
-def control_rows(results, plan, metric, shares, draws):
+def control_rows(results, plan, metric, shares):
     """For each language with controls three rows: masked, random and matched experts, how many they
     are, what part of its routing weight goes, the mean change, and its 95 % interval over problems
     or, of draws, the least and the most; and the verdict. Rows, and all verdicts.
     """
-    rows, verdicts, kinds = [], [], ("masked", "random", "matched")
-    for key, cell in results.items():
-        masks, base, drawn = plan[key], cell["unmasked"][metric], {}
-        if len(masks) == 1:
+    rows, verdicts = [], []
+    for key, masks in plan.items():
+        if key not in results or len(masks) == 1:
             continue
-        for kind in kinds:
-            drawn[kind] = np.array([cell[name][metric] - base for name in masks
-                                    if name.startswith(kind)]).reshape(-1, len(base))
-        enough = len(drawn["random"]) >= draws
-        verdicts += [is_hurt(*drawn["masked"], drawn["random"], drawn["matched"],
-                             common.better(metric))] if enough else []
-        for kind in kinds if enough else ("masked", "matched"):
-            of_kind = [mask for name, mask in masks.items() if name.startswith(kind)]
-            removed = [part_removed(mask, shares[key[2]], masks["masked"]) for mask in of_kind]
-            means = np.nanmean(drawn[kind], 1)
-            low, high = interval(*drawn[kind]) if kind == "masked" else (means.min(), means.max())
-            experts = np.mean([mask.sum() for mask in of_kind])
+        masked, share, verdict = masks["masked"][0], shares[key[2]], "none: too few other sets"
+        drawn = {kind: changes(results[key], kind, metric) for kind in masks if masks[kind]}
+        if "random" in drawn:
+            verdicts.append(is_hurt(*drawn["masked"], drawn["random"], drawn["matched"],
+                                    common.better(metric)))
+            verdict = "hurt" * verdicts[-1]
+        for kind, change in drawn.items():
+            removed = [part_removed(mask, share, masked) for mask in masks[kind]]
+            means = np.nanmean(change, 1)
+            low, high = interval(*change) if kind == "masked" else (means.min(), means.max())
+            experts = np.sum(masks[kind]) / len(means)
             rows.append({"own": key[2], "": kind, "experts": f"{experts:.1f}",
                          "weight": np.mean(removed), "change": means.mean(), "low": low,
-                         "high": high, "verdict": ""})
-        rows[-len(drawn) + (not enough)]["verdict"] = (
-            "hurt" * verdicts[-1] if enough else "none: too few other sets of experts")
-        if min(removed) < 0.9 * part_removed(masks["masked"], shares[key[2]]):
+                         "high": high, "verdict": verdict * (kind == "masked")})
+        if min(removed) < 0.9 * part_removed(masked, share):
             rows[-1]["verdict"] = "others do not carry as much"
     return rows, verdicts
 
@@ -232,80 +232,55 @@ def selectivity_rows(results, plan, metric, shares, tokens):
     rows, names = [], list(tokens)
     if len(set(map(len, tokens.values()))) > 1 or len(names) < 2:
         return rows
-    for band, target in dict.fromkeys(key[:2] for key in results if key[1] in names):
-        cells = [results[band, target, language] for language in names]
-        change = np.array([(cell["masked"][metric] - cell["unmasked"][metric]) * tokens[language]
-                           for language, cell in zip(names, cells)])
-        mask = plan[band, target, target]["masked"]
-        weight = np.array([part_removed(mask, shares[language]) for language in names])
-        own = np.array(names) == target
-        difference = change[own][0] - change[~own].mean(0)
+    for band, target in [key[:2] for key in results if key[1] == key[2]]:
+        mask, = plan[band, target, target]["masked"]
+        change = {language: changes(results[band, target, language], "masked", metric)[0]
+                  * tokens[language] for language in names}
+        weight = {language: part_removed(mask, shares[language]) for language in names}
+        own, own_weight = change.pop(target), weight.pop(target)
+        difference = own - np.mean(list(change.values()), 0)
         low, high = interval(difference)
         rows.append({"own": target, "own - others": np.nanmean(difference), "low": low,
-                     "high": high, "weight of own": weight[own][0],
-                     "of others": weight[~own].mean()})
+                     "high": high, "weight of own": own_weight,
+                     "of others": np.mean(list(weight.values()))})
     return rows
-
-
-def run_each(experiment, shares, rows, layers):
-    """Mask every expert that a language uses, one at a time, in the rows; what that does to the
-    first metric goes into effects.npz, with what earlier runs of equal settings have found.
-
-    effect  float64 (languages, layers, experts): mean change, nan where not run
-    """
-    args, todo = experiment.args, []
-    for language, share in shares.items():
-        experiment.cell(language)
-        todo += [(language, *place) for place in np.argwhere((share > 0) & rows[:, None]).tolist()]
-    print(f"{len(todo)} evaluations")
-    started, num_experts = time.perf_counter(), shares[todo[0][0]].shape[1]
-    for done, (language, row, expert) in enumerate(tqdm(todo, leave=False)):
-        if done == 10:
-            seconds = (time.perf_counter() - started) / 10 * len(todo)
-            tqdm.write(f"about {seconds / 60:.0f} minutes, if none is there already")
-        layer = int(layers[row])
-        experiment.cell(language, "each", {"layer": layer, "expert": expert, "how": args.how}, **{
-            EDITS[args.how]: {layer: np.arange(num_experts) == expert}})
-    settings = json.loads(list(experiment.cut)[-1])
-    rows = [row for row in experiment.rows.values() if row["settings"]["data_sha256"] == (
-        experiment.tasks.get(row["settings"]["language"], (0, row["settings"]["data_sha256"]))[1])]
-    effects = collect_effects(rows, settings, args.metrics[0], layers, num_experts)
-    path = common.predictions_folder(args.out) / "effects.npz"
-    common.write_whole(path, lambda file: np.savez(file, **effects))
-    print(path)
-
-
-def collect_effects(rows, settings, metric, layers, num_experts):
-    """The arrays of effects.npz, from all rows of a results file with these settings but for the
-    place of the expert and the language.
-    """
-    places, found, base = ("language", "data_sha256", "layer", "expert", "edit"), {}, {}
-    for row in rows:
-        own = row["settings"]
-        if all(settings.get(key) == own[key] for key in own if key not in places):
-            scores = np.array(row["scores"][metric])
-            if "expert" in own:
-                found[own["language"], own["data_sha256"], own["layer"], own["expert"]] = scores
-            else:
-                base[own["language"], own["data_sha256"]] = scores
-    languages = sorted({key[0] for key in found})
-    effect = np.full((len(languages), len(layers), num_experts), np.nan)
-    for (language, data, layer, expert), scores in found.items():
-        row = languages.index(language), list(layers).index(layer), expert
-        effect[row] = np.nanmean(scores - base[language, data])
-    return {"effect": effect, "languages": np.array(languages), "layers": layers, "metric": metric,
-            "meta": json.dumps(settings | {"harm": -common.better(metric)})}
 
 
 def scored_tokens(tasks, metric):
     """{language: how many tokens of each problem a likelihood is the mean of, or 1}."""
     def count(example):
         start, stop = example["text_span"]
-        return {"prompt_nll": stop - max(start, 1), "answer_nll": len(
-            example.get("answer_ids", []))}.get(metric, 1)
+        return {"prompt_nll": stop - max(start, 1),
+                "answer_nll": len(example["answer_ids"])}.get(metric, 1)
 
-    return {language: np.array([count(e) for e in encoded])
+    return {language: np.array(list(map(count, encoded)))
             for language, (encoded, _) in tasks.items()}
+
+
+def run_each(experiment, shares, rows, layers):
+    """Mask every expert that a language uses, one at a time, in the rows. effects.npz holds what
+    that does to the first metric, and what the results file knows of the other rows.
+
+    effect  float64 (languages, layers, experts): mean change, nan where not run
+    """
+    how, metric, used = experiment.args.how, experiment.args.metrics[0], np.stack([*shares.values()])
+    effect, number = np.full(used.shape, np.nan), np.count_nonzero(used[:, rows])
+    print(f"{number} evaluations")
+    with tqdm(total=number, leave=False) as progress:
+        for (i, row, expert), language in ((place, list(shares)[place[0]])
+                                           for place in np.argwhere(used).tolist()):
+            layer, base = int(layers[row]), experiment.cell(language)
+            cell = language, "each", {"layer": layer, "expert": expert, "how": how}
+            edit = {EDITS[how]: {layer: [expert]}}
+            if rows[row] or experiment.holds(*cell, **edit):
+                after = experiment.cell(*cell, **edit)
+                effect[i, row, expert] = np.nanmean(after[metric] - base[metric])
+                progress.update(rows[row])
+    path = common.predictions_folder(experiment.args.out) / "effects.npz"
+    meta = json.dumps(experiment.settings | {"harm": -common.better(metric), "how": how})
+    common.write_whole(path, lambda file: np.savez(
+        file, effect=effect, languages=list(shares), layers=layers, metric=metric, meta=meta))
+    return path
 
 
 def parse_arguments():
@@ -324,23 +299,20 @@ def parse_arguments():
         args.experts = "selection"
     common.require(args.experts != "each" or args.bands, "--experts each takes long; say in which "
                    "--bands")
-    common.require(args.experts != "each" or not args.targets, "--targets has no part in --experts "
-                   "each; --languages says whose")
-    common.require(args.experts not in OF_ALL or not args.targets, f"--targets has no part in the "
-                   f"{args.experts} experts; leave it out")
+    common.require(not args.targets or args.experts in ("exclusive", "random"), "--targets has no "
+                   f"part in the {args.experts} experts; leave it out")
     return args
 
 
-def report(results, plan, bands, layers, shares, experiment):
-    """The tables of every metric and band, and how many rows are hurt."""
+def report(results, plan, bands, shares, experiment):
+    """The tables of every metric and band, and how many rows are hurt. bands: {band: its layers}"""
     draws, verdicts = experiment.args.control_seeds, []
-    for metric, band in itertools.product(next(iter(results.values()))["unmasked"], bands):
+    for metric, band in itertools.product(next(iter(results.values()))["unmasked"][0], bands):
         of_band = {key: cell for key, cell in results.items() if key[0] == band}
-        print(f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
-              "experts are masked, of")
+        print(f"\n{band} (layers {bands[band]})  {metric}: change when experts are masked, of")
         analyze.print_rows(change_rows(of_band, metric))
         print("in the target's own language; low, high: 95 % interval, or the least and most draw")
-        rows, found = control_rows(of_band, plan, metric, shares, draws)
+        rows, found = control_rows(of_band, plan, metric, shares)
         analyze.print_rows(rows)
         verdicts += found
         print("selective? the change in the own language less that in the others, per problem")
@@ -363,16 +335,18 @@ def main():
     experiment = common.Experiment(args, dumps)
     shares = routing_shares(dumps, experiment.tasks)
     if args.experts == "each":
-        return run_each(experiment, shares, np.any(list(bands.values()), 0), layers)
-    plan = plan_cells(args, chosen, bands, dumps, experiment.tasks)
-    common.require(any(cell["masked"].any() for cell in plan.values()),
-                   "no expert to mask in these bands; give other --bands or --targets")
-    for mask in itertools.chain(*map(dict.values, plan.values())):
-        edits = {"masks": {}, "zeroed": {}, EDITS[args.how]: as_masks(mask, layers)}
-        common.check_edit(edits["masks"], {}, "proportional", experiment.shape, edits["zeroed"])
-    print(f"{args.model}  {sum(map(len, plan.values()))} cells  {args.experts} experts  "
+        return print(run_each(experiment, shares, np.any(list(bands.values()), 0), layers))
+    plan = plan_cells(args, chosen, bands, dumps, shares)
+    masks = [mask for cell in plan.values() for kind in cell.values() for mask in kind]
+    common.require(np.any(masks), "no expert to mask in these bands; give other --bands or "
+                                  "--targets")
+    for mask in masks if args.how == "reroute" else ():
+        common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.shape, {})
+    print(f"{args.model}  {len(masks)} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-    report(run_cells(experiment, plan, bands, layers), plan, bands, layers, shares, experiment)
+    results = run_cells(experiment, plan, bands, layers)
+    named = {band: analyze.describe(layers[rows]) for band, rows in bands.items()}
+    report(results, plan, named, shares, experiment)
     common.print_end(experiment)
 
 

@@ -92,23 +92,22 @@ def routing_shape(model):
 def probe_routers(model):
     """{decoder layer: (router, router_logits, selected_experts)}, given three tokens of zeros."""
     decoder, family, found = model.get_decoder(), type(model).__name__, {}
-    declared = declared_routers(model)
+    declared, size = declared_routers(model), model.config.get_text_config().hidden_size
     for name, router in decoder.named_modules():
         if isinstance(router, declared):
-            kind, layer = type(router).__name__, re.search(r"\b(\d+)\.", name)
-            require(layer and int(layer[1]) not in found,
+            kind, layer = type(router).__name__, int(re.search(r"\b(\d+)\.", name)[1])
+            require(layer not in found,
                     f"{family} is not supported: {kind} routes more than a layer's experts")
             block = decoder.get_submodule(name.rpartition(".")[0])
             with explained(f"{family} is not supported: its {kind} does not map hidden states to "
                            "(router_logits, routing_weights, selected_experts), as from "
                            "transformers 5.6 on"):
-                size = model.config.get_text_config().hidden_size
                 hidden = next(router.parameters()).new_zeros(3, size)
                 try:
                     answer = probe_router(router, block, hidden)
                 except ValueError:  # AFMoE's router wants three dimensions
                     answer = probe_router(router, block, hidden[None])
-            found[int(layer[1])] = router, *answer
+            found[layer] = router, *answer
     require(found, f"{family} has no routers that transformers declares: a dense model, or a "
                    "family that is not supported")
     return dict(sorted(found.items()))
@@ -127,10 +126,10 @@ def declared_routers(model):
 def probe_router(router, block, hidden):
     """(router_logits, selected_experts) for hidden states; InputError if they are anything else."""
     # AFMoE, LFM2, MiniMax-M2 and HunYuan-V3 hand their router a bias that the block has
-    names = inspect.signature(type(router).forward).parameters
-    given = {name: getattr(block, name) for name in names if hasattr(block, name)}
-    # the class's forward: the router as it is, under no edit and no hook
-    logits, weights, selected = read_router(router, type(router).forward(router, hidden, **given))
+    forward = type(router).forward  # the class's: under no edit and no hook
+    given = {name: getattr(block, name) for name in inspect.signature(forward).parameters
+             if hasattr(block, name)}
+    logits, weights, selected = read_router(router, forward(router, hidden, **given))
     # Zaya has one class more than experts, to skip them all, and reports it as expert 0
     num_experts = getattr(getattr(block, "experts", None), "num_experts", logits.shape[-1])
     require(weights.shape == selected.shape and logits.shape[-1] == num_experts
@@ -171,8 +170,8 @@ def record_routing(model, on_router):
     with contextlib.ExitStack() as hooks:
         for layer, (router, logits, _) in probe_routers(model).items():
             # Gemma 4 gives probabilities for logits; their log is as good as logits
-            total = logits.float().sum(-1)
-            probabilities = (logits > 0).all() and total.allclose(torch.ones_like(total))
+            probabilities = (logits > 0).all() and torch.allclose(
+                logits.float().sum(-1), torch.tensor(1.0, device=logits.device))
             hooks.enter_context(router.register_forward_hook(
                 functools.partial(hook, layer, probabilities)))
         yield
@@ -208,27 +207,26 @@ class EditedScoring(TorchFunctionMode):
     bias behind the scores could bring it back.
     """
 
-    def __init__(self, router, mask, boost, rule, zeroed):
+    def __init__(self, router, mask, zeroed, boost, rule):
         super().__init__()
-        self.num_experts, self.mask, self.boost, self.rule = len(mask), mask, boost, rule
         weight = next(router.parameters())
+        self.mask, self.zeroed = (torch.as_tensor(x, device=weight.device) for x in (mask, zeroed))
+        self.num_experts, self.rule, self.boost = len(mask), rule, boost
         # Inkling scores its always-on experts along with the others, behind them
         self.width = getattr(router, "n_total_experts", self.num_experts)
-        self.masked = torch.as_tensor(mask, device=weight.device)
         if boost is not None:  # in float32 at least
             self.boost = torch.as_tensor(boost, device=weight.device, dtype=torch.promote_types(
                 weight.dtype, torch.float32))
-        self.zeroed = torch.as_tensor(zeroed, device=weight.device)
         # tallies, which stay on the device until they are read
         self.edits, self.moved, self.selections = 0, 0, 0
-        self.selected = torch.zeros_like(self.masked)
+        self.selected = torch.zeros_like(self.mask)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in CHOICES and self.mask.any():
+        if func in CHOICES:
             # (..., num_experts), or (..., groups, experts of a group) of a router with groups
             shape = args[0].shape[-1 if args[0].shape[-1] == self.num_experts else -2:]
             if shape.numel() == self.num_experts and len(shape) < args[0].dim():
-                args = args[0].masked_fill(self.masked.view(shape), -torch.inf), *args[1:]
+                args = args[0].masked_fill(self.mask.view(shape), -torch.inf), *args[1:]
         output = func(*args, **kwargs or {})
         if func is F.linear and output.shape[-1] == self.width:
             self.edits += 1
@@ -241,10 +239,7 @@ class EditedScoring(TorchFunctionMode):
         if self.boost is not None:  # in its precision, and back: zero changes no bit
             router_logits = boost_logits(
                 router_logits.to(self.boost.dtype), self.boost, self.rule).to(dtype)
-        if self.mask.any():
-            lowest = max(-1e9, torch.finfo(dtype).min)
-            router_logits = router_logits.masked_fill(self.masked, lowest)
-        return router_logits
+        return router_logits.masked_fill(self.mask, max(-1e9, torch.finfo(dtype).min))
 
 
 def edited_forward(router, scoring, count_moved):
@@ -264,7 +259,7 @@ def edited_forward(router, scoring, count_moved):
         scoring.selected.index_fill_(0, selected.flatten(), True)
         if count_moved:
             plain = read_router(router, unedited(*args, **kwargs))[2]
-            scoring.moved = scoring.moved + newly_selected(plain, selected).sum()
+            scoring.moved += newly_selected(plain, selected).sum()
         return without_weights(output, scoring.zeroed)
 
     forward.edited = True
@@ -288,28 +283,28 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     in another way, a masked expert that was selected, a router that was never called. A warning:
     boosts that moved no selection at all.
     """
-    boosts, moved, edits = boosts or {}, {}, {}
-    routers, shape = find_routers(model), routing_shape(model)
-    checked = check_edit(masks or {}, boosts, rule, shape, zeroed or {})
+    routers, moved, edits = find_routers(model), {}, {}
+    checked = check_edit(masks, boosts, rule, routing_shape(model), zeroed)
     with contextlib.ExitStack() as patches:
-        for layer, (mask, zero) in checked.items():
-            require(not hasattr(routers[layer].forward, "edited"), f"layer {layer} is being edited "
+        for layer, (mask, zero, boost) in checked.items():
+            router = routers[layer]
+            require(not hasattr(router.forward, "edited"), f"layer {layer} is being edited "
                     "already; give masks and boosts to one edit_routing")
-            edits[layer] = EditedScoring(routers[layer], mask, boosts.get(layer), rule, zero)
-            forward = edited_forward(routers[layer], edits[layer], count_moved and layer in boosts)
-            patches.enter_context(patch.object(routers[layer], "forward", forward))
+            edits[layer] = EditedScoring(router, mask, zero, boost, rule)
+            forward = edited_forward(router, edits[layer], count_moved and boost is not None)
+            patches.enter_context(patch.object(router, "forward", forward))
         yield moved
     for layer, edit in edits.items():
+        masked = (edit.mask & edit.selected).nonzero().flatten().tolist()
         if not edit.selections:
             raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit "
                                "did not take hold")
-        experts = (edit.masked & edit.selected).nonzero().flatten().tolist()
-        if experts:
-            raise RuntimeError(f"layer {layer}: the experts {experts} were masked and yet selected")
-    if boosts and count_moved:
-        moved |= {layer: int(edits[layer].moved) / edits[layer].selections for layer in boosts}
-        if not any(moved.values()):
-            warnings.warn("the boosts moved no selection in any layer")
+        if masked:
+            raise RuntimeError(f"layer {layer}: the experts {masked} were masked and yet selected")
+        if count_moved and edit.boost is not None:
+            moved[layer] = int(edit.moved) / edit.selections
+    if moved and not any(moved.values()):
+        warnings.warn("the boosts moved no selection in any layer")
 
 
 def newly_selected(before, after):
@@ -318,24 +313,23 @@ def newly_selected(before, after):
 
 
 def check_edit(masks, boosts, rule, shape, zeroed):
-    """InputError if an edit does not fit a model with this routing_shape.
-
-    Returns {layer: (masked, zeroed)}, both bool (num_experts,), for all layers that are edited.
+    """{layer: (mask, zeroed, boost or None)} of all layers that are edited: bool (num_experts,)
+    twice, and floats. InputError if that does not fit a model with this routing_shape.
     """
     require(rule in RULES, f"rule '{rule}' is none of {', '.join(RULES)}")
-    checked = {}
+    masks, boosts, zeroed, checked = masks or {}, boosts or {}, zeroed or {}, {}
     for layer in sorted(masks.keys() | boosts.keys() | zeroed.keys()):
         require(layer in shape, f"layer {layer} has no router; MoE layers are {list(shape)}")
         num_experts, top_k = shape[layer]
+        boost = boosts.get(layer)
         with explained(f"layer {layer}"):
             mask, zero = (as_mask(edit.get(layer, []), num_experts) for edit in (masks, zeroed))
             require((~mask).sum() >= top_k, f"masking {mask.sum()} of {num_experts} experts leaves "
                                             f"fewer than top_k {top_k}")
-            boost = np.asarray(boosts.get(layer, np.zeros(num_experts)))
-            require(boost.shape == (num_experts,) and np.isfinite(boost).all(),
+            require(boost is None or np.shape(boost) == mask.shape and np.isfinite(boost).all(),
                     f"a boost is {num_experts} finite numbers, one per expert")
-        if mask.any() or zero.any() or layer in boosts:
-            checked[layer] = mask, zero
+        if mask.any() or zero.any() or boost is not None:
+            checked[layer] = mask, zero, boost
     return checked
 
 
@@ -343,9 +337,9 @@ def as_mask(mask, num_experts):
     """bool (num_experts,) of a mask: that already, or expert ids, of Python, numpy or torch."""
     mask = np.asarray(list(mask))
     if mask.dtype != bool:
-        require(set(mask.tolist()) <= set(range(num_experts)),
-                f"a mask is some of the experts 0 to {num_experts - 1}, not {mask.tolist()}")
-        mask = np.isin(np.arange(num_experts), mask)
+        ids, mask = mask.tolist(), np.isin(np.arange(num_experts), mask)
+        require(mask.sum() == len(set(ids)), f"a mask is some of the experts 0 to {num_experts - 1}"
+                                             f", not {ids}")
     require(len(mask) == num_experts, f"a mask is {num_experts} booleans, not {len(mask)}")
     return mask
 
@@ -398,8 +392,7 @@ def load_weights(name, config, dtype="auto", device=None, **options):
     with explained(f"cannot load the weights of model '{name}' with {options}"):
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, **options)
-        # a router that is missing would be random
-        missing = sorted(found["missing_keys"])
+        missing = sorted(found["missing_keys"])  # a router among them would be random
         require(not missing, f"{len(missing)} are not in its files, as {missing[:1]}")
     model = (model if "device_map" in options else model.to(device)).eval()
     require(not any(parameter.is_meta for parameter in model.parameters()),
@@ -416,13 +409,17 @@ def try_model(model, ids, edits=True, decode=None):
     logits be numbers; and other ones, layer by layer, when the experts that the last token selected
     are masked: a block may call its router and ignore the answer.
     """
-    ids, shape, seen = (ids * 16)[:16], routing_shape(model), []
-    ids = torch.tensor([ids], device=model.device)
+    ids, seen = torch.tensor([(ids * 16)[:16]], device=model.device), []
+
+    def last_logits():
+        return model(input_ids=ids, use_cache=False).logits[0, -1]
+
     with record_routing(model, lambda layer, *answer: seen.append((layer, answer[2]))):
-        logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+        logits = last_logits()
         with explained("the model does not generate"):
             decode and decode()
     calls, selected = Counter(layer for layer, _ in seen), dict(reversed(seen))
+    shape = routing_shape(model)
     bypassed = [layer for layer in shape if calls[layer] != (3 if decode else 1)]
     require(not bypassed, f"the routers in layers {bypassed} are bypassed, as some quantised "
                           "kernels do; load the model without them")
@@ -431,8 +428,8 @@ def try_model(model, ids, edits=True, decode=None):
         masked = selected[layer].flatten(0, -2)[-1].tolist()[:num_experts - top_k]
         with (explained(f"layer {layer} cannot be edited"),
               edit_routing(model, masks={layer: masked})):
-            edited = model(input_ids=ids, use_cache=False).logits[0, -1]
-            require(not masked or not edited.equal(logits), "its router's answer is not used")
+            require(not masked or not last_logits().equal(logits),
+                    "its router's answer is not used")
 
 
 def checkpoint_id(name, config, shape):
@@ -447,18 +444,19 @@ def checkpoint_id(name, config, shape):
     digest = hashlib.sha256(Path(name, "config.json").read_bytes())
     numbers = {num_experts for num_experts, _ in shape.values()}
     for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
         if path.suffix == ".safetensors":
             with (explained(f"{path} is not a whole .safetensors file"),
                   safe_open(path, "pt") as file):
                 for key in sorted(file.keys()):
-                    size = file.get_slice(key).get_shape()
-                    digest.update(f"{key} {size}".encode())
-                    if len(size) < 3 and numbers & set(size):
+                    axes = file.get_slice(key).get_shape()
+                    digest.update(f"{key} {axes}".encode())
+                    if len(axes) < 3 and numbers & {*axes}:
                         digest.update(file.get_tensor(key).view(torch.uint8).numpy())
         with open(path, "rb") as file:
-            for part in range(64):
-                file.seek(part * max(0, path.stat().st_size - 4096) // 63)
+            for sample in range(64):
+                file.seek(sample * max(0, size - 4096) // 63)
                 digest.update(file.read(4096))
     return digest.hexdigest()[:16]
 
@@ -500,22 +498,22 @@ def find_data(pattern, languages=None):
     """
     wanted = languages.split(",") if languages else []
     require(len(set(wanted)) == len(wanted), f"a language is named twice in: {languages}")
-    first, *others = map(re.escape, pattern.split("{lang}"))
-    if not others:
+    if "{lang}" not in pattern:
         require(len(wanted) < 2, f"'{pattern}' is one file but {len(wanted)} languages are named; "
                                  "put {lang} into --data")
         wanted = wanted or [Path(pattern).stem]
     if not wanted:
-        matches = re.compile(first + "([^/]+)" + r"\1".join(others)).fullmatch
+        first, *others = map(re.escape, pattern.split("{lang}"))
+        named = re.compile(first + "([^/]+)" + r"\1".join(others))
         paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
-        wanted = [match[1] for match in map(matches, paths) if match]
+        wanted = [match[1] for match in map(named.fullmatch, paths) if match]
         require(wanted, f"no file matches '{pattern}' ({{lang}} stands for a language)")
-    for language in wanted:
-        path = pattern.replace("{lang}", language)
+    found = {language: pattern.replace("{lang}", language) for language in wanted}
+    for language, path in found.items():
         require(re.fullmatch(r"\w[\w.-]*", language), f"'{language}' cannot name a file: a "
                 "language is letters, digits, '_', '-' and '.'")
         require(os.path.isfile(path), f"no such file: {path} (for language '{language}')")
-    return {language: pattern.replace("{lang}", language) for language in wanted}
+    return found
 
 
 def read_examples(path):
@@ -529,23 +527,16 @@ def read_examples(path):
     An answer is any of those listed; its kind chooses the score: "number", "choice" (a letter) or
     "span". Prompts keep their spaces. InputError names the file and line that cannot be read.
     """
-    suffix = Path(path).suffix
-    require(suffix in (".json", *LINE_READERS),
-            f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
-    try:
+    suffix, examples = Path(path).suffix, []
+    require(suffix in READERS, f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
+    with explained(f"{path}: not UTF-8; convert it first"):
         text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; convert it first") from error
-    if suffix == ".json":
-        with explained(f"{path}: not JSON in SQuAD's layout"):
-            return read_squad(json.loads(text))
-    lines, examples = text.split("\n"), []  # no splitlines: JSON strings may hold other line ends
-    while lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, 1):
+    lines = re.sub(r"\n\s*\Z", "", text).split("\n")  # no splitlines: strings hold other line ends
+    lines = [text] if suffix == ".json" else lines
+    for number, line in enumerate(lines if text.strip() else [], 1):
         with explained(f"{path}:{number}"):
-            examples.append(LINE_READERS[suffix](line.removesuffix("\r")))
-            require(examples[-1]["prompt"].strip(), "an empty prompt")
+            examples += READERS[suffix](line)
+            require(all(e["prompt"].strip() for e in examples[-1:]), "an empty prompt")
     require(examples, f"{path}: no prompts in it")
     return examples
 
@@ -562,13 +553,13 @@ def read_task(args, language, path):
 
 
 def read_text_line(line):
-    return {"prompt": line}
+    return [{"prompt": line}]
 
 
 def read_tsv_line(line):
     prompt, tab, answer = line.rpartition("\t")
     require(tab, "no tab between question and answer")
-    return {"prompt": prompt, "answer": [answer], "kind": answer_kind(answer)}
+    return [{"prompt": prompt, "answer": [answer], "kind": answer_kind(answer)}]
 
 
 def read_json_line(line):
@@ -579,9 +570,7 @@ def read_json_line(line):
     prompts = [row[key] for key in ("prompt", "question", "text") if isinstance(row.get(key), str)]
     require(prompts, 'no "prompt", "question" or "text" with a string')
     example, answers = {"prompt": prompts[0]}, row.get("answer")
-    for key in ("instruction", "response"):
-        if row.get(key) is not None:
-            example[key] = str(row[key])
+    example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
     if answers is not None:
         answers = answers if isinstance(answers, list) else [answers]
         require(set(map(type, answers)) <= {str, int, float}, "an answer is a text or a number, or "
@@ -591,28 +580,28 @@ def read_json_line(line):
         kind = row.get("kind") or ("number" if kinds == {"number"} else "span")
         require(kind in ("number", "choice", "span"), f"kind {kind} is no number, choice or span")
         example |= {"answer": answers, "kind": kind}
-    return example
+    return [example]
 
 
 def read_belebele(row):
     answer = dict(zip("1234", "ABCD")).get(str(row["correct_answer_num"]))
     require(answer, "a Belebele row whose correct_answer_num is not 1 to 4")
     options = "\n".join(f"{letter}. {row[f'mc_answer{i}']}" for i, letter in enumerate("ABCD", 1))
-    return {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
-            "answer": [answer], "kind": "choice"}
+    return [{"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
+             "answer": [answer], "kind": "choice"}]
 
 
-LINE_READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".txt": read_text_line}
-
-
-def read_squad(root):
+def read_squad(text):
     """Every question of SQuAD's data, paragraphs and qas becomes a prompt behind its paragraph."""
-    examples = [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
+    with explained("not JSON in SQuAD's layout"):
+        return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
                  "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
-                for article in root["data"] for paragraph in article["paragraphs"]
+                for article in json.loads(text)["data"] for paragraph in article["paragraphs"]
                 for qa in paragraph["qas"]]
-    require(examples, "no questions in it")
-    return examples
+
+
+READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".txt": read_text_line,
+           ".json": read_squad}
 
 
 def answer_kind(answer):
@@ -630,7 +619,7 @@ def rendered(tokenizer, prompt, chat_template="auto"):
     """
     if chat_template == "never" or not tokenizer.chat_template:
         return "", prompt, ""
-    for content in (str, lambda text: [{"type": "text", "text": text}]):  # some want parts
+    for content in ("{}".format, lambda text: [{"type": "text", "text": text}]):  # some want parts
         def render(text):
             return tokenizer.apply_chat_template(
                 [{"role": "user", "content": content(text)}], tokenize=False,
@@ -653,21 +642,18 @@ def encode_example(tokenizer, example, chat_template="auto"):
     own, prompt = example["prompt"].strip(), "\n\n".join(
         filter(None, (example["prompt"], example.get("instruction"))))
     before, within, behind = rendered(tokenizer, prompt, chat_template)
-
-    def encode(text, **options):
-        return tokenizer(text, add_special_tokens=not before + behind, **options)
-
-    encoding = encode(before + within + behind, return_offsets_mapping=tokenizer.is_fast)
+    encode = functools.partial(tokenizer, add_special_tokens=not before + behind)
+    text, start = before + within + behind, len(before) + within.index(own)
+    stop = start + len(own)
+    encoding = encode(text, return_offsets_mapping=tokenizer.is_fast)
     ids = encoding["input_ids"]
     require(ids, f"the prompt {example['prompt'][:40]!r} has no tokens")
     if tokenizer.is_fast:
-        start = len(before) + within.index(own)
-        held = [i for i, (a, b) in enumerate(encoding["offset_mapping"])
-                if a < start + len(own) and b > start]
+        held = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < stop and b > start]
         return ids, (min(held, default=0), max(held, default=-1) + 1)
     # else what stands around it is what two other texts have in common
-    pair = [encode(before + within.replace(own, text, 1) + behind)["input_ids"] for text in "a1"]
-    head, tail = (len(os.path.commonprefix(ids)) for ids in (pair, [i[::-1] for i in pair]))
+    pair = [encode(text[:start] + other + text[stop:])["input_ids"] for other in "a1"]
+    head, tail = (len(os.path.commonprefix(both)) for both in (pair, [x[::-1] for x in pair]))
     return ids, (head, len(ids) - tail)
 
 
@@ -681,10 +667,9 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
         ids, span = encode_example(tokenizer, example, chat_template)
         require(len(ids) <= max_length, f"prompt {number} has {len(ids)} tokens, more than "
                 f"{max_length}; take it out, or raise --max-length, up to the model's positions")
-        encoded.append(example | {"ids": ids, "text_span": span})
-        if example.get("answer"):
-            encoded[-1]["answer_ids"] = tokenizer(
-                example["answer"][0], add_special_tokens=False)["input_ids"]
+        gold = "".join(example.get("answer", [])[:1])
+        encoded.append(example | {"ids": ids, "text_span": span, "answer_ids": tokenizer(
+            gold, add_special_tokens=False)["input_ids"]})
     return encoded
 
 
@@ -712,24 +697,21 @@ def length_batches(lengths, batch_tokens, fill=0.9):
 
 
 def run_batches(run, batches):
-    """What run(batch) returns, a list for each batch or None, as a list in the order of indices.
+    """What run(batch) returns, a list for each batch, as a list in the order of indices.
 
-    A batch that does not fit into memory is halved, which is said once.
+    A batch that does not fit into memory is halved, which is said.
     """
-    todo, results, said = list(batches), {}, False
+    todo, results = list(batches), {}
     while todo:
         batch = todo.pop(0)
         try:
-            results.update(zip(batch, run(batch) or []))
+            results.update(zip(batch, run(batch)))
             continue
         except torch.OutOfMemoryError:  # what it holds is freed only behind this block
             require(len(batch) > 1, "out of memory on a single sequence; lower --max-length, or "
                                     "give --device auto")
         torch.cuda.empty_cache()
-        if not said:
-            tqdm.write(f"out of memory on {len(batch)} sequences at once: halving such batches; "
-                       "--batch-tokens sets their size")
-            said = True
+        tqdm.write(f"out of memory on {len(batch)} sequences at once: halved; see --batch-tokens")
         todo[:0] = batch[:len(batch) // 2], batch[len(batch) // 2:]
     return [results[i] for i in sorted(results)]
 
@@ -739,11 +721,9 @@ def from_logits(read, model, sequences, batch_tokens):
     """[read(i, logits (tokens, vocabulary))] of every sequence."""
     def run(batch):
         ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        logits = [rows[:len(sequences[i])].float() for i, rows in
-                  zip(batch, model(input_ids=ids, use_cache=False).logits)]
-        require(not any(rows[-1].isnan().any() for rows in logits),
-                "the model's logits are NaN; try --dtype float32")
-        return list(map(read, batch, logits))
+        logits = model(input_ids=ids, use_cache=False).logits
+        require(not logits[..., 0].isnan().any(), "the model's logits are NaN; try --dtype float32")
+        return [read(i, rows[:len(sequences[i])].float()) for i, rows in zip(batch, logits)]
 
     return run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
 
@@ -821,8 +801,8 @@ def last_number(text, language=None):
     if not found:
         return None
     sign, whole, _, decimals, exponent, divisor = found[-1]
-    number = Fraction(f"{re.sub('[^0-9]', '', whole)}.{decimals or 0}e{exponent or 0}")
-    return (-number if sign else number) / (int(divisor or 1) or 1)
+    number = Fraction(f"{sign[:1]}{re.sub('[^0-9]', '', whole)}.{decimals or 0}e{exponent or 0}")
+    return number / (int(divisor or 1) or 1)
 
 
 def span_scores(prediction, golds, language=None, score="exact"):
@@ -875,18 +855,17 @@ def negative_log_likelihood(model, encoded, batch_tokens):
     -> {"prompt_nll", "answer_nll"}: float64 (examples,), nan if there is no answer; one forward
     pass gives both. A first token that nothing precedes is not scored.
     """
-    sequences = [e["ids"] + e.get("answer_ids", []) for e in encoded]
+    sequences = [e["ids"] + e["answer_ids"] for e in encoded]
 
     def read(i, logits):
-        targets = torch.tensor(sequences[i], device=logits.device)[1:]
-        nll = F.cross_entropy(logits[:-1], targets, reduction="none").double().cpu()
-        require(nll.isfinite().all(), "the model's logits are NaN or infinite; try --dtype float32")
+        targets = torch.tensor(sequences[i], device=logits.device)
+        nll = F.cross_entropy(logits[:-1], targets[1:], reduction="none").double().cpu()
         nll = F.pad(nll, (1, 0), value=torch.nan)  # nll[t] is token t's
         (start, stop), prompt = encoded[i]["text_span"], len(encoded[i]["ids"])
         return nll[start:stop].nanmean().item(), nll[prompt:].nanmean().item()
 
-    prompt_nll, answer_nll = np.transpose(from_logits(read, model, sequences, batch_tokens))
-    return {"prompt_nll": prompt_nll, "answer_nll": answer_nll}
+    found = from_logits(read, model, sequences, batch_tokens)
+    return dict(zip(("prompt_nll", "answer_nll"), np.transpose(found)))
 
 
 def choose_letters(model, tokenizer, encoded, batch_tokens):
@@ -910,14 +889,13 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
     """
     torch.manual_seed(seed)
     settings = generation_settings(model.generation_config, tokenizer) | settings
-    ends, pad = settings["eos_token_id"], settings["pad_token_id"]
 
     def run(batch):
         prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
-        ids, mask = (pad_sequence(rows, True, value, "left").to(model.device) for rows, value in (
-            (prompts, pad), ([torch.ones_like(prompt) for prompt in prompts], 0)))
+        ids = pad_sequence(prompts, True, settings["pad_token_id"], "left").to(model.device)
+        mask = pad_sequence(list(map(torch.ones_like, prompts)), True, 0, "left").to(model.device)
         new = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].cpu()
-        ended = torch.isin(new, torch.tensor([] if ends is None else ends)).any(1).tolist()
+        ended = torch.isin(new, torch.tensor(settings["eos_token_id"] or [-1])).any(1).tolist()
         return zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended)
 
     # as few batches as there can be: each takes max_new_tokens steps
@@ -933,16 +911,15 @@ def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=
     """For generate(), from a checkpoint's GenerationConfig only the tokens that end and pad, and
     the limit; greedy without a temperature, and with one from all tokens unless top_p or top_k say.
     """
-    ends = checkpoint.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
+    given = [ids for ids in (checkpoint.eos_token_id, tokenizer.eos_token_id) if ids is not None]
+    ends = np.ravel(given[:1]).astype(int).tolist()  # one, several or none
     pad = tokenizer.pad_token_id
     if pad is None:  # one that is not decoded
-        pad = 0 if ends is None else int(np.ravel(ends)[0])
-    limit = max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS
-    return {"max_new_tokens": limit, "eos_token_id": ends, "pad_token_id": pad,
-            "do_sample": bool(temperature)} | ({"temperature": temperature, "top_p": top_p or 1.0,
-                                                "top_k": top_k or 0} if temperature else {})
+        pad = ends[0] if ends else 0
+    settings = {"max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
+                "eos_token_id": ends or None, "pad_token_id": pad, "do_sample": bool(temperature)}
+    return settings | ({"temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
+                       if temperature else {})
 
 
 def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, score="exact",
@@ -952,8 +929,7 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
 
     accuracy is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it.
     """
-    kind, golds = encoded[0].get("kind"), [e.get("answer") for e in encoded]
-    scores, responses, cut = {}, None, 0
+    kind, scores, responses, cut = encoded[0].get("kind"), {}, None, 0
     if {"prompt_nll", "answer_nll"} & set(metrics):
         scores = negative_log_likelihood(model, encoded, batch_tokens)
     if "language" in metrics or ("accuracy" in metrics and kind != "choice"):
@@ -961,8 +937,10 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
     if "language" in metrics:
         scores["language"] = in_language(responses, language)
     if "accuracy" in metrics:
-        scores |= answer_scores(responses if kind != "choice" else choose_letters(
-            model, tokenizer, encoded, batch_tokens), golds, kind, language, score)
+        answers = responses if kind != "choice" else choose_letters(
+            model, tokenizer, encoded, batch_tokens)
+        golds = [e.get("answer") for e in encoded]
+        scores |= answer_scores(answers, golds, kind, language, score)
     wanted = [metric for metric in (*metrics, "f1") if metric in scores]
     return {metric: np.array(scores[metric], float) for metric in wanted}, responses, cut
 
@@ -1002,25 +980,12 @@ def bootstrap_interval(differences, draws=2000, seed=0):
     """
     differences = np.atleast_2d(differences)
     differences = differences[:, ~np.isnan(differences).any(0)]
-    (controls, n), rng = differences.shape, np.random.default_rng(seed)
-    if n < 2:
+    if differences.shape[1] < 2:
         return [np.nan, np.nan]
-    picks = rng.integers(n, size=(draws, n))
-    means = np.stack([control[picks].mean(1) for control in differences], 1)  # (draws, controls)
-    means = np.take_along_axis(means, rng.integers(controls, size=means.shape), 1).mean(1)
-    return np.quantile(means, [0.025, 0.975]).tolist()
-
-
-def effect(base, scores, draws=()):
-    """An effect in numbers: means of base and of scores (examples,), mean of their paired change
-    and its 95 % interval; the mean change by random draws (draws, examples), the least, the most.
-    """
-    changes = [np.nanmean(draw - base) for draw in draws]
-    low, high = bootstrap_interval(scores - base)
-    return {"before": np.nanmean(base), "after": np.nanmean(scores),
-            "change": np.nanmean(scores - base), "low": low, "high": high} | ({
-                "random": np.mean(changes), "least": min(changes), "most": max(changes)}
-                if changes else {})
+    rng = np.random.default_rng(seed)  # how often each control and each example is drawn
+    controls, examples = (rng.multinomial(n, np.full(n, 1 / n), draws) / n
+                          for n in differences.shape)
+    return np.quantile((controls @ differences * examples).sum(1), [0.025, 0.975]).tolist()
 
 
 def write_whole(path, write):
@@ -1100,8 +1065,7 @@ def add_model_arguments(p):
     add = p.add_argument_group("running the model").add_argument
     add("--batch-tokens", **NUMBER, help="per forward pass (default: %(default)s)")
     add("--max-length", **NUMBER, help="tokens of a sequence (default: %(default)s)")
-    add("--chat-template", choices=["auto", "never"], default="auto", metavar="C",
-        help="auto, or never: the bare text")
+    add("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
     add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
     add("--device", help="cuda, cpu, or auto: all GPUs, needs accelerate (default: a GPU)")
 
@@ -1121,7 +1085,7 @@ def add_task_arguments(p):
     add("--experts-per-language", **REAL, help="the most frequent ones: a number, "
         "or a part below 1 (default: %(default).3g)")
     add("--threshold", **REAL, help="exclusive above this share (default: %(default)s)")
-    add("--part", choices=PARTS, default="all", metavar="P", help="chosen by: " + ", ".join(PARTS))
+    add("--part", choices=PARTS, default="all", help="of the sequences that choose them")
     add("--selection", metavar="FILE", help="instead, those that analyze.py --contrast selected")
     add("--control-seeds", **NUMBER, help="random draws (default: %(default)s)")
     return add
@@ -1131,7 +1095,7 @@ def parse_task_arguments(p, script):
     """The last flags of ablate.py and steer.py, and a script's constants as its flags' defaults."""
     add = p.add_argument_group("generating answers").add_argument
     add("--max-new-tokens", **NUMBER, help=f"(default: the checkpoint's, or {MAX_NEW_TOKENS})")
-    add("--score", choices=["exact", "contains"], default="exact", metavar="S",
+    add("--score", choices=["exact", "contains"], default="exact",
         help="of spans: exact, or the paper's contains")
     add("--temperature", **REAL, help="sample; the paper: 0.7 (default: greedy)")
     add("--top-p", **REAL, help="with --temperature; the paper: 0.8")
@@ -1154,15 +1118,19 @@ def evaluation_settings(args, config, tokenizer, shape):
         checkpoint = GenerationConfig.from_pretrained(args.model)
     except OSError:  # it has none
         checkpoint = GenerationConfig.from_model_config(config)
-    return {"revision": checkpoint_id(args.model, config, shape),
-            "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
-            "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
-            "options": str(MODEL_OPTIONS), "score": args.score,
-            "instruction": args.instruction and short_hash(
-                Path(args.instruction).read_text("utf-8-sig")),
-            "generation": {"seed": args.seed if args.temperature else 0} | generation_settings(
-                checkpoint, tokenizer, args.max_new_tokens, args.temperature, args.top_p,
-                args.top_k)}
+    same = ("limit", "metrics", "chat_template", "score")
+    return {key: getattr(args, key) for key in same} | {
+        "revision": checkpoint_id(args.model, config, shape),
+        "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
+        "options": str(MODEL_OPTIONS),
+        "instruction": args.instruction and file_hash(args.instruction),
+        "generation": {"seed": args.seed if args.temperature else 0} | generation_settings(
+            checkpoint, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.top_k)}
+
+
+def file_hash(path):
+    """The sha256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def load_tasks(args, tokenizer, config, dumps):
@@ -1172,9 +1140,8 @@ def load_tasks(args, tokenizer, config, dumps):
         encoded = encode_examples(tokenizer, read_task(args, language, path), args.chat_template,
                                   min(args.max_length, max_positions(config)))
         check_metrics(args.metrics, encoded, path, language)
-        sha = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        tasks[language] = encoded, sha
-        if any(sha in dump["data_sha256"] for dump in dumps):
+        tasks[language] = encoded, file_hash(path)
+        if any(tasks[language][1] in dump["data_sha256"] for dump in dumps):
             print(f"warning: {path} is what the routing was captured on: experts are chosen on "
                   "what they are judged by")
     return tasks
@@ -1209,7 +1176,6 @@ class Experiment:
                        "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
-        self.generates = {"accuracy", "language"} & set(args.metrics)
         self.cut = {}  # {settings of a row that was used: (responses that were cut, of so many)}
 
     @functools.cached_property
@@ -1218,7 +1184,8 @@ class Experiment:
         (encoded, *_), _ = next(iter(self.tasks.values()))
         two = self.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None}
         decode = functools.partial(generate, model, self.tokenizer, [encoded], 1, **two)
-        try_model(model, encoded["ids"], True, decode if self.generates else None)
+        will_generate = {"accuracy", "language"} & set(self.args.metrics)
+        try_model(model, encoded["ids"], True, decode if will_generate else None)
         return model
 
     def cell(self, language, name="baseline", settings=None, **edit):
@@ -1226,17 +1193,22 @@ class Experiment:
 
         settings say how the edit was chosen; name becomes the folder of the predictions.
         """
-        encoded, sha = self.tasks[language]
-        choice = self.choice | {"edit": short_hash(edit)} if edit else {}
-        settings = self.settings | {"language": language, "data_sha256": sha} | choice | (
-            settings or {})
-        key = json.dumps(settings, sort_keys=True)
+        key, settings = self.key(language, settings, edit)
         if key not in self.rows:
             self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(
                 self, language, name, settings, edit)
             append_row(self.args.out, self.rows[key])
-        self.cut[key] = self.rows[key].get("cut_responses", 0), len(encoded)
+        self.cut[key] = self.rows[key].get("cut_responses", 0), len(self.tasks[language][0])
         return {metric: np.array(x) for metric, x in self.rows[key]["scores"].items()}
+
+    def holds(self, language, name, settings, **edit):
+        """Whether the results file has the cell."""
+        return self.key(language, settings, edit)[0] in self.rows
+
+    def key(self, language, settings, edit):
+        settings = self.settings | {"language": language, "data_sha256": self.tasks[language][1]} | (
+            self.choice | {"edit": short_hash(edit)} if edit else {}) | (settings or {})
+        return json.dumps(settings, sort_keys=True), settings
 
 
 def evaluate_cell(experiment, language, cell, settings, edit):

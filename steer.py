@@ -132,34 +132,41 @@ def sign_flip_p(differences, seed=0):
     up to 12 that are not 0, else by 10,000 random flips. Of right-or-wrong answers, McNemar's test.
     """
     values = differences[(differences != 0) & ~np.isnan(differences)]
-    signs = (np.array(list(itertools.product([1, -1], repeat=len(values)))) if len(values) <= 12
-             else np.random.default_rng(seed).choice([1, -1], (10_000, len(values))))
-    beyond = np.abs(signs @ values) >= abs(values.sum()) - 1e-12
-    return np.mean(beyond) if len(values) <= 12 else (beyond.sum() + 1) / (len(signs) + 1)
+    signs = np.array(list(itertools.product([1, -1], repeat=min(len(values), 12))))
+    if len(values) > 12:  # the identity is one of them: p is never 0
+        signs = np.random.default_rng(seed).choice([1, -1], (10_001, len(values)))
+        signs[0] = 1
+    return np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12)
 
 
 def effect_rows(metric, part, base, scores, draws=()):
-    """An effect for each language, and for all "together" where they have as many problems.
+    """An effect for each language, and for all "together" where they have as many problems: means
+    before and after, the paired change with its 95 % interval, and the changes by random draws.
 
     base, scores and each of draws: {language: scores (examples,)}, of which a part counts. Of all
     together, problems are resampled, and their signs flipped, not answers. "seen" is the smallest
     change that so many problems would show (p < .05) in four of five cases.
     """
-    cells = {l: [x[l][part] for x in (base, scores, *draws)] for l in base}
-    if len({len(before) for before, *_ in cells.values()}) == 1 < len(cells):
-        cells["together"] = [np.array(x) for x in zip(*cells.values())]
+    # (before, after and draws; languages; examples)
+    cells = {l: np.array([[x[l][part]] for x in (base, scores, *draws)]) for l in base}
+    if len({cell.shape for cell in cells.values()}) == 1 < len(cells):
+        cells["together"] = np.concatenate(list(cells.values()), 1)
     rows = []
-    for name, (before, after, *controls) in cells.items():
-        means = [np.atleast_2d(x).mean(0) for x in (before, after, *controls)]
-        row, difference = {"": name} | common.effect(*means[:2], means[2:]), means[1] - means[0]
+    for name, cell in cells.items():
+        before, after, *controls = cell.mean(1)
+        difference, changes = after - before, [np.nanmean(each - before) for each in controls]
         n, spread = np.isfinite(difference).sum(), np.nanstd(difference)
+        low, high = common.bootstrap_interval(difference)
+        counts = {}
         if metric in common.RIGHT_OR_WRONG:
-            row |= {"fixed": (after > before).sum(), "broken": (after < before).sum(),
-                    "p": sign_flip_p(difference)}
-            if np.array_equal(before, after):  # the rule of three
-                row |= {"low": -min(1, 3 / n), "high": min(1, 3 / n)}
-                spread = np.sqrt(3 / n)
-        rows.append(row | {"seen": 2.8 * spread / np.sqrt(n)})
+            counts = {"fixed": (cell[1] > cell[0]).sum(), "broken": (cell[1] < cell[0]).sum(),
+                      "p": sign_flip_p(difference)}
+            if (cell[0] == cell[1]).all():  # the rule of three
+                low, high, spread = -min(1, 3 / n), min(1, 3 / n), np.sqrt(3 / n)
+        rows.append({"": name, "before": np.nanmean(before), "after": np.nanmean(after),
+                     "change": np.nanmean(difference), "low": low, "high": high} | (
+                         {"random": np.mean(changes), "least": min(changes), "most": max(changes)}
+                         if changes else {}) | counts | {"seen": 2.8 * spread / np.sqrt(n)})
     return rows
 
 
@@ -221,15 +228,14 @@ def parse_arguments():
     add("--control-bands", nargs="+", default=[], metavar="B", help="steer these, too: 0-7 40-47")
     add("--lambda", dest="lambdas", type=float, nargs="+", metavar="L",
         help="strengths (default: %(default)s)")
-    add("--rule", choices=common.RULES, metavar="R", help=f"{', '.join(common.RULES)}; see "
-        "common.boost_logits")
+    add("--rule", choices=common.RULES, help="see common.boost_logits")
     args = common.parse_task_arguments(p, sys.modules[__name__])
     args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
     common.require(np.isfinite(args.lambdas).all(),
                    f"lambda must be a finite number, not {args.lambdas}")
-    for group in args.sources:
-        common.require(args.selection or len(set(group)) == len(group) > 1, "--sources takes two "
-                       f"or more different languages, as {SOURCES[0]}, or several such groups")
+    common.require(args.selection or all(len(set(group)) == len(group) > 1
+                                         for group in args.sources), "--sources takes two or more "
+                   f"different languages, as {SOURCES[0]}, or several such groups")
     return args
 
 
@@ -241,9 +247,8 @@ def prepare(args):
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
                                                           dumps[0]["num_experts"])
     groups = [choose_coefficients(args, dumps, sources) for sources in args.sources]
-    giving = {language for sources in args.sources for language in sources}
-    experiment = common.Experiment(
-        args, [dump for dump in dumps if args.selection or dump["language"] in giving])
+    experiment = common.Experiment(args, [dump for dump in dumps if args.selection
+                                          or dump["language"] in sum(args.sources, [])])
     for group in groups:  # the sources give; unless named, only other languages are evaluated
         own = [] if args.languages and len(groups) == 1 else group["sources"]
         group["languages"] = ([l for l in experiment.tasks if l not in own]
@@ -271,19 +276,19 @@ def moving_lambdas(experiment, group):
         moved = moved_by(experiment, group, group["boosted"], strength)
         print(f"lambda {strength}: selections moved (%), by layer  "
               + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in moved.items())
-              + ("" if any(moved.values()) else "  left out: it moves none"))
-        found += [strength] if any(moved.values()) else []
+              + "  left out: it moves none" * (not any(moved.values())))
+        found += [strength] * any(moved.values())
     common.require(found, "no lambda moves any selection; take larger ones")
     return found
 
 
-def print_draws(experiment, group, strength):
+def moved_by_draws(experiment, group, strength):
     """What the random draws move beside what the shared experts move: is it a fair control?"""
     shared, *draws = (np.mean(list(moved_by(experiment, group, c, strength).values()))
                       for c in (group["boosted"], *group["draws"]))
-    print(f"selections moved at lambda {strength}: {shared:.2%}; by random draws "
-          f"{np.mean(draws):.2%} ({min(draws):.2%} to {max(draws):.2%})"
-          + "; less than half as much: no fair control" * bool(np.mean(draws) < shared / 2))
+    return (f"selections moved at lambda {strength}: {shared:.2%}; by random draws "
+            f"{np.mean(draws):.2%} ({min(draws):.2%} to {max(draws):.2%})"
+            + "; less than half as much: no fair control" * bool(np.mean(draws) < shared / 2))
 
 
 def report(gains, base, steered, draws, others):
@@ -316,19 +321,20 @@ def related_test(gains, sources, languages, rng):
     each group the first. p by dealing families out at random, as analyze.family_test; nan if all
     pairs are related, or none.
     """
-    for _ in range(50):
-        gains = gains - np.nanmean(gains, 1, keepdims=True)
-        gains = gains - np.nanmean(gains, 0)
-    table = analyze.read_families()
-    names = list(dict.fromkeys([*languages, *sources]))
+    group, target = np.nonzero(~np.isnan(gains))
+    dummies = np.hstack([np.eye(len(sources))[group], np.eye(len(languages))[target]])
+    values = gains[group, target]
+    values = values - dummies @ np.linalg.lstsq(dummies, values)[0]
+    table, names = analyze.read_families(), list(dict.fromkeys([*languages, *sources]))
     families = [analyze.family_of(name, table).split("/")[0] or name for name in names]
     dealt = np.unique(families, return_inverse=True)[1][analyze.permutations(len(names), rng)]
-    group, target = np.nonzero(~np.isnan(gains))
-    first, second = (np.array([names.index(x) for x in each]) for each in (sources, languages))
-    related = dealt[:, first[group]] == dealt[:, second[target]]
-    if related[0].all() or not related[0].any():
-        return np.nan, np.nan, np.nan
-    related, values = related[related.any(1) & ~related.all(1)], gains[group, target]
+    first, second = ([names.index(each[i]) for i in place]
+                     for each, place in ((sources, group), (languages, target)))
+    related = dealt[:, first] == dealt[:, second]
+    mixed = related.any(1) & ~related.all(1)
+    if not mixed[0]:
+        return np.full(3, np.nan)
+    related = related[mixed]
     gaps = (related @ values / related.sum(1)) - (~related @ values / (~related).sum(1))
     return gaps[0], np.mean(gaps >= gaps[0] - 1e-12), 1 / len(np.unique(related, axis=0))
 
@@ -350,15 +356,14 @@ def print_groups(groups, changes):
 
 def main():
     args = parse_arguments()
-    experiment, groups = prepare(args)
-    changes = []
+    (experiment, groups), changes = prepare(args), []
     for group in groups:
         number = sum(map(np.count_nonzero, group["boosted"].values()))
         print(f"{args.model}  {number} experts  "
               f"{args.selection or 'shared by ' + ','.join(group['sources'])}  rule {args.rule}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
         results = run_all(experiment, group, moving_lambdas(experiment, group))
-        print_draws(experiment, group, max(results[0], key=results[0].get))
+        print(moved_by_draws(experiment, group, max(results[0], key=results[0].get)))
         changes.append(report(*results))
         print()
     if len(groups) > 1:

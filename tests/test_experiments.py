@@ -175,32 +175,33 @@ def planned(*arguments, languages=("aa", "xx"), dumps=HAND):
                   *arguments)
     chosen = ablate.choose_experts(args, dumps)
     bands = {"low": np.array([True, False]), "both": np.array([True, True])}
-    return chosen, ablate.plan_cells(args, chosen, bands, dumps, languages)
+    shares = ablate.routing_shares(dumps, languages)
+    return chosen, ablate.plan_cells(args, chosen, bands, dumps, shares)
 
 
 def test_the_plan_masks_in_the_band_alone_and_controls_the_targets_own_languages():
     chosen, plan = planned("--targets", "cc,aa+cc")
     assert set(plan) == set(itertools.product(["low", "both"], ["cc", "aa+cc"], ["aa", "xx"]))
     for (band, target, language), cell in plan.items():
-        masked = cell["masked"]
+        masked, = cell["masked"]
         assert (masked[0] == chosen[target][0]).all()
         assert (masked[1] == chosen[target][1]).all() if band == "both" else not masked[1].any()
         if (target, language) != ("aa+cc", "aa"):
             assert list(cell) == ["masked"]
             continue
-        assert {"masked", "random-seed0", "random-seed1", "matched-seed0"} < set(cell)
-        for kind, control in cell.items():  # two are masked; aa uses four
-            if not kind.startswith("matched"):
-                assert control.sum(1).tolist() == [2, 2 if band == "both" else 0], kind
-            assert not kind.startswith("matched") or not (control & masked).any()
-            assert not kind.startswith("random") or not control[:, [2, 3]].any()
+        assert {kind: len(masks) for kind, masks in cell.items()} == {
+            "masked": 1, "random": 2, "matched": 5}
+        for control in cell["random"]:  # two are masked; aa uses four
+            assert control.sum(1).tolist() == [2, 2 if band == "both" else 0]
+            assert not control[:, [2, 3]].any()
+        assert not any((control & masked).any() for control in cell["matched"])
 
 
 def test_what_all_languages_share_has_controls_in_every_language():
     _, plan = planned("--experts", "shared")
     for (band, target, language), cell in plan.items():
-        assert target == "shared" and cell["masked"][0].nonzero()[0].tolist() == [0]
-        assert len(cell) > 5  # also in xx, which has no dump: of experts that any language uses
+        assert target == "shared" and cell["masked"][0][0].nonzero()[0].tolist() == [0]
+        assert len(cell) == 3  # also in xx, which has no dump: of experts that any language uses
     assert {language for _, _, language in plan} == {"aa", "xx"}
 
 
@@ -212,9 +213,10 @@ def test_random_experts_are_as_many_and_the_same_ones_in_every_language():
     draws = {}
     for (band, target, language), cell in plan.items():
         assert chosen[target].sum(1).tolist() == [2, 2]
-        assert not (cell["masked"] == chosen[target]).all()
-        assert cell["masked"].sum(1).tolist() == [2, 2 if band == "both" else 0]
-        draws.setdefault((band, target), set()).add(cell["masked"].tobytes())
+        masked, = cell["masked"]
+        assert not (masked == chosen[target]).all()
+        assert masked.sum(1).tolist() == [2, 2 if band == "both" else 0]
+        draws.setdefault((band, target), set()).add(masked.tobytes())
     assert all(len(draw) == 1 for draw in draws.values())
     assert draws["both", "aa"] != draws["both", "bb"]
 
@@ -321,6 +323,21 @@ def test_an_effect_by_hand():
     assert (found["fixed"], found["broken"], found["p"]) == (1, 0, 1)
     odd, = steer.effect_rows("prompt_nll", slice(1, None, 2), *answers)
     assert (odd["before"], odd["after"]) == (0.5, 0.5) and not odd.keys() & {"random", "p"}
+
+
+def test_an_effect_leaves_out_examples_without_a_score():
+    before = np.array([3.0, 1.0, np.nan, 7.0])
+
+    def effect(after, *draws):
+        return steer.effect_rows("prompt_nll", slice(None), {"aa": before}, {"aa": after},
+                                 [{"aa": draw} for draw in draws])[0]
+
+    constant = effect(before + 0.5)
+    assert [constant[key] for key in ("change", "low", "high")] == pytest.approx([0.5] * 3)
+    found = effect(np.array([4.0, 1.0, 9.0, 9.0]), before, before + 2, before - 1)  # +1, 0, +2
+    assert found["change"] == pytest.approx(1) and 0 <= found["low"] < 1 < found["high"] <= 2
+    assert (found["before"], found["after"]) == pytest.approx((11 / 3, 23 / 4))
+    assert [found[k] for k in ("random", "least", "most")] == pytest.approx([1 / 3, -1, 2])
 
 
 def test_an_effect_on_languages_together_resamples_problems():

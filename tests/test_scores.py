@@ -244,18 +244,6 @@ def test_bootstrap_interval_of_a_constant_is_the_constant_and_of_noise_holds_its
     assert several[1] - several[0] > 0.9
 
 
-def test_an_effect_is_that_on_the_same_examples_and_leaves_out_those_without_a_score():
-    before = np.array([3.0, 1.0, np.nan, 7.0])
-    constant = common.effect(before, before + 0.5)
-    assert [constant[key] for key in ("change", "low", "high")] == pytest.approx([0.5] * 3)
-    assert "random" not in constant
-    found = common.effect(before, np.array([4.0, 1.0, 9.0, 9.0]),  # +1, 0, +2
-                          [before, before + 2, before - 1])
-    assert found["change"] == pytest.approx(1) and 0 <= found["low"] < 1 < found["high"] <= 2
-    assert (found["before"], found["after"]) == pytest.approx((11 / 3, 23 / 4))
-    assert [found[k] for k in ("random", "least", "most")] == pytest.approx([1 / 3, -1, 2])
-
-
 def test_a_results_line_that_a_kill_cut_short_is_taken_off_by_the_next_one(tmp_path):
     path = tmp_path / "r.jsonl"
     common.append_row(path, {"cell": "a", "settings": {"a": 1}, "mean": 2})
