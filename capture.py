@@ -3,6 +3,8 @@ Record which experts the routers pick for every token of every language.
 
     python capture.py                                              # the tiny model in tests/
     python capture.py --model Qwen/Qwen3-30B-A3B --data 'data/mgsm_{lang}.tsv'
+    python capture.py --null-router                                # and what random routers pick
+    python capture.py --tokens 'routing/{lang}.npz' --dtype bfloat16 --out routing/bf16
 
 reads   data/mgsm_<lang>.tsv     prompts, one file per language (.tsv, .jsonl, .json or .txt)
 writes  routing/<lang>.npz       the routing dump of each language; then: python analyze.py
@@ -13,20 +15,22 @@ about its bare prefill time.
 """
 
 import argparse
-import hashlib
+import contextlib
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
 from common import (NUMBER, add_model_arguments, argument_parser, checkpoint_id, dtype_name,
-                    encode_example, explained, find_data, length_batches, load_config, load_weights,
-                    max_positions, read_task, record_routing, require, right_padded,
-                    routing_shape, run_batches, run_script, tokenizer_id, try_model, write_whole)
+                    encode_example, explained, file_hash, find_data, find_routers, length_batches,
+                    load_config, load_weights, max_positions, read_task, record_routing, require,
+                    right_padded, routing_shape, run_batches, run_script, tokenizer_id, try_model,
+                    write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -34,37 +38,38 @@ DATA = "tests/data/routing_{lang}.tsv"  # {lang} stands for the language
 OUT = "routing"                         # folder of the dumps
 BATCH_TOKENS = 8192                     # per forward pass; lower it if memory runs out
 MAX_LENGTH = 4096                       # tokens; a longer sequence is cut, and that is reported
+NULL_DRAWS = 5                          # random routers of every layer, with --null-router
 # ------------------------------------------------------------------------------------------------
 FORMAT = 1  # of the dump
 # a dump that was made with other ones of these is another dump
 SETTINGS = ("format", "revision", "tokenizer", "dtype", "data_sha256", "limit", "max_length",
-            "chat_template", "instruction", "stats_only", "shard")
+            "chat_template", "instruction", "stats_only", "null_router", "shard")
 
 
 @torch.inference_mode()
-def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False):
+def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_draws=0):
     """Where the routers send every token of sequences (lists of ids), and how many were padded.
 
-    counts, weight_sums, mean_probs  (sequences, layers, experts): selections, the routing weights
-                                     given with them, and the mean of softmax(router_logits)
+    counts, weight_sums, mean_probs  (sequences, layers, experts): selections, weights given with
+                                     them, mean softmax(router_logits); with null_draws, null_counts
     selected_experts                 (tokens, layers, top_k), one sequence after the other
     Padding stands on the right and needs no mask: attention is causal, so it reaches no real token.
     """
     layers, num_experts, top_k = one_shape(routing_shape(model))
-    lengths = [len(sequence) for sequence in sequences]
+    lengths, routing, real = list(map(len, sequences)), {}, None  # the last two, of a batch
     offsets, shape = np.cumsum([0, *lengths]), (len(lengths), len(layers), num_experts)
     arrays = {"counts": np.empty(shape, np.int64), "weight_sums": np.empty(shape),
               "mean_probs": np.empty(shape, np.float32)}
+    if null_draws:
+        arrays["null_counts"] = np.empty((*shape[:2], null_draws * num_experts), np.int32)
     if not stats_only:
         arrays["selected_experts"] = np.empty(
             (offsets[-1], len(layers), top_k), np.uint8 if num_experts <= 256 else np.uint16)
 
-    routing, real = {}, None  # of the batch at hand
-
-    def on_router(layer, *answer):
-        # to one device, where a model is spread over several
+    def on_router(layer, *answer):  # to one device, where a model is spread over several
         logits, weights, chosen = (x.to(real.device).reshape(*real.shape[:2], -1) for x in answer)
-        routing[layer] = *sequence_sums(logits, weights, chosen, real), chosen.short()
+        sums = sequence_sums(logits, weights, chosen, real) + null_sums(layer, real, top_k)
+        routing[layer] = *sums, chosen.short()
 
     def run(batch):
         nonlocal real
@@ -84,7 +89,7 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False):
         progress.update(sum(lengths[i] for i in batch))
         return [ids.shape[1] - lengths[i] for i in batch]
 
-    with (record_routing(model, on_router),
+    with (null_routing(model, null_draws) as null_sums, record_routing(model, on_router),
           tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress):
         return arrays, sum(run_batches(run, length_batches(lengths, batch_tokens)))
 
@@ -102,6 +107,34 @@ def sequence_sums(router_logits, routing_weights, selected_experts, real):
     return [(each * real).sum(1) for each in (chosen, given, probs)]
 
 
+@contextlib.contextmanager
+def null_routing(model, draws):
+    """Inside the block, null_sums(layer, real, top_k): selections (batch, draws * experts) for the
+    hidden states that the layer's router was given last, in a list, which is empty without draws.
+
+    They are made by linear routers of random rows that have the norms of the trained one's; the
+    same ones in every run, since a layer is the seed of its draws.
+    """
+    hidden, routers = {}, {}
+
+    def null_sums(layer, real, top_k):
+        states = hidden.pop(layer).reshape(*real.shape[:2], -1).to(real.device, torch.float32)
+        logits = torch.einsum("bth,deh->btde", states, routers[layer].to(states))
+        picked = torch.zeros_like(logits).scatter(-1, logits.topk(top_k).indices, 1.0).flatten(2)
+        return [(picked * real).sum(1)]
+
+    with contextlib.ExitStack() as hooks:
+        for layer, router in find_routers(model).items() if draws else ():
+            trained = max(router.parameters(), key=torch.numel)  # (experts, hidden size)
+            trained = trained[:routing_shape(model)[layer][0]].float()  # Inkling: always-on, too
+            seeded, norms = torch.Generator().manual_seed(layer), trained.norm(dim=1, keepdim=True)
+            rows = F.normalize(torch.randn(draws, *trained.shape, generator=seeded), dim=-1)
+            routers[layer] = rows.to(norms.device) * norms
+            hooks.enter_context(router.register_forward_pre_hook(
+                lambda router, args, layer=layer: hidden.update({layer: args[0]})))
+        yield null_sums if draws else lambda *_: []
+
+
 def one_shape(shape):
     """([decoder layers], num_experts, top_k) of a routing_shape: a dump holds one of each."""
     kinds = set(shape.values())
@@ -110,14 +143,19 @@ def one_shape(shape):
     return list(shape), *kinds.pop()
 
 
-def as_dump(arrays, sequences, prompt_lengths, text_spans, layers):
-    """What capture returned for the sequences of one language, as the arrays of its dump."""
+def as_dump(arrays, corpus, layers):
+    """What capture returned for one language's corpus, as the arrays of its dump."""
+    sequences, prompt_lengths, spans = zip(*corpus)
     dump = arrays | {"counts": arrays["counts"].sum(0), "weight_sums": arrays["weight_sums"].sum(0),
                      "sequence_offsets": np.cumsum([0, *map(len, sequences)]),
-                     "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(text_spans),
+                     "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(spans),
                      "layers": np.array(layers, np.int32)}
     if "selected_experts" in arrays:
         dump["token_ids"] = np.concatenate(sequences).astype(np.int32)
+    if "null_counts" in arrays:  # (draws, layers, experts)
+        layers, experts = dump["counts"].shape
+        dump["null_counts"] = arrays["null_counts"].sum(0, dtype=np.int64).reshape(
+            layers, -1, experts).swapaxes(0, 1)
     return dump
 
 
@@ -148,39 +186,55 @@ def is_done(path, meta, overwrite):
 
 
 def plan_dumps(args, config, tokenizer, shape):
-    """[(examples, meta, path of the dump)] of what --data names, done ones included."""
+    """[(corpus of read_corpus, meta, path of the dump)] of those that are not there yet."""
     (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
-    revision, tokenizer = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
-    for language, path in find_data(args.data, args.languages).items():
-        examples = read_task(args, language, path)
-        first, last = (len(examples) * part // parts for part in (index - 1, index))
-        require(first < last, f"{path}: fewer prompts than shards; lower N of --shard I/{parts}")
-        name = f"{language}.npz" if parts == 1 else f"{language}.{index}of{parts}.npz"
-        plan.append((examples[first:last], {
-            **vars(args), "format": FORMAT, "revision": revision, "tokenizer": tokenizer,
+    revision, tokenizer_hash = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
+    longest = min(args.max_length, max_positions(config))
+    for language, data in find_data(args.tokens or args.data, args.languages).items():
+        path = Path(args.out, f"{language}{f'.{index}of{parts}' * (parts > 1)}.npz")
+        examples = [] if args.tokens else read_task(args, language, data)
+        meta = vars(args) | {
+            "format": FORMAT, "revision": revision, "tokenizer": tokenizer_hash,
             "quantization": str(getattr(config, "quantization_config", None)),
             "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
-            "shard": f"{index}/{parts}", "language": language, "data": path,
-            "instruction": examples[0].get("instruction"),
-            "data_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-            "transformers": transformers.__version__, "torch": torch.__version__},
-            Path(args.out, name)))
+            "shard": f"{index}/{parts}", "language": language, "data": data,
+            "instruction": examples[0].get("instruction") if examples else None,
+            "data_sha256": file_hash(data), "transformers": transformers.__version__,
+            "torch": torch.__version__}
+        if is_done(path, meta, args.overwrite):
+            print(f"{language:<8} there already  {path}")
+            continue
+        corpus = read_tokens(data) if args.tokens else read_corpus(
+            tokenizer, examples, args.chat_template)
+        first, last = (len(corpus) * part // parts for part in (index - 1, index))
+        require(first < last, f"{data}: fewer prompts than shards; lower N of --shard I/{parts}")
+        corpus = corpus[first:last]
+        meta["truncated"] = sum(len(ids) > longest for ids, *_ in corpus)
+        if meta["truncated"]:
+            print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
+                  "--max-length")
+        plan.append(([(ids[:longest], min(prompt, longest), np.minimum(span, longest))
+                      for ids, prompt, span in corpus], meta, path))
     return plan
 
 
-def encode_corpus(tokenizer, examples, chat_template, longest):
-    """(sequences, prompt_lengths, text_spans, number cut): ids of prompt and response, cut at
-    longest, the prompt's tokens, and where its own text lies, without template and instruction.
-    """
-    sequences, prompt_lengths, spans, cut = [], [], [], 0
+def read_corpus(tokenizer, examples, chat_template):
+    """[(ids of prompt and response, tokens of the prompt, where in them its own text lies)]"""
+    corpus = []
     for example in examples:
         prompt, span = encode_example(tokenizer, example, chat_template)
         ids = prompt + tokenizer(example.get("response", ""), add_special_tokens=False)["input_ids"]
-        sequences.append(ids[:longest])
-        prompt_lengths.append(min(len(prompt), longest))
-        spans.append(np.minimum(span, longest))
-        cut += len(ids) > longest
-    return sequences, prompt_lengths, spans, cut
+        corpus.append((ids, len(prompt), span))
+    return corpus
+
+
+def read_tokens(path):
+    """read_corpus of the very tokens of a dump."""
+    with (explained(f"{path} is no dump with token_ids and text_spans; --tokens takes one"),
+          np.load(path, allow_pickle=False) as file):
+        sequences = np.split(file["token_ids"], file["sequence_offsets"][1:-1])
+        return list(zip(map(np.ndarray.tolist, sequences), file["prompt_lengths"].tolist(),
+                        file["text_spans"]))
 
 
 def parse_shard(text):
@@ -196,6 +250,7 @@ def parse_arguments():
     add = p.add_argument_group("what is captured").add_argument
     add("--model", default=MODEL, help="folder or hub id (default: %(default)s)")
     add("--data", default=DATA, help="prompts; {lang} is the language (default: %(default)s)")
+    add("--tokens", metavar="DUMP", help="instead, the very tokens of dumps, as 'a/{lang}.npz'")
     add("--languages", help="as bn,de (default: every file that --data matches)")
     add("--limit", **NUMBER, help="only the first N prompts of each language")
     add("--instruction", metavar="FILE", help='{"de": "...", ...}: put behind each prompt')
@@ -203,10 +258,15 @@ def parse_arguments():
     add = p.add_argument_group("what is written").add_argument
     add("--out", default=OUT, help="folder of the dumps (default: %(default)s)")
     add("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
+    add("--null-router", action="store_const", const=NULL_DRAWS, default=0,
+        help="count what random routers pick, too")
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
     add_model_arguments(p)
     p.set_defaults(batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
-    return p.parse_args()
+    args = p.parse_args()
+    require(not (args.tokens and (args.limit or args.instruction)),
+            "--tokens runs dumps as they are, without --limit and --instruction")
+    return args
 
 
 def main():
@@ -214,30 +274,23 @@ def main():
     config, tokenizer, skeleton = load_config(args.model)
     shape = routing_shape(skeleton)
     layers, num_experts, top_k = one_shape(shape)
-    longest, todo = min(args.max_length, max_positions(config)), []
-    for examples, meta, path in plan_dumps(args, config, tokenizer, shape):
-        if is_done(path, meta, args.overwrite):
-            print(f"{meta['language']:<8} there already  {path}")
-            continue
-        *corpus, meta["truncated"] = encode_corpus(tokenizer, examples, args.chat_template, longest)
-        if meta["truncated"]:
-            print(f"{meta['language']:<8} {meta['truncated']} sequences were cut at {longest} "
-                  "tokens; see --max-length")
-        todo.append((*corpus, meta, path))
-    if not todo:
+    plan = plan_dumps(args, config, tokenizer, shape)
+    if not plan:
         return
     Path(args.out).mkdir(parents=True, exist_ok=True)
     model = load_weights(args.model, config, args.dtype, args.device)
-    try_model(model, todo[0][0][0], edits=False)
+    try_model(model, plan[0][0][0][0], edits=False)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
           f"{model.dtype}  {model.device}")
-    for sequences, prompt_lengths, spans, meta, path in todo:
-        started, tokens = time.perf_counter(), sum(map(len, sequences))
-        arrays, padded = capture(model, sequences, args.batch_tokens, args.stats_only)
-        speed = tokens / (time.perf_counter() - started)
-        save_dump(path, as_dump(arrays, sequences, prompt_lengths, spans, layers), meta)
-        print(f"{meta['language']:<8} {len(sequences):>6} sequences {tokens:>10,} tokens  "
-              f"{padded / (padded + tokens):.1%} padding  {speed:>7,.0f} tokens/s  {path}")
+    for corpus, meta, path in plan:
+        sequences, started = [ids for ids, *_ in corpus], time.perf_counter()
+        arrays, padded = capture(
+            model, sequences, args.batch_tokens, args.stats_only, args.null_router)
+        tokens, seconds = sum(map(len, sequences)), time.perf_counter() - started
+        save_dump(path, as_dump(arrays, corpus, layers), meta)
+        print(f"{meta['language']:<8} {len(corpus):>6} sequences {tokens:>10,} tokens  "
+              f"{padded / (padded + tokens):.1%} padding  {tokens / seconds:>7,.0f} tokens/s  "
+              f"{path}")
 
 
 if __name__ == "__main__":

@@ -265,8 +265,8 @@ def cut_dumps(arrays, corpora, layers):
         tokens = slice(token, token + sum(map(len, sequences)))
         part = {key: array[tokens if key == "selected_experts" else rows]
                 for key, array in arrays.items()}
-        dumps[language] = capture.as_dump(part, sequences, prompt_lengths,
-                                            [(0, len(ids)) for ids in sequences], layers)
+        corpus = [(ids, n, (0, len(ids))) for ids, n in zip(sequences, prompt_lengths)]
+        dumps[language] = capture.as_dump(part, corpus, layers)
         sequence, token = rows.stop, tokens.stop
     return dumps
 

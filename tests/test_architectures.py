@@ -214,11 +214,14 @@ def test_the_shape_of_the_routing_is_known_before_there_are_weights(model, model
 def test_right_padded_batches_capture_what_single_sequences_do(model):
     ids = torch.randint(3, 64, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     sequences = [ids[:38], ids, ids[::-1][:36]]
-    together, padded = capture.capture(model, sequences, batch_tokens=120)
-    alone, none = capture.capture(model, sequences, batch_tokens=1)
+    together, padded = capture.capture(model, sequences, batch_tokens=120, null_draws=2)
+    alone, none = capture.capture(model, sequences, batch_tokens=1, null_draws=2)
     assert (padded, none) == (2 + 4, 0)
     assert np.array_equal(together["selected_experts"], alone["selected_experts"])
-    assert np.array_equal(together["counts"], alone["counts"])
+    for key in ("counts", "null_counts"):
+        assert np.array_equal(together[key], alone[key])
+    assert (alone["null_counts"].sum(-1) == [[2 * 2 * len(s)] * len(find_routers(model))
+                                             for s in sequences]).all()
     np.testing.assert_allclose(together["mean_probs"], alone["mean_probs"], atol=1e-4)
     np.testing.assert_allclose(together["weight_sums"], alone["weight_sums"], rtol=1e-3, atol=1e-3)
 

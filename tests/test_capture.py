@@ -93,6 +93,29 @@ def test_mean_probs_are_the_mean_over_a_sequence_of_the_routers_softmax(tiny, se
     np.testing.assert_allclose(arrays["mean_probs"].sum(-1), 1, rtol=1e-5)
 
 
+def test_null_routers_pick_by_random_rows_of_the_trained_ones_norms(tiny, sequences):
+    model, inputs = tiny[0], {}
+    arrays, _ = capture.capture(model, sequences, batch_tokens=300, null_draws=3)
+    routers = find_routers(model)
+    hooks = [router.register_forward_pre_hook(lambda _, args, layer=layer: inputs.update(
+        {layer: args[0].reshape(-1, 64).float()})) for layer, router in routers.items()]
+    for ids, found in zip(sequences, arrays["null_counts"].reshape(-1, 8, 3, 32)):
+        with torch.no_grad():
+            model(torch.tensor([ids]))  # alone, so without padding
+        for layer, router in routers.items():
+            rows = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(layer))
+            norms = router.weight.detach().float().norm(dim=1)[:, None]
+            for draw, weight in enumerate(rows / rows.norm(dim=-1, keepdim=True) * norms):
+                picked = (inputs[layer] @ weight.T).topk(2).indices
+                assert found[layer, draw].tolist() == picked.flatten().bincount(
+                    minlength=32).tolist()
+    for hook in hooks:
+        hook.remove()
+    plain, _ = capture.capture(model, sequences, batch_tokens=300)
+    assert arrays.keys() - plain.keys() == {"null_counts"}
+    assert_same(plain, {key: arrays[key] for key in plain})
+
+
 def test_batches_and_padding_change_nothing(tiny, sequences):
     one_by_one, none = capture.capture(tiny[0], sequences, batch_tokens=1)
     in_batches, some = capture.capture(tiny[0], sequences, batch_tokens=10**6)
@@ -152,7 +175,7 @@ def test_ids_of_300_experts_go_exactly_from_the_router_to_the_analysis(tmp_path)
     ids = np.concatenate(ids)
     assert (ids > 255).mean() > 0.05  # which eight bits would lose
     arrays, _ = capture.capture(model, sequences)
-    dump = capture.as_dump(arrays, sequences, [30, 38, 7], [[0, 9]] * 3, [0, 1])
+    dump = capture.as_dump(arrays, list(zip(sequences, [30, 38, 7], [[0, 9]] * 3)), [0, 1])
     capture.save_dump(tmp_path / "xx.npz", dump, {"language": "xx", "num_experts": 300, "top_k": 4})
     saved = load(tmp_path / "xx.npz")["selected_experts"]
     assert saved.dtype == np.uint16 and np.array_equal(saved, ids)
@@ -196,15 +219,18 @@ def test_a_dump_is_the_sum_over_sequences_and_where_each_begins():
               "weight_sums": np.array([[[2.5, 0]], [[0, 1.5]]]),
               "mean_probs": np.array([[[0.75, 0.25]], [[0.5, 0.5]]], np.float32)}
     ids = np.array([0, 0, 1], np.uint8).reshape(3, 1, 1)
-    dump = capture.as_dump(arrays | {"selected_experts": ids}, [[7, 8], [9]], [2, 1],
-                           [(1, 2), (0, 1)], [3])
+    corpus = [([7, 8], 2, (1, 2)), ([9], 1, (0, 1))]
+    dump = capture.as_dump(arrays | {"selected_experts": ids}, corpus, [3])
     expected = {"counts": [[2, 1]], "weight_sums": [[2.5, 1.5]],
                 "mean_probs": [[[0.75, 0.25]], [[0.5, 0.5]]],
                 "selected_experts": [[[0]], [[0]], [[1]]], "token_ids": [7, 8, 9], "layers": [3],
                 "sequence_offsets": [0, 2, 3], "prompt_lengths": [2, 1], "text_spans": [[1, 2], [0, 1]]}
     assert {key: value.tolist() for key, value in dump.items()} == expected
-    without_ids = capture.as_dump(arrays, [[7, 8], [9]], [2, 1], [(1, 2), (0, 1)], [3])
+    nulls = np.array([[[2, 0, 1, 1]], [[1, 0, 0, 1]]], np.int32)  # two draws
+    without_ids = capture.as_dump(arrays | {"null_counts": nulls}, corpus, [3])
     assert expected.keys() - without_ids.keys() == {"selected_experts", "token_ids"}
+    assert without_ids["null_counts"].tolist() == [[[3, 0]], [[1, 2]]]
+    assert without_ids["null_counts"].dtype == np.int64
 
 
 def small_dump(**other):
@@ -257,7 +283,7 @@ def test_a_routers_nan_is_not_saved(tiny, sequences, tmp_path):
         arrays, _ = capture.capture(tiny[0], sequences[:2])
     finally:
         weight.data.copy_(before)
-    dump = capture.as_dump(arrays, sequences[:2], [1, 1], [[0, 1]] * 2, range(8))
+    dump = capture.as_dump(arrays, [(ids, 1, [0, 1]) for ids in sequences[:2]], range(8))
     with pytest.raises(InputError, match=r"NaN or infinite in layers \[3, 4, 5, 6, 7\]"):
         capture.save_dump(tmp_path / "xx.npz", dump, {"top_k": 2})
     assert list(tmp_path.iterdir()) == []
@@ -272,7 +298,7 @@ def test_a_dump_with_any_other_setting_is_refused_and_the_setting_named(tmp_path
     assert capture.is_done(path, meta | {"batch_tokens": 1}, overwrite=False)  # changes no dump
     assert not capture.is_done(path, meta, overwrite=True)
     for name in ("format", "revision", "dtype", "data_sha256", "limit", "max_length",
-                 "chat_template", "stats_only", "shard"):
+                 "chat_template", "stats_only", "null_router", "shard"):
         message = rf"with other settings \({name} x there, 7 now\); add --overwrite"
         with pytest.raises(InputError, match=message):
             capture.is_done(path, meta | {name: 7}, overwrite=False)
@@ -357,6 +383,24 @@ def test_the_chat_template_is_used_unless_never(monkeypatch, capsys, tmp_path):
     with_template, without = (load(tmp_path / f"{x}/en.npz")["token_ids"] for x in "ab")
     assert tokenizer.decode(with_template) == f"<bos><|user|>{question}<|assistant|>"
     assert tokenizer.decode(without) == question
+
+
+def test_the_very_tokens_of_dumps_are_run_again(monkeypatch, capsys, tmp_path):
+    data = tmp_path / "en.jsonl"
+    data.write_text('{"prompt": "How many?", "response": "14+9=23"}\n{"prompt": "Why?"}\n')
+    run(monkeypatch, capsys, "--data", data, "--out", tmp_path / "a", "--null-router")
+    first = load(tmp_path / "a/en.npz")
+    run(monkeypatch, capsys, "--tokens", tmp_path / "a/{lang}.npz", "--out", tmp_path / "b")
+    again = load(tmp_path / "b/en.npz")
+    assert first.keys() - again.keys() == {"null_counts"}
+    for key in again.keys() - {"meta"}:
+        assert np.array_equal(first[key], again[key]), key
+    assert first["null_counts"].shape == (5, 8, 32)
+    assert (first["null_counts"].sum(-1) == 2 * len(first["token_ids"])).all()
+    with pytest.raises(InputError, match="README.md is no dump with token_ids"):
+        run(monkeypatch, capsys, "--tokens", "README.md", "--out", tmp_path / "c")
+    with pytest.raises(InputError, match="without --limit"):
+        run(monkeypatch, capsys, "--tokens", tmp_path / "a/{lang}.npz", "--limit", 1)
 
 
 def test_responses_are_recorded_and_marked(monkeypatch, capsys, tmp_path):
