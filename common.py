@@ -217,9 +217,7 @@ class EditedScoring(TorchFunctionMode):
         if boost is not None:  # in float32 at least
             self.boost = torch.as_tensor(boost, device=weight.device, dtype=torch.promote_types(
                 weight.dtype, torch.float32))
-        # tallies, which stay on the device until they are read
-        self.edits, self.moved, self.selections = 0, 0, 0
-        self.selected = torch.zeros_like(self.mask)
+        self.edits, self.proof = 0, EditProof(self.mask, self.zeroed)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in CHOICES:
@@ -242,6 +240,27 @@ class EditedScoring(TorchFunctionMode):
         return router_logits.masked_fill(self.mask, max(-1e9, torch.finfo(dtype).min))
 
 
+class EditProof:
+    """Tallies of a router's choices, which stay on the device until they are read: did it hold?"""
+
+    def __init__(self, mask, zeroed):
+        self.mask, self.zeroed, self.selected = mask, zeroed, torch.zeros_like(mask)
+        self.selections, self.changed = 0, 0
+
+    def count(self, selected, unedited):
+        """A choice (tokens, top_k), and what it would be unedited, or None if nobody asks."""
+        self.selections += selected.numel()
+        self.selected.index_fill_(0, selected.flatten().long(), True)
+        self.changed += self.zeroed[selected].sum()
+        if unedited is not None:
+            self.changed += newly_selected(unedited, selected).sum()
+
+    def read(self):
+        """(selections, masked experts that were selected, selections moved or zeroed)."""
+        return (self.selections, (self.mask & self.selected).nonzero().flatten().tolist(),
+                int(self.changed))
+
+
 def edited_forward(router, scoring, count_moved):
     """A router's forward under EditedScoring, which also tallies what proves the edit."""
     unedited = router.forward
@@ -254,12 +273,8 @@ def edited_forward(router, scoring, count_moved):
             raise RuntimeError(
                 f"{type(router).__name__} computes its logits in a way that cannot be edited "
                 f"({scoring.edits} linear maps to {scoring.num_experts} experts)")
-        selected = read_router(router, output)[2]
-        scoring.selections += selected.numel()
-        scoring.selected.index_fill_(0, selected.flatten(), True)
-        if count_moved:
-            plain = read_router(router, unedited(*args, **kwargs))[2]
-            scoring.moved += newly_selected(plain, selected).sum()
+        plain = read_router(router, unedited(*args, **kwargs))[2] if count_moved else None
+        scoring.proof.count(read_router(router, output)[2], plain)
         return without_weights(output, scoring.zeroed)
 
     forward.edited = True
@@ -274,37 +289,49 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     masks   {decoder layer: expert ids, or bool (num_experts,)}: never selected
     boosts  {decoder layer: (num_experts,) floats}, lambda included; see boost_logits for the rule
     zeroed  as masks: selected as before, with the weights of the others unchanged, but of weight 0
-    Yields a dict that on leaving holds {layer: part of the selections that the boosts moved there,
-    given the same hidden states}; for it each boosted router runs twice, which count_moved=False
-    saves. One edit of a layer at a time, and from one thread: give masks and boosts together.
+    Yields a dict that on leaving holds {layer: part of the selections that was moved by boosts,
+    given the same hidden states, or zeroed}; for it each boosted router runs twice, which
+    count_moved=False saves. One edit of a layer at a time, and from one thread: give masks and
+    boosts together.
 
     The edit proves itself. InputError before anything runs: a layer without a router, an expert
     that is not there, a mask that leaves fewer than top_k. RuntimeError: logits that are computed
     in another way, a masked expert that was selected, a router that was never called. A warning:
-    boosts that moved no selection at all.
+    an edit that moved, or zeroed, no selection at all.
     """
-    routers, moved, edits = find_routers(model), {}, {}
-    checked = check_edit(masks, boosts, rule, routing_shape(model), zeroed)
+    routers, changed, proofs = find_routers(model), {}, {}
+    edits = check_edit(masks, boosts, rule, routing_shape(model), zeroed)
     with contextlib.ExitStack() as patches:
-        for layer, (mask, zero, boost) in checked.items():
-            router = routers[layer]
+        for layer, edit in edits.items():
+            router, scoring = routers[layer], EditedScoring(routers[layer], *edit, rule)
             require(not hasattr(router.forward, "edited"), f"layer {layer} is being edited "
                     "already; give masks and boosts to one edit_routing")
-            edits[layer] = EditedScoring(router, mask, zero, boost, rule)
-            forward = edited_forward(router, edits[layer], count_moved and boost is not None)
+            forward = edited_forward(router, scoring, count_moved and scoring.boost is not None)
             patches.enter_context(patch.object(router, "forward", forward))
-        yield moved
-    for layer, edit in edits.items():
-        masked = (edit.mask & edit.selected).nonzero().flatten().tolist()
-        if not edit.selections:
+            proofs[layer] = scoring.proof
+        yield changed
+    changed |= prove_edit({layer: proof.read() for layer, proof in proofs.items()}, edits,
+                          count_moved)
+
+
+def prove_edit(proofs, edits, count_moved):
+    """{layer: part of its selections that was moved or zeroed}; RuntimeError if an edit failed.
+
+    proofs  {layer: EditProof.read()}, of edits as check_edit returns them
+    """
+    changed = {}
+    for layer, (_, zeroed, boost) in edits.items():
+        selections, masked, number = proofs[layer]
+        if not selections:
             raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit "
                                "did not take hold")
         if masked:
             raise RuntimeError(f"layer {layer}: the experts {masked} were masked and yet selected")
-        if count_moved and edit.boost is not None:
-            moved[layer] = int(edit.moved) / edit.selections
-    if moved and not any(moved.values()):
-        warnings.warn("the boosts moved no selection in any layer")
+        if np.any(zeroed) or (count_moved and boost is not None):
+            changed[layer] = number / selections
+    if count_moved and changed and not any(changed.values()):
+        warnings.warn("the edit moved no selection in any layer")
+    return changed
 
 
 def newly_selected(before, after):
@@ -1176,7 +1203,7 @@ class Experiment:
                        "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
-        self.cut = {}  # {settings of a row that was used: (responses that were cut, of so many)}
+        self.used = {}  # of the rows, those of this run
 
     @functools.cached_property
     def model(self):
@@ -1198,7 +1225,7 @@ class Experiment:
             self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(
                 self, language, name, settings, edit)
             append_row(self.args.out, self.rows[key])
-        self.cut[key] = self.rows[key].get("cut_responses", 0), len(self.tasks[language][0])
+        self.used[key] = self.rows[key]
         return {metric: np.array(x) for metric, x in self.rows[key]["scores"].items()}
 
     def holds(self, language, name, settings, **edit):
@@ -1219,7 +1246,7 @@ def evaluate_cell(experiment, language, cell, settings, edit):
     there = read_examples(predictions) if predictions.exists() else encoded
     require([e["prompt"] for e in there] == [e["prompt"] for e in encoded],
             f"{predictions} holds the answers to other data; move it away, or give another --out")
-    with edit_routing(experiment.model, **edit, count_moved=False):
+    with edit_routing(experiment.model, **edit, count_moved=False) as changed:
         scores, responses, cut = evaluate(
             experiment.model, experiment.tokenizer, encoded, args.metrics, language,
             args.batch_tokens, args.score, **settings["generation"])
@@ -1231,15 +1258,20 @@ def evaluate_cell(experiment, language, cell, settings, edit):
         right = row["scores"].get("accuracy", [None] * len(encoded))
         save_predictions(predictions, encoded, responses, right)
         row |= {"predictions": str(predictions), "cut_responses": cut}
-    return row
+    return row | ({"zeroed": changed} if changed else {})
 
 
 def print_end(experiment):
-    """Where the results are, and whether many responses were cut."""
-    cut, responses = np.sum(list(experiment.cut.values()), 0)
-    if cut:
-        print(f"\n{cut} of {responses} responses were cut at the limit; see --max-new-tokens"
-              + ": their scores say little" * bool(cut > responses / 10))
+    """Where the results are, whether many responses were cut, and whether edits had no object."""
+    rows = list(experiment.used.values())
+    cut = [row["cut_responses"] for row in rows if "cut_responses" in row]
+    responses = len(cut) and sum(len(next(iter(row["scores"].values()))) for row in rows)
+    if any(cut):
+        print(f"\n{sum(cut)} of {responses} responses were cut at the limit; see --max-new-tokens"
+              + ": their scores say little" * (sum(cut) > responses / 10))
+    zeroed = [sum(row["zeroed"].values()) for row in rows if "zeroed" in row]
+    if zeroed:
+        print(f"\nno prompt selected what was zeroed in {zeroed.count(0)} of {len(zeroed)} cells")
     print(f"\n{experiment.args.out}")
 
 

@@ -257,7 +257,7 @@ def test_a_strong_boost_is_selected_by_every_token(model):
             assert all(torch.equal(x, y) for x, y in zip(edited[layer], plain[layer]))
 
 
-@pytest.mark.filterwarnings("ignore:the boosts moved no selection")
+@pytest.mark.filterwarnings("ignore:the edit moved no selection")
 def test_a_zero_boost_changes_no_bit(model):
     before = outputs(model)
     for rule in RULES:

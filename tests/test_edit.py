@@ -123,8 +123,10 @@ def test_a_zeroed_expert_is_selected_with_a_weight_of_zero_beside_masks_and_boos
         return z
 
     weights, selected = by_hand(router, hidden, change)
-    with torch.inference_mode(), edit_routing(qwen, {0: [1]}, {0: boost}, "soft", zeroed={0: [2]}):
+    with torch.inference_mode(), edit_routing(
+            qwen, {0: [1]}, {0: boost}, "soft", False, zeroed={0: [2]}) as zeroed:
         _, found_weights, found = router(hidden)
+    assert zeroed == {0: (selected == 2).sum() / selected.numel()} and zeroed[0] > 0
     assert torch.equal(found, selected) and (found == 2).any()
     torch.testing.assert_close(found_weights.double(), weights.masked_fill(selected == 2, 0),
                                rtol=1e-5, atol=1e-6)

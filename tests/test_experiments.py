@@ -737,6 +737,21 @@ def test_the_ablation_table_shows_changes_and_those_of_random_draws(ablation, ba
         assert drawn[0] < own[0]
 
 
+def test_what_no_prompt_selected_is_a_closing_line(dumps, tmp_path):
+    # an expert that Chinese selects and English hardly, zeroed in three prompts of each
+    counts = {l: analyze.load_routing(path)["counts"] for l, path in zip(LANGUAGES, dumps)}
+    rare = np.where(counts["zh"] > 150, counts["en"], 10**6)
+    layer, expert = map(int, np.unravel_index(rare.argmin(), rare.shape))
+    selection = {"experts": {layer: {expert: 0.5}}}
+    (tmp_path / "s.json").write_text(json.dumps(selection))
+    out = tmp_path / "r.jsonl"
+    printed = run(ablate, "--how", "zero", "--routing", *dumps, "--languages", "en,zh", "--limit", 3,
+                  "--control-seeds", 1, "--selection", tmp_path / "s.json", "--out", out)
+    zeroed = [sum(row["zeroed"].values()) for row in rows_of(out) if "zeroed" in row]
+    assert f"no prompt selected what was zeroed in {zeroed.count(0)} of {len(zeroed)} cells" in printed
+    assert 0 < zeroed.count(0) < len(zeroed)
+
+
 @pytest.mark.parametrize("verdict", [True, False])
 def test_the_ablation_table_says_who_is_hurt(ablation, monkeypatch, verdict):
     signs = []
