@@ -130,10 +130,11 @@ def plan_cells(args, chosen, bands, dumps, shares):
     for band, target, language in itertools.product(bands, chosen, shares):
         masked, of_target = chosen[target] & bands[band][:, None], target.split("+")
         share, top_k = shares[language], dumps[0]["top_k"]
-        if args.experts == "random":
+        if args.experts == "random" and masked.any():
             used = np.any([dumps[i]["counts"] for i in analyze.rows_of(of_target, dumps)], 0)
-            masked, = random_controls(masked, used, 1, [zlib.crc32(f"{band} {target}".encode())]) \
-                or [masked]
+            drawn = random_controls(masked, used, 1, [zlib.crc32(f"{band} {target}".encode())])
+            common.require(drawn, f"{target} uses too few experts in {band} to draw as many others")
+            masked, = drawn
         cell = plan[band, target, language] = {"masked": [masked]}
         if masked.any() and (target in OF_ALL or language in of_target):
             seed = zlib.crc32(f"{band} {target} {language}".encode())
@@ -263,20 +264,21 @@ def run_each(experiment, shares, rows, layers):
 
     effect  float64 (languages, layers, experts): mean change, nan where not run
     """
-    how, metric, used = experiment.args.how, experiment.args.metrics[0], np.stack([*shares.values()])
+    args, used = experiment.args, np.stack(list(shares.values()))
+    how, metric = args.how, args.metrics[0]
     effect, number = np.full(used.shape, np.nan), np.count_nonzero(used[:, rows])
     print(f"{number} evaluations")
     with tqdm(total=number, leave=False) as progress:
         for (i, row, expert), language in ((place, list(shares)[place[0]])
                                            for place in np.argwhere(used).tolist()):
             layer, base = int(layers[row]), experiment.cell(language)
-            cell = language, "each", {"layer": layer, "expert": expert, "how": how}
+            settings = {"layer": layer, "expert": expert, "how": how}
             edit = {EDITS[how]: {layer: [expert]}}
-            if rows[row] or experiment.holds(*cell, **edit):
-                after = experiment.cell(*cell, **edit)
+            if rows[row] or experiment.key(language, settings, edit)[0] in experiment.rows:
+                after = experiment.cell(language, "each", settings, **edit)
                 effect[i, row, expert] = np.nanmean(after[metric] - base[metric])
                 progress.update(rows[row])
-    path = common.predictions_folder(experiment.args.out) / "effects.npz"
+    path = common.predictions_folder(args.out) / "effects.npz"
     meta = json.dumps(experiment.settings | {"harm": -common.better(metric), "how": how})
     common.write_whole(path, lambda file: np.savez(
         file, effect=effect, languages=list(shares), layers=layers, metric=metric, meta=meta))
@@ -304,23 +306,21 @@ def parse_arguments():
     return args
 
 
-def report(results, plan, bands, shares, experiment):
-    """The tables of every metric and band, and how many rows are hurt. bands: {band: its layers}"""
-    draws, verdicts = experiment.args.control_seeds, []
+def effect_tables(results, plan, bands, shares, tasks):
+    """[(title, rows)] of every metric and band, and the verdicts. bands: {band: its layers}"""
+    tables, verdicts = [], []
     for metric, band in itertools.product(next(iter(results.values()))["unmasked"][0], bands):
         of_band = {key: cell for key, cell in results.items() if key[0] == band}
-        print(f"\n{band} (layers {bands[band]})  {metric}: change when experts are masked, of")
-        analyze.print_rows(change_rows(of_band, metric))
-        print("in the target's own language; low, high: 95 % interval, or the least and most draw")
         rows, found = control_rows(of_band, plan, metric, shares)
-        analyze.print_rows(rows)
         verdicts += found
-        print("selective? the change in the own language less that in the others, per problem")
-        analyze.print_rows(selectivity_rows(of_band, plan, metric, shares,
-                                            scored_tokens(experiment.tasks, metric)))
-    print(f"\nhurt: worse than all {draws} random draws and all {MATCHED_SEEDS} matched ones, and "
-          f"by an interval\nover problems and draws. {sum(verdicts)} of {len(verdicts)} rows are "
-          f"hurt; chance would give up to {len(verdicts) / (draws + 1):.1f}")
+        tables += [
+            (f"\n{band} (layers {bands[band]})  {metric}: change when experts are masked, of",
+             change_rows(of_band, metric)),
+            ("in the target's own language; low, high: 95 % interval, or the least and most draw",
+             rows),
+            ("selective? the change in the own language less that in the others, per problem",
+             selectivity_rows(of_band, plan, metric, shares, scored_tokens(tasks, metric)))]
+    return tables, verdicts
 
 
 def main():
@@ -346,7 +346,14 @@ def main():
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     results = run_cells(experiment, plan, bands, layers)
     named = {band: analyze.describe(layers[rows]) for band, rows in bands.items()}
-    report(results, plan, named, shares, experiment)
+    tables, verdicts = effect_tables(results, plan, named, shares, experiment.tasks)
+    for title, rows in tables:
+        print(title)
+        analyze.print_rows(rows)
+    number, draws = len(verdicts), args.control_seeds
+    print(f"\nhurt: worse than all {draws} random draws and all {MATCHED_SEEDS} matched ones, and "
+          f"by an interval\nover problems and draws. {sum(verdicts)} of {number} rows are hurt; "
+          f"chance would give up to {number / (draws + 1):.1f}")
     common.print_end(experiment)
 
 

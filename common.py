@@ -1198,9 +1198,9 @@ class Experiment:
         self.config, self.tokenizer, skeleton = load_config(args.model)
         self.shape = routing_shape(skeleton)
         self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
-        self.choice = {"experts_per_language": args.experts_per_language, "part": args.part,
-                       "threshold": args.threshold,
-                       "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
+        chosen_by = ("experts_per_language", "part", "threshold")
+        self.choice = {key: getattr(args, key) for key in chosen_by} | {
+            "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
         self.used = {}  # of the rows, those of this run
@@ -1228,13 +1228,11 @@ class Experiment:
         self.used[key] = self.rows[key]
         return {metric: np.array(x) for metric, x in self.rows[key]["scores"].items()}
 
-    def holds(self, language, name, settings, **edit):
-        """Whether the results file has the cell."""
-        return self.key(language, settings, edit)[0] in self.rows
-
     def key(self, language, settings, edit):
-        settings = self.settings | {"language": language, "data_sha256": self.tasks[language][1]} | (
-            self.choice | {"edit": short_hash(edit)} if edit else {}) | (settings or {})
+        """What the row of a cell is found by among the rows, and its settings."""
+        choice = self.choice | {"edit": short_hash(edit)} if edit else {}
+        settings = self.settings | {"language": language, "data_sha256": self.tasks[language][1]} \
+            | choice | (settings or {})
         return json.dumps(settings, sort_keys=True), settings
 
 

@@ -267,50 +267,41 @@ def moved_by(experiment, group, coefficients, strength):
                             experiment.args.rule, experiment.args.batch_tokens)
 
 
-def moving_lambdas(experiment, group):
-    """The lambdas that move any selection, printed with the part that they move. InputError if none
-    does.
-    """
-    found = []
-    for strength in experiment.args.lambdas:
-        moved = moved_by(experiment, group, group["boosted"], strength)
+def print_moved(moved):
+    """{lambda: {layer: part of the selections that it moves}}, a line each."""
+    for strength, parts in moved.items():
         print(f"lambda {strength}: selections moved (%), by layer  "
-              + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in moved.items())
-              + "  left out: it moves none" * (not any(moved.values())))
-        found += [strength] * any(moved.values())
-    common.require(found, "no lambda moves any selection; take larger ones")
-    return found
+              + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in parts.items())
+              + "  left out: it moves none" * (not any(parts.values())))
 
 
-def moved_by_draws(experiment, group, strength):
+def print_draws(moved, by_draws):
     """What the random draws move beside what the shared experts move: is it a fair control?"""
-    shared, *draws = (np.mean(list(moved_by(experiment, group, c, strength).values()))
-                      for c in (group["boosted"], *group["draws"]))
-    return (f"selections moved at lambda {strength}: {shared:.2%}; by random draws "
-            f"{np.mean(draws):.2%} ({min(draws):.2%} to {max(draws):.2%})"
-            + "; less than half as much: no fair control" * bool(np.mean(draws) < shared / 2))
+    shared, *draws = (np.mean(list(parts.values())) for parts in (moved, *by_draws))
+    print(f"selections moved: {shared:.2%}; by random draws {np.mean(draws):.2%} "
+          f"({min(draws):.2%} to {max(draws):.2%})"
+          + "; less than half as much: no fair control" * bool(np.mean(draws) < shared / 2))
 
 
-def report(gains, base, steered, draws, others):
-    """A table for each metric; below it, the changes in the control bands. {metric: {language:
-    gain}}, where more is better.
+def effect_tables(gains, base, steered, draws, others):
+    """([(title, rows)] for each metric, with those in the control bands, and {metric: {language:
+    gain}}, where more is better), of run_all's results.
     """
-    best, part, changes = max(gains, key=gains.get), slice(None), {}
+    best, part, tables, changes = max(gains, key=gains.get), slice(None), [], {}
     if len(gains) > 1:
         part = slice(1, None, 2)
-        print(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean gain "
-              f"of {next(iter(base))}: {', '.join(f'{l} {g:+.4f}' for l, g in gains.items())})")
+        tables = [(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean "
+                   f"gain of {next(iter(base))}: "
+                   + ", ".join(f"{l} {g:+.4f}" for l, g in gains.items()) + ")", [])]
     for metric in base:
-        print(f"\n{metric}, lambda {best}, beside random experts; seen: the smallest change that "
-              "would be")
         rows = effect_rows(metric, part, base[metric], steered[metric],
                            [draw[metric] for draw in draws])
         changes[metric] = {row[""]: row["change"] * common.better(metric) for row in rows}
-        analyze.print_rows(rows)
-        for name, cells in others.items():
-            print(f"control {name}")
-            analyze.print_rows(effect_rows(metric, part, base[metric], cells[metric]))
-    return changes
+        tables.append((f"\n{metric}, lambda {best}, beside random experts; seen: the smallest "
+                       "change that would be", rows))
+        tables += [(f"control {name}", effect_rows(metric, part, base[metric], cells[metric]))
+                   for name, cells in others.items()]
+    return tables, changes
 
 
 def related_test(gains, sources, languages, rng):
@@ -339,19 +330,29 @@ def related_test(gains, sources, languages, rng):
     return gaps[0], np.mean(gaps >= gaps[0] - 1e-12), 1 / len(np.unique(related, axis=0))
 
 
-def print_groups(groups, changes):
-    """Target by group, and whether languages related to the sources gain more."""
+def group_tables(groups, changes):
+    """[(title, rows)] for each metric: the gain of each target by group of sources, and whether
+    languages related to the sources gain more.
+    """
     names = [",".join(group["sources"]) for group in groups]
     languages = list(dict.fromkeys(l for group in groups for l in group["languages"]))
+    tables = []
     for metric in changes[0]:
         gains = np.array([[np.nan if l in group["sources"] else change[metric].get(l, np.nan)
                            for l in languages] for group, change in zip(groups, changes)])
-        print(f"gain of each language in {metric}, by the sources of steering")
-        analyze.print_table({"": languages} | dict(zip(names, gains)))
+        tables.append((f"gain of each language in {metric}, by the sources of steering",
+                       [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)]))
         gap, p, least = related_test(gains, [group["sources"][0] for group in groups], languages,
                                      np.random.default_rng(0))
-        print(f"languages of the first source's family gain {gap:+.4f} more, p {p:.3f} (at best "
-              f"{least:.3f} with these languages)\n")
+        tables.append((f"languages of the first source's family gain {gap:+.4f} more, p {p:.3f} "
+                       f"(at best {least:.3f} with these languages)\n", []))
+    return tables
+
+
+def print_tables(tables):
+    for title, rows in tables:
+        print(title)
+        analyze.print_rows(rows)
 
 
 def main():
@@ -362,12 +363,21 @@ def main():
         print(f"{args.model}  {number} experts  "
               f"{args.selection or 'shared by ' + ','.join(group['sources'])}  rule {args.rule}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-        results = run_all(experiment, group, moving_lambdas(experiment, group))
-        print(moved_by_draws(experiment, group, max(results[0], key=results[0].get)))
-        changes.append(report(*results))
+        moved = {strength: moved_by(experiment, group, group["boosted"], strength)
+                 for strength in args.lambdas}
+        print_moved(moved)
+        lambdas = [strength for strength in moved if any(moved[strength].values())]
+        common.require(lambdas, "no lambda moves any selection; take larger ones")
+        results = run_all(experiment, group, lambdas)
+        best = max(results[0], key=results[0].get)
+        print_draws(moved[best], [moved_by(experiment, group, draw, best)
+                                  for draw in group["draws"]])
+        tables, gains = effect_tables(*results)
+        print_tables(tables)
+        changes.append(gains)
         print()
     if len(groups) > 1:
-        print_groups(groups, changes)
+        print_tables(group_tables(groups, changes))
     common.print_end(experiment)
 
 

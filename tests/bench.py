@@ -161,8 +161,8 @@ def bare(model, corpora, batches):
     return 1 - total(corpora) / padded
 
 
-def ours(model, corpora, batch_tokens, stats_only):
-    arrays, padded = capture.capture(model, together(corpora), batch_tokens, stats_only)
+def ours(model, corpora, batch_tokens, stats_only=False, null_draws=0):
+    arrays, padded = capture.capture(model, together(corpora), batch_tokens, stats_only, null_draws)
     return padded / (padded + total(corpora)), arrays
 
 
@@ -214,7 +214,7 @@ def waits_inside(model, corpora, batch_tokens):
     handles = [blocks[0].register_forward_pre_hook(lambda *_: mode("error")),
                blocks[-1].register_forward_hook(lambda *_: mode("default"))]
     try:
-        capture.capture(model, together(corpora), batch_tokens)
+        capture.capture(model, together(corpora), batch_tokens, null_draws=capture.NULL_DRAWS)
         return "no"
     except RuntimeError as error:
         return f"yes: {first_line(error)}"
@@ -230,8 +230,10 @@ def bench_capture(model, args):
     tokens, batches = total(corpora), batches_of(corpora, args.batch_tokens)
     measured = in_turn({
         "bare forward": lambda: bare(model, corpora, batches),
-        "capture.py": lambda: ours(model, corpora, args.batch_tokens, False),
+        "capture.py": lambda: ours(model, corpora, args.batch_tokens),
         "capture.py --stats-only": lambda: ours(model, corpora, args.batch_tokens, True),
+        "capture.py --null-router": lambda: ours(model, corpora, args.batch_tokens,
+                                                 null_draws=capture.NULL_DRAWS),
         "router logits, then top-k": lambda: router_logits_then_topk(model, corpora, batches, top_k),
         "expert by expert": lambda: expert_by_expert(model, corpora),
     }, args.rounds, args.device)
