@@ -29,8 +29,8 @@ from tqdm import tqdm
 from common import (NUMBER, add_model_arguments, argument_parser, checkpoint_id, dtype_name,
                     encode_example, explained, file_hash, find_data, find_routers, length_batches,
                     load_config, load_weights, max_positions, read_task, record_routing, require,
-                    right_padded, routing_shape, run_batches, run_script, tokenizer_id, try_model,
-                    write_whole)
+                    right_padded, route, routing_shape, run_batches, run_script, tokenizer_id,
+                    try_model, vllm_version, VLLMEngine, write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -43,7 +43,8 @@ NULL_DRAWS = 5                          # random routers of every layer, with --
 FORMAT = 1  # of the dump
 # a dump that was made with other ones of these is another dump
 SETTINGS = ("format", "revision", "tokenizer", "dtype", "data_sha256", "limit", "max_length",
-            "chat_template", "instruction", "stats_only", "null_router", "shard")
+            "chat_template", "instruction", "stats_only", "null_router", "shard", "vllm",
+            "max_new_tokens")
 
 
 @torch.inference_mode()
@@ -92,6 +93,16 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
     with (null_routing(model, null_draws) as null_sums, record_routing(model, on_router),
           tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress):
         return arrays, sum(run_batches(run, length_batches(lengths, batch_tokens)))
+
+
+def record(model, sequences, batch_tokens, max_new_tokens=None, **options):
+    """(sequences, arrays, padding) of capture(); of a VLLMEngine selected_experts alone, and of the
+    sequences with responses of max_new_tokens, but for their last.
+    """
+    if isinstance(model, VLLMEngine):
+        sequences, selected = route(model, sequences, max_new_tokens=max_new_tokens or 1)
+        return sequences, {"selected_experts": selected}, 0
+    return sequences, *capture(model, sequences, batch_tokens, **options)
 
 
 def sequence_sums(router_logits, routing_weights, selected_experts, real):
@@ -144,12 +155,12 @@ def one_shape(shape):
 
 
 def as_dump(arrays, corpus, layers):
-    """What capture returned for one language's corpus, as the arrays of its dump."""
+    """What was recorded for one language's corpus, as the arrays of its dump."""
     sequences, prompt_lengths, spans = zip(*corpus)
-    dump = arrays | {"counts": arrays["counts"].sum(0), "weight_sums": arrays["weight_sums"].sum(0),
-                     "sequence_offsets": np.cumsum([0, *map(len, sequences)]),
-                     "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(spans),
-                     "layers": np.array(layers, np.int32)}
+    dump = arrays | {key: arrays[key].sum(0) for key in ("counts", "weight_sums") if key in arrays}
+    dump |= {"sequence_offsets": np.cumsum([0, *map(len, sequences)]),
+             "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(spans),
+             "layers": np.array(layers, np.int32)}
     if "selected_experts" in arrays:
         dump["token_ids"] = np.concatenate(sequences).astype(np.int32)
     if "null_counts" in arrays:  # (draws, layers, experts)
@@ -161,12 +172,13 @@ def as_dump(arrays, corpus, layers):
 
 def save_dump(path, dump, meta):
     """Write a dump, whole or not at all. Every token must be counted top_k times in every layer."""
-    broken = dump["layers"][~np.isfinite(dump["mean_probs"]).all((0, 2))].tolist()
-    require(not broken, f"router logits are NaN or infinite in layers {broken}; try --dtype "
-                        "float32")
-    selections = dump["sequence_offsets"][-1] * meta["top_k"]
-    if not (dump["counts"].sum(1) == selections).all():
-        raise RuntimeError(f"{path}: counts do not add up to {selections}, tokens * top_k")
+    if "counts" in dump:  # vLLM tells IDs alone
+        broken = dump["layers"][~np.isfinite(dump["mean_probs"]).all((0, 2))].tolist()
+        require(not broken, f"router logits are NaN or infinite in layers {broken}; try --dtype "
+                            "float32")
+        selections = dump["sequence_offsets"][-1] * meta["top_k"]
+        if not (dump["counts"].sum(1) == selections).all():
+            raise RuntimeError(f"{path}: counts do not add up to {selections}, tokens * top_k")
     # not compressed: that saves a third, takes ten times as long, and reading could skip nothing
     write_whole(path, lambda file: np.savez(file, **dump, meta=json.dumps(meta)))
 
@@ -189,7 +201,7 @@ def plan_dumps(args, config, tokenizer, shape):
     """[(corpus of read_corpus, meta, path of the dump)] of those that are not there yet."""
     (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
     revision, tokenizer_hash = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
-    longest = min(args.max_length, max_positions(config))
+    longest = min(args.max_length, max_positions(config) - (args.engine == "vllm"))  # it adds one
     for language, data in find_data(args.tokens or args.data, args.languages).items():
         path = Path(args.out, f"{language}{f'.{index}of{parts}' * (parts > 1)}.npz")
         examples = [] if args.tokens else read_task(args, language, data)
@@ -200,7 +212,8 @@ def plan_dumps(args, config, tokenizer, shape):
             "shard": f"{index}/{parts}", "language": language, "data": data,
             "instruction": examples[0].get("instruction") if examples else None,
             "data_sha256": file_hash(data), "transformers": transformers.__version__,
-            "torch": torch.__version__}
+            "torch": torch.__version__,
+            "vllm": vllm_version(config) if args.engine == "vllm" else None}
         if is_done(path, meta, args.overwrite):
             print(f"{language:<8} there already  {path}")
             continue
@@ -260,12 +273,17 @@ def parse_arguments():
     add("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
     add("--null-router", action="store_const", const=NULL_DRAWS, default=0,
         help="count what random routers pick, too")
+    add("--max-new-tokens", **NUMBER, help="of responses that vLLM gives, recorded as well")
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
     add_model_arguments(p)
     p.set_defaults(batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
     args = p.parse_args()
     require(not (args.tokens and (args.limit or args.instruction)),
             "--tokens runs dumps as they are, without --limit and --instruction")
+    require(args.engine == "vllm" or not args.max_new_tokens,
+            "--max-new-tokens needs --engine vllm")
+    require(args.engine != "vllm" or not (args.stats_only or args.null_router),
+            "--engine vllm gives IDs alone, without --stats-only and --null-router")
     return args
 
 
@@ -278,14 +296,19 @@ def main():
     if not plan:
         return
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    model = load_weights(args.model, config, args.dtype, args.device)
-    try_model(model, plan[0][0][0][0], edits=False)
-    print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
-          f"{model.dtype}  {model.device}")
+    dtype = dtype_name(args.dtype, config)
+    if args.engine == "vllm":
+        model, options = VLLMEngine(args.model, shape, dtype, **args.engine_options), {}
+    else:
+        model = load_weights(args.model, config, args.dtype, args.device)
+        options = {"stats_only": args.stats_only, "null_draws": args.null_router}
+        try_model(model, plan[0][0][0][0], edits=False)
+    print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  {dtype}")
     for corpus, meta, path in plan:
-        sequences, started = [ids for ids, *_ in corpus], time.perf_counter()
-        arrays, padded = capture(
-            model, sequences, args.batch_tokens, args.stats_only, args.null_router)
+        (prompts, *rest), started = zip(*corpus), time.perf_counter()
+        sequences, arrays, padded = record(
+            model, list(prompts), args.batch_tokens, args.max_new_tokens, **options)
+        corpus = list(zip(sequences, *rest))
         tokens, seconds = sum(map(len, sequences)), time.perf_counter() - started
         save_dump(path, as_dump(arrays, corpus, layers), meta)
         print(f"{meta['language']:<8} {len(corpus):>6} sequences {tokens:>10,} tokens  "

