@@ -379,8 +379,7 @@ def load_config(name):
     name is a folder or a hub id. InputError if it is neither, if the model is dense, or if its
     routers are unknown.
     """
-    with explained(f"no model '{name}': neither a folder with a config.json, nor to be had from "
-                   "the hub"):
+    with explained(f"no model '{name}': neither a folder with a config.json nor on the hub"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     with explained(f"cannot load a tokenizer for model '{name}'"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -410,22 +409,21 @@ def load_weights(name, config, dtype="auto", device=None, **options):
     options = MODEL_OPTIONS | options
     if dtype == "float64":  # grouped_mm knows no float64
         options.setdefault("experts_implementation", "eager")
-    if transformers.utils.is_accelerate_available():  # weights go to the device as they are read
-        options["device_map"] = device
-    require(device != "auto" or "device_map" in options,
-            "--device auto spreads a model over several GPUs; run: pip install accelerate")
     with explained(f"cannot use --device {device}; give cpu, cuda, cuda:1, mps or auto"):
-        torch.empty(0, device="cpu" if device == "auto" else device)
+        torch.empty(0, device=device.replace("auto", "cpu"))
+    # weights go to the device as they are read; "auto" fails without accelerate, and says so
+    mapped = device == "auto" or transformers.utils.is_accelerate_available()
+    if mapped:
+        options["device_map"] = device
     with explained(f"cannot load the weights of model '{name}' with {options}"):
         model, found = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, **options)
         missing = sorted(found["missing_keys"])  # a router among them would be random
         require(not missing, f"{len(missing)} are not in its files, as {missing[:1]}")
-    model = (model if "device_map" in options else model.to(device)).eval()
+    # layers that are kept elsewhere cannot be edited
     require(not any(parameter.is_meta for parameter in model.parameters()),
-            f"'{name}' does not fit on --device {device}: layers that are kept elsewhere cannot be "
-            "edited; give more GPUs, or a smaller --dtype")
-    return model
+            f"'{name}' does not fit on --device {device}; give more GPUs, or a smaller --dtype")
+    return model if mapped else model.to(device)
 
 
 @torch.inference_mode()
@@ -436,27 +434,28 @@ def try_model(model, ids, edits=True, decode=None):
     logits be numbers; and other ones, layer by layer, when the experts that the last token selected
     are masked: a block may call its router and ignore the answer.
     """
-    ids, seen = torch.tensor([(ids * 16)[:16]], device=model.device), []
-
-    def last_logits():
-        return model(input_ids=ids, use_cache=False).logits[0, -1]
-
-    with record_routing(model, lambda layer, *answer: seen.append((layer, answer[2]))):
-        logits = last_logits()
+    ids, shape = torch.tensor([(ids * 16)[:16]], device=model.device), routing_shape(model)
+    seen = {layer: [] for layer in shape}
+    with record_routing(model, lambda layer, *answer: seen[layer].append(answer[-1])):
+        logits = logits_of(model, ids)[0, -1]
         with explained("the model does not generate"):
             decode and decode()
-    calls, selected = Counter(layer for layer, _ in seen), dict(reversed(seen))
-    shape = routing_shape(model)
-    bypassed = [layer for layer in shape if calls[layer] != (3 if decode else 1)]
-    require(not bypassed, f"the routers in layers {bypassed} are bypassed, as some quantised "
-                          "kernels do; load the model without them")
-    require(not logits.isnan().any(), "the model's logits are NaN; try --dtype float32")
+    bypassed = [layer for layer in seen if len(seen[layer]) != (3 if decode else 1)]
+    require(not bypassed, f"the routers in layers {bypassed} are bypassed, as by some quantised "
+                          "kernels; load the model without them")
     for layer, (num_experts, top_k) in shape.items() if edits else ():
-        masked = selected[layer].flatten(0, -2)[-1].tolist()[:num_experts - top_k]
+        masked = seen[layer][0].flatten(0, -2)[-1].tolist()[:num_experts - top_k]
         with (explained(f"layer {layer} cannot be edited"),
               edit_routing(model, masks={layer: masked})):
-            require(not masked or not last_logits().equal(logits),
+            require(not (masked and logits_of(model, ids)[0, -1].equal(logits)),
                     "its router's answer is not used")
+
+
+def logits_of(model, ids):
+    """(sequences, tokens, vocabulary) of token ids; InputError if they are no numbers."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    require(not logits.amax(-1).isnan().any(), "the model's logits are NaN; try --dtype float32")
+    return logits
 
 
 def checkpoint_id(name, config, shape):
@@ -523,22 +522,21 @@ def find_data(pattern, languages=None):
     languages: the wanted ones, as "bn,de"; by default all that have a file. Without {lang} in the
     pattern it is one file, called by the one language given or else by its stem.
     """
-    wanted = languages.split(",") if languages else []
-    require(len(set(wanted)) == len(wanted), f"a language is named twice in: {languages}")
-    if "{lang}" not in pattern:
-        require(len(wanted) < 2, f"'{pattern}' is one file but {len(wanted)} languages are named; "
-                                 "put {lang} into --data")
-        wanted = wanted or [Path(pattern).stem]
-    if not wanted:
-        first, *others = map(re.escape, pattern.split("{lang}"))
-        named = re.compile(first + "([^/]+)" + r"\1".join(others))
+    if languages:
+        wanted = languages.split(",")
+    elif "{lang}" not in pattern:
+        wanted = [Path(pattern).stem]
+    else:
+        named = re.escape(pattern).replace(r"\{lang\}", "([^/]+)", 1).replace(r"\{lang\}", r"\1")
         paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
-        wanted = [match[1] for match in map(named.fullmatch, paths) if match]
+        wanted = [match[1] for path in paths if (match := re.fullmatch(named, path))]
         require(wanted, f"no file matches '{pattern}' ({{lang}} stands for a language)")
     found = {language: pattern.replace("{lang}", language) for language in wanted}
+    require(len(set(found.values())) == len(wanted),
+            f"'{languages}' names a file twice; put {{lang}} into --data, and each language once")
     for language, path in found.items():
-        require(re.fullmatch(r"\w[\w.-]*", language), f"'{language}' cannot name a file: a "
-                "language is letters, digits, '_', '-' and '.'")
+        require(re.fullmatch(r"\w[\w.-]*", language),
+                f"'{language}' cannot name a file: only letters, digits, '_', '-' and '.' can")
         require(os.path.isfile(path), f"no such file: {path} (for language '{language}')")
     return found
 
@@ -558,12 +556,12 @@ def read_examples(path):
     require(suffix in READERS, f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
     with explained(f"{path}: not UTF-8; convert it first"):
         text = Path(path).read_text(encoding="utf-8-sig")
-    lines = re.sub(r"\n\s*\Z", "", text).split("\n")  # no splitlines: strings hold other line ends
-    lines = [text] if suffix == ".json" else lines
+    # no splitlines: strings hold other line ends
+    lines = [text] if suffix == ".json" else re.sub(r"\n\s*\Z", "", text).split("\n")
     for number, line in enumerate(lines if text.strip() else [], 1):
         with explained(f"{path}:{number}"):
             examples += READERS[suffix](line)
-            require(all(e["prompt"].strip() for e in examples[-1:]), "an empty prompt")
+            require(not examples or examples[-1]["prompt"].strip(), "an empty prompt")
     require(examples, f"{path}: no prompts in it")
     return examples
 
@@ -579,10 +577,6 @@ def read_task(args, language, path):
     return [example | {"instruction": instruction} for example in examples]
 
 
-def read_text_line(line):
-    return [{"prompt": line}]
-
-
 def read_tsv_line(line):
     prompt, tab, answer = line.rpartition("\t")
     require(tab, "no tab between question and answer")
@@ -594,26 +588,28 @@ def read_json_line(line):
         row = json.loads(line)
     if "flores_passage" in row:
         return read_belebele(row)
-    prompts = [row[key] for key in ("prompt", "question", "text") if isinstance(row.get(key), str)]
-    require(prompts, 'no "prompt", "question" or "text" with a string')
-    example, answers = {"prompt": prompts[0]}, row.get("answer")
+    prompt = row.get("prompt") or row.get("question") or row.get("text")
+    require(isinstance(prompt, str), 'no "prompt", "question" or "text" with a string')
+    example, answers = {"prompt": prompt}, row.get("answer")
     example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
     if answers is not None:
         answers = answers if isinstance(answers, list) else [answers]
-        require(set(map(type, answers)) <= {str, int, float}, "an answer is a text or a number, or "
-                                                              "a list of such")
+        require(set(map(type, answers)) <= {str, int, float},
+                "an answer is a text or a number, or a list of such")
         answers = list(map(str, answers))
-        kinds = set(map(answer_kind, answers))
-        kind = row.get("kind") or ("number" if kinds == {"number"} else "span")
-        require(kind in ("number", "choice", "span"), f"kind {kind} is no number, choice or span")
+        kind = row.get("kind") or answer_kind(*answers)
+        letters = set(answers) <= set(string.ascii_uppercase)
+        require(kind in ("number", "span") or kind == "choice" and letters,
+                f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
         example |= {"answer": answers, "kind": kind}
     return [example]
 
 
 def read_belebele(row):
-    answer = dict(zip("1234", "ABCD")).get(str(row["correct_answer_num"]))
+    letters = dict(zip("1234", "ABCD"))
+    answer = letters.get(str(row["correct_answer_num"]))
     require(answer, "a Belebele row whose correct_answer_num is not 1 to 4")
-    options = "\n".join(f"{letter}. {row[f'mc_answer{i}']}" for i, letter in enumerate("ABCD", 1))
+    options = "\n".join(f"{letters[i]}. {row['mc_answer' + i]}" for i in letters)
     return [{"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
              "answer": [answer], "kind": "choice"}]
 
@@ -627,14 +623,14 @@ def read_squad(text):
                 for qa in paragraph["qas"]]
 
 
-READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".txt": read_text_line,
-           ".json": read_squad}
+READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".json": read_squad,
+           ".txt": lambda line: [{"prompt": line}]}
 
 
-def answer_kind(answer):
-    """"number" if there is nothing but a number in it, else "span"."""
-    pattern = NUMBER_IN_TEXT.replace("THOUSANDS", "[,']").replace("DECIMAL", "[.]")
-    return "number" if re.fullmatch(pattern, plain_digits(answer).strip(), re.VERBOSE) else "span"
+def answer_kind(*answers):
+    """"number" if there is nothing but a number in each, else "span"."""
+    numbers = [number_pattern().fullmatch(plain_digits(answer).strip()) for answer in answers]
+    return "number" if numbers and all(numbers) else "span"
 
 
 def rendered(tokenizer, prompt, chat_template="auto"):
@@ -646,17 +642,17 @@ def rendered(tokenizer, prompt, chat_template="auto"):
     """
     if chat_template == "never" or not tokenizer.chat_template:
         return "", prompt, ""
-    for content in ("{}".format, lambda text: [{"type": "text", "text": text}]):  # some want parts
+    for content in (str, lambda text: [{"type": "text", "text": text}]):  # some want parts
         def render(text):
             return tokenizer.apply_chat_template(
                 [{"role": "user", "content": content(text)}], tokenize=False,
                 add_generation_prompt=True, enable_thinking=False)
 
         with contextlib.suppress(Exception):  # templates raise every kind
-            before, mark, behind = render("\ue000").partition("\ue000")
+            before, _, behind = render("\ue000").partition("\ue000")
             text = render(prompt)
-            within = text[len(before):len(text) - len(behind)]
-            if mark and text == before + within + behind and within.strip() == prompt.strip():
+            within = text.removeprefix(before).removesuffix(behind)
+            if text == before + within + behind and within.strip() == prompt.strip():
                 return before, within, behind
     raise InputError("the chat template does not hold the prompt as it is; mend it, or give "
                      f"--chat-template never (the prompt: {prompt[:40]!r})")
@@ -666,22 +662,22 @@ def encode_example(tokenizer, example, chat_template="auto"):
     """Token ids of an example's prompt and instruction, rendered, and (start, stop) of the tokens
     that hold the prompt's own text; those that straddle its edges do. InputError without tokens.
     """
-    own, prompt = example["prompt"].strip(), "\n\n".join(
-        filter(None, (example["prompt"], example.get("instruction"))))
+    own = example["prompt"].strip()
+    prompt = "\n\n".join(example[key] for key in ("prompt", "instruction") if example.get(key))
     before, within, behind = rendered(tokenizer, prompt, chat_template)
     encode = functools.partial(tokenizer, add_special_tokens=not before + behind)
     text, start = before + within + behind, len(before) + within.index(own)
     stop = start + len(own)
     encoding = encode(text, return_offsets_mapping=tokenizer.is_fast)
     ids = encoding["input_ids"]
-    require(ids, f"the prompt {example['prompt'][:40]!r} has no tokens")
     if tokenizer.is_fast:
         held = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < stop and b > start]
-        return ids, (min(held, default=0), max(held, default=-1) + 1)
-    # else what stands around it is what two other texts have in common
-    pair = [encode(text[:start] + other + text[stop:])["input_ids"] for other in "a1"]
-    head, tail = (len(os.path.commonprefix(both)) for both in (pair, [x[::-1] for x in pair]))
-    return ids, (head, len(ids) - tail)
+    else:  # all but what two other texts in its place have around them in common
+        pair = [encode(text[:start] + other + text[stop:])["input_ids"] for other in "a1"]
+        head, tail = (len(os.path.commonprefix(both)) for both in (pair, [x[::-1] for x in pair]))
+        held = range(head, len(ids) - tail)
+    require(held, f"the prompt {own[:40]!r} has no tokens")
+    return ids, (held[0], held[-1] + 1)
 
 
 def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
@@ -695,8 +691,8 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
         require(len(ids) <= max_length, f"prompt {number} has {len(ids)} tokens, more than "
                 f"{max_length}; take it out, or raise --max-length, up to the model's positions")
         gold = "".join(example.get("answer", [])[:1])
-        encoded.append(example | {"ids": ids, "text_span": span, "answer_ids": tokenizer(
-            gold, add_special_tokens=False)["input_ids"]})
+        encoded.append(example | {"ids": ids, "text_span": span, "answer_ids": tokenizer.encode(
+            gold, add_special_tokens=False)})
     return encoded
 
 
@@ -731,15 +727,15 @@ def run_batches(run, batches):
     todo, results = list(batches), {}
     while todo:
         batch = todo.pop(0)
+        half = len(batch) // 2
         try:
             results.update(zip(batch, run(batch)))
             continue
         except torch.OutOfMemoryError:  # what it holds is freed only behind this block
-            require(len(batch) > 1, "out of memory on a single sequence; lower --max-length, or "
-                                    "give --device auto")
+            require(half, "out of memory on a single sequence; lower --max-length")
         torch.cuda.empty_cache()
         tqdm.write(f"out of memory on {len(batch)} sequences at once: halved; see --batch-tokens")
-        todo[:0] = batch[:len(batch) // 2], batch[len(batch) // 2:]
+        todo[:0] = batch[:half], batch[half:]
     return [results[i] for i in sorted(results)]
 
 
@@ -748,9 +744,8 @@ def from_logits(read, model, sequences, batch_tokens):
     """[read(i, logits (tokens, vocabulary))] of every sequence."""
     def run(batch):
         ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits
-        require(not logits[..., 0].isnan().any(), "the model's logits are NaN; try --dtype float32")
-        return [read(i, rows[:len(sequences[i])].float()) for i, rows in zip(batch, logits)]
+        return [read(i, logits[:len(sequences[i])].float())
+                for i, logits in zip(batch, logits_of(model, ids))]
 
     return run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
 
@@ -795,6 +790,13 @@ NUMBER_IN_TEXT = r"""
     (?: \ ?/\ ? (\d+) )?                                      # / 4 """
 
 
+def number_pattern(language=None):
+    """NUMBER_IN_TEXT with a language's separators."""
+    comma = base_language(language) in COMMA_DECIMAL
+    return re.compile(NUMBER_IN_TEXT.replace("DECIMAL", "[.,]" if comma else "[.]").replace(
+        "THOUSANDS", r"[.,'\ \x1f]" if comma else r"[,'\x1f]"), re.VERBOSE)
+
+
 def plain_digits(text):
     r"""Every script's digits, minus signs and separators as ASCII, no-break and thin spaces as
     \x1f, without currency and LaTeX. "−২,১২৫" -> "-2,125", r"\$2{,}125" -> "2,125"
@@ -820,11 +822,8 @@ def last_number(text, language=None):
     NUMBER_IN_TEXT  2,125 2{,}125 2\,125 -> 2125; 1,00,000 1e5 -> 100000; -$18 -> -18; 14-9=5 -> 5;
                     where a comma is decimal 2.125 and 2 125 -> 2125, 12,50 -> 25/2
     """
-    text, comma = plain_digits(text), base_language(language) in COMMA_DECIMAL
-    text = (re.findall(BOX, text) or [text])[-1]
-    pattern = NUMBER_IN_TEXT.replace("THOUSANDS", r"[.,'\ \x1f]" if comma else r"[,'\x1f]").replace(
-        "DECIMAL", "[.,]" if comma else "[.]")
-    found = re.findall(pattern, text, re.VERBOSE)
+    text = plain_digits(text)
+    found = number_pattern(language).findall((re.findall(BOX, text) or [text])[-1])
     if not found:
         return None
     sign, whole, _, decimals, exponent, divisor = found[-1]
@@ -839,18 +838,18 @@ def span_scores(prediction, golds, language=None, score="exact"):
     An empty prediction scores 0, but for a question without an answer, where it alone is right.
     """
     def units(text):
-        text = "".join(c for c in text.lower()
-                       if unicodedata.category(c)[0] != "P" and c not in string.punctuation)
+        words = "".join(c for c in text.lower() if unicodedata.category(c)[0] != "P"
+                        and c not in string.punctuation).split()
         if base_language(language) in NO_SPACES:
-            return [c for c in text if not c.isspace()]
-        return [word for word in text.split() if word not in ("a", "an", "the")]
+            return list("".join(words))
+        return [word for word in words if word not in ("a", "an", "the")]
 
     said, right, f1 = units(prediction), False, 0.0
     if not golds:
         return not said, float(not said)
     for gold in filter(None, map(units, golds)):
-        right |= gold in ([said] if score == "exact" else
-                          [said[i:i + len(gold)] for i in range(len(said))])
+        right |= said == gold or score == "contains" and gold in (
+            said[i:i + len(gold)] for i in range(len(said)))
         overlap = (Counter(said) & Counter(gold)).total()
         f1 = max(f1, 2 * overlap / (len(said) + len(gold)))
     return right, f1
@@ -862,18 +861,20 @@ def import_langdetect(language):
         import langdetect
     langdetect.DetectorFactory.seed = 0
     code = DETECTED.get(base_language(language), base_language(language))
-    require(code in DETECTED.values(), f"langdetect does not know the language '{language}'; leave "
-                                       "out the metric 'language'")
+    require(code in DETECTED.values(),
+            f"langdetect does not know the language '{language}'; leave out this metric")
     return langdetect, code
 
 
 def in_language(responses, language):
     """Whether each response is in the language, as langdetect finds; Chinese variants are zh."""
-    (langdetect, code), found = import_langdetect(language), [False] * len(responses)
-    for i, response in enumerate(responses):
+    langdetect, code = import_langdetect(language)
+
+    def detected(response):
         with contextlib.suppress(langdetect.LangDetectException):  # nothing but digits, say
-            found[i] = base_language(langdetect.detect(response)) == code
-    return found
+            return base_language(langdetect.detect(response))
+
+    return [detected(response) == code for response in responses]
 
 
 def negative_log_likelihood(model, encoded, batch_tokens):
@@ -887,9 +888,9 @@ def negative_log_likelihood(model, encoded, batch_tokens):
     def read(i, logits):
         targets = torch.tensor(sequences[i], device=logits.device)
         nll = F.cross_entropy(logits[:-1], targets[1:], reduction="none").double().cpu()
-        nll = F.pad(nll, (1, 0), value=torch.nan)  # nll[t] is token t's
-        (start, stop), prompt = encoded[i]["text_span"], len(encoded[i]["ids"])
-        return nll[start:stop].nanmean().item(), nll[prompt:].nanmean().item()
+        start, stop = encoded[i]["text_span"]
+        answer = len(encoded[i]["ids"]) - 1  # nll[t - 1] is token t's
+        return nll[max(start - 1, 0):stop - 1].mean().item(), nll[answer:].mean().item()
 
     found = from_logits(read, model, sequences, batch_tokens)
     return dict(zip(("prompt_nll", "answer_nll"), np.transpose(found)))
@@ -899,7 +900,7 @@ def choose_letters(model, tokenizer, encoded, batch_tokens):
     """The most probable of A to D, or to the last right answer; nothing is generated."""
     last = max("D", *(answer for e in encoded for answer in e["answer"]))
     letters = string.ascii_uppercase.partition(last)[0] + last
-    first = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in letters]
+    first = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
     require(len(set(first)) == len(letters),
             f"this tokenizer does not tell {letters} apart by their first token")
     return from_logits(lambda i, logits: letters[logits[-1, first].argmax()], model,
@@ -921,16 +922,16 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
         prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
         ids = pad_sequence(prompts, True, settings["pad_token_id"], "left").to(model.device)
         mask = pad_sequence(list(map(torch.ones_like, prompts)), True, 0, "left").to(model.device)
-        new = model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].cpu()
-        ended = torch.isin(new, torch.tensor(settings["eos_token_id"] or [-1])).any(1).tolist()
-        return zip(tokenizer.batch_decode(new, skip_special_tokens=True), ended)
+        return model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].tolist()
 
     # as few batches as there can be: each takes max_new_tokens steps
     sizes = [len(e["ids"]) + settings["max_new_tokens"] for e in encoded]
     ours = GenerationConfig(disable_compile=True, **settings)
     with patch.object(model, "generation_config", ours):
-        responses, ended = zip(*run_batches(run, length_batches(sizes, batch_tokens, fill=0)))
-    return list(responses), ended.count(False)
+        responses = run_batches(run, length_batches(sizes, batch_tokens, fill=0))
+    ends = set(settings["eos_token_id"] or [])
+    cut = sum(map(ends.isdisjoint, responses))
+    return tokenizer.batch_decode(responses, skip_special_tokens=True), cut
 
 
 def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=None, top_p=None,
@@ -938,15 +939,15 @@ def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=
     """For generate(), from a checkpoint's GenerationConfig only the tokens that end and pad, and
     the limit; greedy without a temperature, and with one from all tokens unless top_p or top_k say.
     """
-    given = [ids for ids in (checkpoint.eos_token_id, tokenizer.eos_token_id) if ids is not None]
-    ends = np.ravel(given[:1]).astype(int).tolist()  # one, several or none
-    pad = tokenizer.pad_token_id
-    if pad is None:  # one that is not decoded
-        pad = ends[0] if ends else 0
+    ends = tokenizer.eos_token_id if checkpoint.eos_token_id is None else checkpoint.eos_token_id
+    ends = [] if ends is None else np.ravel(ends).tolist()  # one, several or none
+    # for padding one that is not decoded
+    pad = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
     settings = {"max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
                 "eos_token_id": ends or None, "pad_token_id": pad, "do_sample": bool(temperature)}
-    return settings | ({"temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
-                       if temperature else {})
+    if temperature:
+        settings |= {"temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
+    return settings
 
 
 def response_metrics(metrics, encoded):
@@ -973,21 +974,20 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
     if "accuracy" in metrics:
         answers = responses if kind != "choice" else choose_letters(
             model, tokenizer, encoded, batch_tokens)
-        golds = [e.get("answer") for e in encoded]
-        scores |= answer_scores(answers, golds, kind, language, score)
-    wanted = [metric for metric in (*metrics, "f1") if metric in scores]
-    return {metric: np.array(scores[metric], float) for metric in wanted}, responses, cut
+        each = [answer_scores(answer, e["answer"], kind, language, score)
+                for answer, e in zip(answers, encoded)]
+        scores |= dict(zip(("accuracy", "f1"), zip(*each)))
+    return {metric: np.array(scores[metric], float)
+            for metric in (*metrics, "f1") if metric in scores}, responses, cut
 
 
-def answer_scores(answers, golds, kind, language, score="exact"):
-    """{"accuracy": ..., and of spans "f1"} of each answer, given a list of right ones for each."""
+def answer_scores(answer, golds, kind, language, score="exact"):
+    """(right,) of an answer, given all that are right; of a span (right, F1)."""
     if kind == "span":
-        right, f1 = zip(*(span_scores(a, gold, language, score) for a, gold in zip(answers, golds)))
-        return {"accuracy": right, "f1": f1}
+        return span_scores(answer, golds, language, score)
     if kind == "number":
-        answers = [last_number(answer, language) for answer in answers]
-        golds = [list(map(last_number, gold)) for gold in golds]
-    return {"accuracy": [answer in gold for answer, gold in zip(answers, golds)]}
+        answer, golds = last_number(answer, language), list(map(last_number, golds))
+    return answer in golds,
 
 
 def check_metrics(metrics, encoded, path, language):
@@ -997,9 +997,6 @@ def check_metrics(metrics, encoded, path, language):
             f"{path} has prompts without an answer; --metrics prompt_nll needs none")
     require(len(kinds) == 1 or "accuracy" not in metrics,
             f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
-    answers = {answer for e in encoded for answer in e.get("answer", [])}
-    require(kinds != {"choice"} or answers <= set(string.ascii_uppercase),
-            f"{path}: a choice is a letter, as A, not {sorted(answers)}")
     if "language" in metrics:
         import_langdetect(language)
 

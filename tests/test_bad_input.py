@@ -97,7 +97,7 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "unreadable": ("capture", "--data {}/one.npz", "cannot read '.npz'; give .tsv"),
     "no match": ("capture", "--data {}/{lang}.tsvx", "no file matches .*{lang} stands for"),
     "one file": ("capture", "--data {}/long.txt --languages en,sw", "put {lang} into --data"),
-    "language twice": ("capture", "--languages en,en", "a language is named twice"),
+    "language twice": ("capture", "--languages en,en", "'en,en' names a file twice; .* once"),
     "unsafe label": ("capture", "--languages ../en", "'../en' cannot name a file: .* letters"),
     "no dtype": ("capture", "--dtype float7 --out {}/o", "'float7' is not a dtype; give auto"),
     "unwritable": ("capture", "--out /proc/here", r"\[Errno .*/proc/here"),

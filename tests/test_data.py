@@ -70,9 +70,9 @@ def test_languages_are_what_the_pattern_matches(tmp_path):
 @pytest.mark.parametrize("pattern, languages, message", [
     ("x_{lang}.tsv", None, "no file matches"),
     ("m_{lang}.tsv", "de", "no such file: .*m_de.tsv"),
-    ("m_{lang}.tsv", "bn,bn", "named twice"),
+    ("m_{lang}.tsv", "bn,bn", "names a file twice"),
     ("m_{lang}.tsv", "../m_bn", "cannot name a file"),
-    ("m_bn.tsv", "bn,de", "is one file but 2 languages"),
+    ("m_bn.tsv", "bn,de", "names a file twice; put {lang} into --data"),
 ])
 def test_bad_patterns_and_languages_are_refused(tmp_path, pattern, languages, message):
     write(tmp_path / "m_bn.tsv", "a\t1\n")
