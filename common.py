@@ -437,17 +437,17 @@ def try_model(model, ids, edits=True, decode=None):
     ids, shape = torch.tensor([(ids * 16)[:16]], device=model.device), routing_shape(model)
     seen = {layer: [] for layer in shape}
     with record_routing(model, lambda layer, *answer: seen[layer].append(answer[-1])):
-        logits = logits_of(model, ids)[0, -1]
+        logits = logits_of(model, ids)
         with explained("the model does not generate"):
             decode and decode()
     bypassed = [layer for layer in seen if len(seen[layer]) != (3 if decode else 1)]
-    require(not bypassed, f"the routers in layers {bypassed} are bypassed, as by some quantised "
-                          "kernels; load the model without them")
+    require(not bypassed,  # as some kernels of quantised models do
+            f"the routers in layers {bypassed} are bypassed; load the model without such kernels")
     for layer, (num_experts, top_k) in shape.items() if edits else ():
         masked = seen[layer][0].flatten(0, -2)[-1].tolist()[:num_experts - top_k]
         with (explained(f"layer {layer} cannot be edited"),
               edit_routing(model, masks={layer: masked})):
-            require(not (masked and logits_of(model, ids)[0, -1].equal(logits)),
+            require(not (masked and logits_of(model, ids).equal(logits)),
                     "its router's answer is not used")
 
 
@@ -710,7 +710,7 @@ def length_batches(lengths, batch_tokens, fill=0.9):
     its shortest is at least fill of its longest, so that little is padded.
     """
     batches = []
-    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if (not batches or lengths[i] < fill * longest
                 or (len(batches[-1]) + 1) * longest > batch_tokens):
             batches.append([])
@@ -727,15 +727,14 @@ def run_batches(run, batches):
     todo, results = list(batches), {}
     while todo:
         batch = todo.pop(0)
-        half = len(batch) // 2
         try:
             results.update(zip(batch, run(batch)))
-            continue
-        except torch.OutOfMemoryError:  # what it holds is freed only behind this block
+        except torch.OutOfMemoryError:  # what it holds is freed behind this block
+            half = len(batch) // 2
             require(half, "out of memory on a single sequence; lower --max-length")
-        torch.cuda.empty_cache()
-        tqdm.write(f"out of memory on {len(batch)} sequences at once: halved; see --batch-tokens")
-        todo[:0] = batch[:half], batch[half:]
+            tqdm.write(
+                f"out of memory on {len(batch)} sequences at once: halved; see --batch-tokens")
+            todo[:0] = batch[:half], batch[half:]
     return [results[i] for i in sorted(results)]
 
 
@@ -921,7 +920,7 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
     def run(batch):
         prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
         ids = pad_sequence(prompts, True, settings["pad_token_id"], "left").to(model.device)
-        mask = pad_sequence(list(map(torch.ones_like, prompts)), True, 0, "left").to(model.device)
+        mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, "left").to(model.device)
         return model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].tolist()
 
     # as few batches as there can be: each takes max_new_tokens steps
@@ -981,7 +980,7 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
             for metric in (*metrics, "f1") if metric in scores}, responses, cut
 
 
-def answer_scores(answer, golds, kind, language, score="exact"):
+def answer_scores(answer, golds, kind, language, score):
     """(right,) of an answer, given all that are right; of a span (right, F1)."""
     if kind == "span":
         return span_scores(answer, golds, language, score)
