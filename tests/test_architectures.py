@@ -304,7 +304,7 @@ def test_the_trial_before_a_run_accepts_a_whole_checkpoint_and_one_step_of_decod
     model.save_pretrained(tmp_path)
     loaded = common.load_weights(tmp_path, model.config, "float32", "cpu")  # no weight is missing
     ids, tokenizer = IDS.flatten()[:16].tolist(), SimpleNamespace(
-        eos_token_id=None, pad_token_id=0, batch_decode=lambda ids, **_: ids.tolist())
+        eos_token_id=None, pad_token_id=0, batch_decode=lambda ids, **_: list(ids))
     decode = functools.partial(common.generate, loaded, tokenizer, [{"ids": ids}], 100,
                                max_new_tokens=2, eos_token_id=None)
     # of these, the small ones have no layer of attention, without which transformers generates not
