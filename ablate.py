@@ -273,7 +273,7 @@ def run_each(experiment, shares, rows, layers):
                                            for place in np.argwhere(used).tolist()):
             layer, base = int(layers[row]), experiment.cell(language)
             settings = {"layer": layer, "expert": expert, "how": how}
-            edit = {EDITS[how]: {layer: [expert]}}
+            edit = {EDITS[how]: {layer: np.arange(used.shape[2]) == expert}}
             if rows[row] or experiment.key(language, settings, edit)[0] in experiment.rows:
                 after = experiment.cell(language, "each", settings, **edit)
                 effect[i, row, expert] = np.nanmean(after[metric] - base[metric])

@@ -43,6 +43,7 @@ def test_effects_are_collected_from_all_runs_of_equal_settings(each):
         assert (np.isfinite(effect[k]).any(1).nonzero()[0] == layers).all()
         assert (np.isfinite(effect[k][layers]) == (counts[k][layers] > 0)).all()
     rows = [json.loads(line) for line in open(place / "r.jsonl")]
+    assert {tuple(r["experts"].values()) for r in rows if r["cell"] == "each"} == {(1,)}
     base, = (r for r in rows if r["cell"] == "baseline" and r["settings"]["language"] == "sw")
     row = next(r for r in rows if r["cell"] == "each" and r["settings"]["language"] == "sw")
     at = row["settings"]["layer"], row["settings"]["expert"]
