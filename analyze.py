@@ -915,75 +915,69 @@ def effects(harm, result, dumps, rng):
 
 # ----------------------------------------------------------------------------------------- tables
 
-# {title: {title of a column, or titles of the columns of an array with two axes: key in result}}.
-# The first column names the rows. A table is printed if its last array is there.
+# {title: its columns: title=key in the result, or title+title=key of an array with two axes}. The
+# first column names the rows. A table is printed if its last array is there.
 TABLES = {
     "means over pairs of languages; with --bootstrap [95 % interval] and the floor, random halves "
-    "of a language": {
-        "band": "bands", "layers": "band_layers", "similarity": "mean_similarity",
-        "floor": "band_floor", "null": "null_mean_similarity", "divergence": "mean_divergence",
-        "jaccard": "mean_jaccard", "cosine": "mean_cosine"},
-    "divergence of aligned sequences": {"band": "bands", "divergence": "mean_aligned"},
-    "layer by layer; excl.: experts exclusive to a language, of all and of each": {
-        "layer": "layers", "similarity": "layer_similarity", "floor": "layer_floor",
-        "null": "null_layer_similarity", "entropy": "layer_entropy", "shared": "layer_shared",
-        "null-excl.": "null_layer_exclusive", "excl.": "layer_exclusive",
-        "LANGUAGES": "each_exclusive"},
+    "of a language":
+        "band=bands layers=band_layers similarity=mean_similarity floor=band_floor "
+        "null=null_mean_similarity divergence=mean_divergence jaccard=mean_jaccard "
+        "cosine=mean_cosine",
+    "divergence of aligned sequences": "band=bands divergence=mean_aligned",
+    "layer by layer; excl.: experts exclusive to a language, of all and of each":
+        "layer=layers similarity=layer_similarity floor=layer_floor null=null_layer_similarity "
+        "entropy=layer_entropy shared=layer_shared null-excl.=null_layer_exclusive "
+        "excl.=layer_exclusive LANGUAGES=each_exclusive",
     "part of the routing to experts exclusive to the language, shared, neither, and to the most "
-    "used expert; experts in use": {
-        "": "languages", "exclusive shared neither": "mean_reliance", "top": "mean_most_used",
-        "active": "mean_active"},
+    "used expert; experts in use":
+        "=languages exclusive+shared+neither=mean_reliance top=mean_most_used active=mean_active",
     "rank correlation of this reliance on exclusive experts with the mean similarity to the "
-    "others: one finding, not two, since what lies apart has experts of its own": {
-        "Spearman": "mirror"},
-    f"number of experts; only: exclusive to no other; stable: in {STABLE:.0%} of the draws": {
-        "": "languages", "exclusive": "num_exclusive", "only": "num_only",
-        "null": "null_num_exclusive", "stable-exclusive stable-shared": "num_stable",
-        "shared": "num_shared"},
-    "part of the routing to stable experts": {
-        "": "languages", "stable-exclusive stable-shared": "stable_reliance"},
-    "--leave-one-out: number of exclusive experts, and without the language that changes it most": {
-        "": "languages", "all becomes": "num_changed", "without": "num_changed_by"},
-    "reliance on exclusive experts, and without the language that changes it most": {
-        "": "languages", "all becomes": "reliance_changed", "without": "reliance_changed_by"},
-    "--sensitivity: part of the settings in which a language is first, by exclusive experts": {
-        "": "languages", "reliance number": "first"},
-    "part of the settings in which the row relies more on exclusive experts than the column": {
-        "": "languages", "LANGUAGES": "exclusive_more"},
-    "part of the settings in which the row relies more on shared experts than the column": {
-        "": "languages", "LANGUAGES": "shared_more"},
-    "similarity over tokens whose ids": {
-        "band": "bands", "any": "mean_similarity", "common": "mean_common_tokens",
-        "own": "mean_own_tokens"},
+    "others: one finding, not two, since what lies apart has experts of its own":
+        "Spearman=mirror",
+    f"number of experts; only: exclusive to no other; stable: in {STABLE:.0%} of the draws":
+        "=languages exclusive=num_exclusive only=num_only null=null_num_exclusive "
+        "stable-exclusive+stable-shared=num_stable shared=num_shared",
+    "part of the routing to stable experts":
+        "=languages stable-exclusive+stable-shared=stable_reliance",
+    "--leave-one-out: number of exclusive experts, and without the language that changes it most":
+        "=languages all+becomes=num_changed without=num_changed_by",
+    "reliance on exclusive experts, and without the language that changes it most":
+        "=languages all+becomes=reliance_changed without=reliance_changed_by",
+    "--sensitivity: part of the settings in which a language is first, by exclusive experts":
+        "=languages reliance+number=first",
+    "part of the settings in which the row relies more on exclusive experts than the column":
+        "=languages LANGUAGES=exclusive_more",
+    "part of the settings in which the row relies more on shared experts than the column":
+        "=languages LANGUAGES=shared_more",
+    "similarity over tokens whose ids":
+        "band=bands any=mean_similarity common=mean_common_tokens own=mean_own_tokens",
     "similarity within the same family, and to others; p: labels dealt out at random; least: p "
-    "that so many languages allow; Holm: p among all of these rows; branch and script overlap": {
-        "": "family_rows", "same other p least Holm": "family_tests"},
-    f"rank correlation of the similarity to {REFERENCE} with the scores": {
-        "band": "bands", "Spearman p": "score_correlation"},
-    "what masking one expert does: rank correlation of the harm with weight and with share": {
-        "": "languages", "experts": "num_harm", "weight share": "harm_correlation"},
-    "the experts that do the most harm when masked": {
-        "expert": "worst_expert",
-        "harm weight share": "worst"},
-    "mean harm of exclusive experts, and of others": {
-        "layer": "layers", "exclusive others": "layer_harm"},
-    "do exclusive experts do more than others of the same use?": {
-        "difference p seen alone": "matched_difference"},
+    "that so many languages allow; Holm: p among all of these rows; branch and script overlap":
+        "=family_rows same+other+p+least+Holm=family_tests",
+    f"rank correlation of the similarity to {REFERENCE} with the scores":
+        "band=bands Spearman+p=score_correlation",
+    "what masking one expert does: rank correlation of the harm with weight and with share":
+        "=languages experts=num_harm weight+share=harm_correlation",
+    "the experts that do the most harm when masked":
+        "expert=worst_expert harm+weight+share=worst",
+    "mean harm of exclusive experts, and of others":
+        "layer=layers exclusive+others=layer_harm",
+    "do exclusive experts do more than others of the same use?":
+        "difference+p+seen+alone=matched_difference",
 }
 
 
-def table_columns(result, titles):
+def table_columns(result, columns):
     """{title: cells} of the arrays that are there; after a bootstrap, with intervals of parts."""
-    columns = {}
-    for title, key in titles.items():
-        few = title != "LANGUAGES" or len(result["languages"]) <= PRINT_LANGUAGES
-        if key in result and few:
+    table = {}
+    for titles, key in (column.split("=") for column in columns.split()):
+        if key in result:
             value = np.asarray(result[key])
             interval = result.get(f"interval_{key}", ()) if value.dtype == float else ()
             series = [each.reshape(len(value), -1).T for each in (value, *interval)]
-            names = result["languages"] if title == "LANGUAGES" else title.split() or [title]
-            columns |= {name: list(zip(*cells)) for name, *cells in zip(names, *series)}
-    return columns
+            names = result[titles] if titles == "LANGUAGES" else titles.split("+")
+            table |= {name: list(zip(*cells)) for name, *cells in zip(names, *series)}
+    return table
 
 
 def cell_text(cell):
@@ -1007,6 +1001,12 @@ def print_rows(rows):
         print_table({title: [row[title] for row in rows] for title in rows[0]})
 
 
+def print_titled(title, columns):
+    print()
+    print_wrapped(title)
+    print_table(columns)
+
+
 def print_wrapped(text):
     print(textwrap.fill(text, 100, break_on_hyphens=False))
 
@@ -1015,8 +1015,7 @@ def notes(dumps, result, args):
     """What to know about the tables, line by line."""
     n = len(dumps)
     if n > PRINT_LANGUAGES:
-        yield (f"with more than {PRINT_LANGUAGES} languages, what is as wide as their number is in "
-               f"{args.out} alone")
+        yield f"with more than {PRINT_LANGUAGES} languages, what is as wide is in {args.out} alone"
     for key in MADE_WITH:
         made = {str(dump["meta"][key]) for dump in dumps if key in dump["meta"]}
         if len(made) > 1:
@@ -1040,17 +1039,16 @@ def report(result, dumps, bands, args):
     print_wrapped("tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps))
     for note in notes(dumps, result, args):
         print_wrapped(f"note: {note}")
-    shown, tables = result | {
-        "bands": list(bands), "layer_entropy": result["mean_entropy"],
-        "band_layers": [describe(result["layers"][rows]) for rows in bands.values()]}, dict(TABLES)
+    headings = languages if len(languages) <= PRINT_LANGUAGES else []
+    shown = result | {
+        "bands": list(bands), "LANGUAGES": headings, "layer_entropy": result["mean_entropy"],
+        "band_layers": [describe(result["layers"][rows]) for rows in bands.values()]}
+    for title, columns in TABLES.items():
+        if len(shown.get(columns.split("=")[-1], ())):
+            print_titled(title, table_columns(shown, columns))
     for band, order, matrix in zip(bands, result["order"], result["band_similarity"]):
-        title = f"similarity, {band}; in order of average linkage: {' '.join(languages[order])}"
-        tables[title], shown[band] = {"": "languages", "LANGUAGES": band}, matrix
-    for title, titles in tables.items():
-        if len(shown.get(list(titles.values())[-1], ())):
-            print()
-            print_wrapped(title)
-            print_table(table_columns(shown, titles))
+        print_titled(f"similarity, {band}; in order of average linkage: "
+                     f"{' '.join(languages[order])}", {"": languages} | dict(zip(headings, matrix)))
 
 
 # --------------------------------------------------------------------------------------- pictures
