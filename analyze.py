@@ -46,11 +46,14 @@ GRID_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 STABLE = 0.95          # a stable expert stays exclusive, or shared, in so many bootstrap draws
 PERMUTATIONS = 10_000  # of labels or scores, at random; up to 8 languages, all there are
 # ------------------------------------------------------------------------------------------------
-MADE_WITH = ("dtype", "chat_template", "tokenizer", "max_length")  # in which dumps should agree
-ADD_UP = ("counts", "weights", "num_tokens", "path", "digest", "data_sha256")  # of shards
 PARTS = {"all": [], "prompt": ["prompt_lengths"], "response": ["prompt_lengths"],
          "text": ["text_spans"]}  # of a sequence, and what a dump must hold to find them
-MEASURES = ("similarity", "divergence", "jaccard", "cosine")  # of two languages: pair_measures
+ONE_MODEL = "num_experts top_k layers revision".split()  # in which dumps must agree
+MADE_WITH = "dtype chat_template tokenizer max_length".split()  # in which dumps should agree
+ADD_UP = "counts weights null_counts num_tokens path digest data_sha256".split()  # of shards
+MEASURES = "similarity divergence jaccard cosine".split()  # of two languages: pair_measures
+SUMMARIZED = ("entropy mean_entropy mean_reliance num_exclusive num_only num_shared "
+              "layer_exclusive layer_shared").split()  # beside them, what gets an interval
 
 
 def by_code(text):
@@ -162,7 +165,7 @@ def load_languages(paths, part="all"):
     languages = {}
     for dump in dumps:
         languages.setdefault(dump["language"], []).append(dump)
-        for key in ("num_experts", "top_k", "layers", "revision"):
+        for key in ONE_MODEL:
             found, expected = dump[key], dumps[0][key]
             require(found is None or expected is None or np.array_equal(found, expected),
                     f"{dump['path'][0]} and {dumps[0]['path'][0]} have other {key} ({found}, "
@@ -173,7 +176,8 @@ def load_languages(paths, part="all"):
 def load_routing(path, part="all"):
     """One dump as a dict: language, meta, layers, counts (layers, experts), num_tokens, top_k,
     num_experts, revision, weights (like counts: the routing weights given, or of a part, or where
-    there are none, the counts), and, with an entry for each shard, path, digest, data_sha256.
+    there are none, the counts), null_counts (draws, layers, experts) or nan, and, with an entry for
+    each shard, path, digest, data_sha256.
 
     path  an .npz of capture.py; an .npz with selected_experts (tokens, layers, top_k) and meta; a
           recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
@@ -193,25 +197,25 @@ def load_routing(path, part="all"):
             num_tokens = int(file.get("sequence_offsets", [meta.get("num_tokens")])[-1])
             weights = file.get("weight_sums", counts)
         else:
-            selected, _ = read_tokens([path], part, "selected_experts")
+            selected, _ = read_tokens([path], part)
             num_tokens, _, top_k = selected.shape
             weights = counts = grouped_counts(selected, np.zeros(num_tokens, int), 1,
                                               meta["num_experts"])[0]
-        layers, language = file.get("layers", np.arange(len(counts))), label or meta["language"]
+        layers = file.get("layers", np.arange(len(counts)))
         require(num_tokens, f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
         require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and np.allclose(
             counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
             f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
             f"top_k {top_k}; capture it again")
-        require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
-    if any(file.get("left_out", ())):
-        print("note: {}: left out {} tokens and {} layers that are placeholders".format(
-            path, *file["left_out"]))
-    return {"language": language, "meta": meta, "layers": layers, "counts": counts,
-            "num_tokens": num_tokens, "num_experts": counts.shape[1], "top_k": top_k,
-            "revision": meta.get("revision"), "weights": weights, "path": [path],
-            "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
-            "data_sha256": [meta.get("data_sha256")]}
+        if any(file.get("left_out", ())):
+            print("note: {}: left out {} tokens and {} layers that are placeholders".format(
+                path, *file["left_out"]))
+        return {"language": str(label or meta["language"]), "meta": meta, "layers": layers,
+                "counts": counts, "weights": weights, "num_tokens": num_tokens, "top_k": top_k,
+                "null_counts": file.get("null_counts", np.nan),
+                "num_experts": counts.shape[1], "revision": meta.get("revision"), "path": [path],
+                "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
+                "data_sha256": [meta.get("data_sha256")]}
 
 
 def split_label(path):
@@ -226,8 +230,8 @@ def read_json(path):
 
 def open_dump(path, *keys):
     """The arrays of a dump, each read when it is asked for, and meta, as a mapping; InputError if
-    one of the keys is not there. Of a dump without counts, the selected_experts of real layers, and
-    real (tokens,): see real_ids; left_out, how many tokens and layers are not.
+    one of the keys is not there. Of a dump without counts, the selected_experts of real layers, -1
+    where a token is a placeholder: see real_ids; left_out, how many tokens and layers are.
     """
     if path.endswith(".json"):
         file = read_recorder(path)
@@ -235,15 +239,15 @@ def open_dump(path, *keys):
         file = np.load(path, allow_pickle=False)
         require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
         file = ChainMap({"meta": json.loads(str(file["meta"]))}, file)
+    if "counts" not in file:
+        ids, layers = real_ids(file["selected_experts"], file["meta"]["num_experts"], path)
+        file |= {"sequence_offsets": file.get("sequence_offsets", [0, len(ids)]),
+                 "layers": file.get("layers", np.arange(len(layers)))[layers],
+                 "selected_experts": ids[:, layers],
+                 "left_out": ((ids[:, 0, 0] < 0).sum(), (~layers).sum())}
     for key in keys:
         require(key in file, f"{path} holds no {key}; capture it again with --overwrite, without "
                              "--stats-only; of a recorder's or an engine's dump it is not known")
-    if "counts" not in file:
-        ids = file["selected_experts"]
-        real, layers = real_ids(ids, file["meta"]["num_experts"], path)
-        file.maps[0] |= {"real": real, "selected_experts": ids[:, layers].astype(np.int64),
-                         "layers": file.get("layers", np.arange(len(layers)))[layers]}
-        file["left_out"] = (~real).sum(), (~layers).sum()
     return file
 
 
@@ -253,21 +257,20 @@ def read_recorder(path):
     """
     record = read_json(path)
     layers = sorted(record, key=int)
-    num_tokens, = {int(record[layer].pop("total_tokens")) for layer in layers}
-    num_experts = 1 + max(int(expert) for row in record.values() for expert in row)
-    counts = np.zeros((len(layers), num_experts), int)
-    for row, layer in zip(counts, layers):
-        for expert, entry in record[layer].items():
-            row[int(expert)] = entry["activation_tokens"]
+    num_tokens, = {int(row.pop("total_tokens")) for row in record.values()}
+    experts = range(1 + max(int(expert) for row in record.values() for expert in row))
+    nothing = {"activation_tokens": 0}
+    counts = np.array([[record[layer].get(str(expert), nothing)["activation_tokens"]
+                        for expert in experts] for layer in layers], int)
     return {"counts": counts, "layers": np.array(layers, np.int32), "meta": {
         "language": Path(path).stem, "num_tokens": num_tokens, "inexact": "summed in bfloat16",
         "top_k": round(counts.sum(1).mean() / max(num_tokens, 1))}}
 
 
 def real_ids(ids, num_experts, path):
-    """(tokens,), (layers,), bool: ids of a dump from elsewhere without what its engine filled in:
-    tokens of -1, or in every layer of zeros or arange(top_k); and dense layers, of which 16 tokens
-    or more say the same. InputError where the rest is not top_k different experts.
+    """ids of a dump from elsewhere, all -1 where its engine filled a token in (with -1, or in every
+    layer with zeros or arange(top_k)); and (layers,), bool: which are not dense (16 tokens or more
+    say the same). InputError where the rest is not top_k different experts.
     """
     require(ids.ndim == 3 and ids.dtype.kind in "iu", f"{path}: selected_experts is {ids.dtype} "
             f"{ids.shape}, not integers (tokens, layers, top_k)")
@@ -285,30 +288,33 @@ def real_ids(ids, num_experts, path):
         raise InputError(f"{path}: token {token} has in layer {layer} the experts "
                          f"{ids[token, layer].tolist()}: neither {ids.shape[2]} different ones of "
                          f"{num_experts} nor a known placeholder")
-    return tokens, layers
+    ids[~tokens] = -1
+    return ids, layers
 
 
 def read_tokens(paths, part, *keys):
-    """Arrays with a row for each token of the part, and the sequence of each token (tokens,)."""
-    shards, num_sequences = [], 0
-    for path in paths:
-        file = open_dump(path, *keys, *PARTS[part])
-        arrays = [file[key] for key in keys]
-        offsets = file.get("sequence_offsets", np.array([0, len(arrays[0])]))
-        require(offsets[0] == 0 and {offsets[-1]} == set(map(len, arrays)),
-                f"{path}: sequence_offsets do not go from 0 to the number of tokens")
-        sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        position = np.arange(len(sequence)) - offsets[sequence]
-        tokens = file.get("real", np.ones(len(sequence), bool))
-        if part == "text":
-            start, stop = file["text_spans"][sequence].T
-            tokens = tokens & (start <= position) & (position < stop)
-        elif part != "all":
-            in_prompt = position < file["prompt_lengths"][sequence]
-            tokens = tokens & (in_prompt == (part == "prompt"))
-        shards.append([array[tokens] for array in (*arrays, sequence + num_sequences)])
-        num_sequences += len(offsets) - 1
-    return [np.concatenate(arrays) for arrays in zip(*shards)]
+    """selected_experts and other arrays with a row for each token, of the part and no placeholder,
+    and the sequence of each token (tokens,).
+    """
+    files = [open_dump(path, "selected_experts", "sequence_offsets", *keys, *PARTS[part])
+             for path in paths]
+
+    def joined(key):
+        return np.concatenate([file[key] for file in files])
+
+    arrays = list(map(joined, ("selected_experts", *keys)))
+    lengths = np.concatenate([np.diff(file["sequence_offsets"]) for file in files])
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    require({len(sequence)} == set(map(len, arrays)), f"{', '.join(paths)}: "
+            "sequence_offsets do not go from 0 to the number of tokens")
+    position = np.arange(len(sequence)) - (lengths.cumsum() - lengths)[sequence]
+    tokens = (arrays[0] >= 0).all((1, 2))
+    if part == "text":
+        start, stop = joined("text_spans")[sequence].T
+        tokens &= (start <= position) & (position < stop)
+    elif part != "all":
+        tokens &= (position < joined("prompt_lengths")[sequence]) == (part == "prompt")
+    return [array[tokens] for array in (*arrays, sequence)]
 
 
 def grouped_counts(selected_experts, group, num_groups, num_experts):
@@ -340,7 +346,7 @@ def add_shards(dumps):
 
 def sequence_counts(dump, part):
     """float32 (sequences, layers, experts) of a language, but for sequences without such tokens."""
-    selected, sequence = read_tokens(dump["path"], part, "selected_experts")
+    selected, sequence = read_tokens(dump["path"], part)
     present, group = np.unique(sequence, return_inverse=True)
     require(len(present) > 1, f"'{dump['language']}' has one sequence; --bootstrap resamples "
                               "sequences")
@@ -430,6 +436,11 @@ def distribution(counts):
     return counts / counts.sum(-1, keepdims=True)
 
 
+def stacked(results):
+    """[{key: array}, ...] -> {key: (results, ...)}"""
+    return {key: np.array([each[key] for each in results]) for key in results[0]}
+
+
 def jensen_shannon(p, q):
     """How alike two distributions over the last axis are: (similarity, normalised divergence).
 
@@ -480,8 +491,12 @@ def aligned_divergence(mean_probs):
 
 def mean_of_pairs(matrix):
     """Mean over pairs of different languages that are not nan: (..., n, n) -> (...), or nan."""
-    pairs = matrix[..., ~np.eye(matrix.shape[-1], dtype=bool)]
-    return np.ma.filled(np.ma.masked_invalid(pairs).mean(-1), np.nan)
+    return mean_of_known(matrix[..., ~np.eye(matrix.shape[-1], dtype=bool)], -1)
+
+
+def mean_of_known(values, axis):
+    """Mean over what is not nan, or nan."""
+    return np.ma.filled(np.ma.masked_invalid(values).mean(axis), np.nan)
 
 
 def whose_experts(frequency, experts_per_language, threshold):
@@ -511,9 +526,7 @@ def analyze(frequency, experts_per_language, threshold):
 
 def summarize(result, bands):
     """Figures that get an interval: means over bands and pairs, parts of the routing, numbers."""
-    summary = {key: result[key] for key in (
-        "entropy", "mean_entropy", "mean_reliance", "num_exclusive", "num_only", "num_shared",
-        "layer_exclusive", "layer_shared")}
+    summary = {key: result[key] for key in SUMMARIZED}
     layer = {measure: mean_of_pairs(result[measure]) for measure in MEASURES}
     if "layer_aligned" in result:
         layer["aligned"] = result["layer_aligned"]
@@ -549,19 +562,17 @@ def vocabulary_control(dumps, part, bands):
     such tokens, and their means over pairs, mean_own_tokens, mean_common_tokens (bands,);
     common_tokens (languages, languages), the part of the row's that the column has
     """
-    tokens = [read_tokens(dump["path"], part, "selected_experts", "token_ids") for dump in dumps]
-    both = []  # of each language (languages, layers, experts): selections of tokens that both have
+    tokens, both = [read_tokens(dump["path"], part, "token_ids") for dump in dumps], []
     for selected, ids, _ in tqdm(tokens, "vocabulary", leave=False):
         in_other = [np.isin(ids, other) for _, other, _ in tokens]
         # tokens that the same languages have are counted together
         patterns, pattern = np.unique(in_other, axis=1, return_inverse=True)
         by_pattern = grouped_counts(selected, pattern.ravel(), patterns.shape[1],
                                     dumps[0]["num_experts"])
-        both.append(np.tensordot(patterns, by_pattern, 1))
-    both = np.stack(both)
-    every = np.einsum("aale->ale", both)[:, None]  # the row's with itself: all its tokens
-    result = {"common_tokens": both.sum((2, 3)) / every.sum((2, 3))}
-    for name, counts in (("own", every - both), ("common", both)):
+        both.append([np.tensordot(kind, by_pattern, 1) for kind in (~patterns, patterns)])
+    own, common = np.stack(both, 1)  # (languages, languages, layers, experts), the row's selections
+    result = {"common_tokens": common.sum((2, 3)) / (own + common).sum((2, 3))}
+    for name, counts in (("own", own), ("common", common)):
         with np.errstate(invalid="ignore"):  # 0 / 0 is nan
             p = distribution(counts)
             similarity = jensen_shannon(p, p.swapaxes(0, 1))[0].transpose(2, 0, 1)
@@ -610,18 +621,20 @@ def split_half_floor(counts, experts_per_language, rng):
     counts (sequences, layers, experts); the mean over HALVINGS. A half has half of the data, so the
     whole is more like itself than this.
     """
-    halves = [[counts[half].sum(0, dtype=float) for half in np.array_split(
-        rng.permutation(len(counts)), 2)] for _ in range(HALVINGS)]
-    floors = [pair_measures(np.stack(pair), experts_per_language) for pair in halves]
-    return {m: np.mean([floor[m][:, 0, 1] for floor in floors], 0) for m in MEASURES}
+    measured = []
+    for _ in range(HALVINGS):
+        halves = np.array_split(rng.permutation(len(counts)), 2)
+        totals = np.stack([counts[half].sum(0, dtype=float) for half in halves])
+        measured.append(pair_measures(totals, experts_per_language))
+    return {measure: pairs[:, :, 0, 1].mean(0) for measure, pairs in stacked(measured).items()}
 
 
 def floors(counts, experts_per_language, bands, rng):
     """split_half_floor of every language, and its means; see save_analysis."""
-    each = [split_half_floor(c, experts_per_language, rng) for c in counts]
-    result = {f"floor_{m}": np.stack([floor[m] for floor in each]) for m in MEASURES}
-    layer = result["floor_similarity"].mean(0)
-    return result | {"layer_floor": layer, "band_floor": band_means(layer, bands)}
+    each = stacked([split_half_floor(c, experts_per_language, rng) for c in counts])
+    layer = each["similarity"].mean(0)
+    return {f"floor_{measure}": floor for measure, floor in each.items()} | {
+        "layer_floor": layer, "band_floor": band_means(layer, bands)}
 
 
 def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_sequence=None):
@@ -630,10 +643,7 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     counts       of each language (sequences, layers, experts): sequences are drawn
     by_sequence  aligned_divergence's: the languages are parallel, all draw the same sequences
     -> interval_... (low and high, ...), exclusive_stability, shared_stability, num_stable: see
-    save_analysis. Intervals are the estimate, 1.96 of the draws' standard deviations to both sides,
-    and their bias to one: away from the draws for what grows or shrinks with the noise of every
-    draw (they look less alike, and less even, than what they were taken from), towards them for
-    what a threshold makes (experts near it pass it more often in draws than they did in truth).
+    save_analysis
     """
     def figures(weights):  # of each language, how often its sequences are in
         totals = [np.tensordot(w.astype(np.float32), c, 1) for w, c in zip(weights, counts)]
@@ -653,19 +663,27 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     result, summary = figures([np.ones(len(c)) for c in counts])
     exclusive, shared = exclusive / draws, shared / draws
     stable = np.stack([result["exclusive"] & (exclusive >= STABLE),
-                       (result["share"] > 0) & result["shared"] & (shared >= STABLE)])
-    added = {"exclusive_stability": exclusive, "shared_stability": shared,
-             "num_stable": stable.sum((2, 3)).T, "stable_reliance":
-             (distribution(result["frequency"]) * stable).sum(-1).mean(2).T}
-    for key, value in summary.items():
-        values = np.array([each[key] for each in drawn])
-        half, longer = 1.96 * values.std(0, ddof=1), values.mean(0) - value
-        if re.search("similarity|divergence|aligned|cosine|entropy", key):
-            longer = -longer
-        bounds = [value - half + np.minimum(longer, 0), value + half + np.maximum(longer, 0)]
-        most = 1 if value.dtype == float else np.inf  # a part, or a number of experts
-        added[f"interval_{key}"] = np.clip(bounds, 0, most)
-    return added
+                       (result["share"] > 0) & result["shared"] & (shared >= STABLE)], 1)
+    return {"exclusive_stability": exclusive, "shared_stability": shared,
+            "num_stable": stable.sum((2, 3)), "stable_reliance":
+            (result["frequency"][:, None] * stable).sum(-1).mean(2)} | {
+        f"interval_{key}": interval(key, summary[key], values)
+        for key, values in stacked(drawn).items()}
+
+
+def interval(key, estimate, drawn):
+    """(low and high, ...) of a figure of summarize(), from drawn (draws, ...).
+
+    The estimate, 1.96 of the draws' standard deviations to both sides, and their bias to one: away
+    from the draws for what grows or shrinks with the noise of every draw (they look less alike, and
+    less even, than what they were taken from), towards them for what a threshold makes (experts
+    near it pass it more often in draws than they did in truth).
+    """
+    half, longer = 1.96 * drawn.std(0, ddof=1), drawn.mean(0) - estimate
+    if re.search("similarity|divergence|aligned|cosine|entropy", key):
+        longer = -longer
+    bounds = estimate - half + np.minimum(longer, 0), estimate + half + np.maximum(longer, 0)
+    return np.clip(bounds, 0, 1 if estimate.dtype == float else np.inf)  # a part, or a number
 
 
 def permutations(n, rng):
@@ -706,12 +724,15 @@ def holm(p):
     return np.minimum(raised, 1)[np.argsort(order)]
 
 
-def family_tests(similarities, labels, bands, rng):
-    """family_test by each of {level: labels}, where it can be had, with Holm's p over all of them.
+def family_tests(result, bands, rng):
+    """family_test by family, branch and script, where it can be had, with Holm's p over all rows.
 
     -> family_rows, "level band" (rows,), and family_tests (rows, 5)
     """
-    tests = np.concatenate([family_test(similarities, np.array(each), rng)
+    families = result["families"]
+    labels = {"family": np.array([family.split("/")[0] for family in families]),
+              "branch": families, "script": result["scripts"]}
+    tests = np.concatenate([family_test(result["band_similarity"], each, rng)
                             for each in labels.values()])
     rows = np.array([f"{level} {band}" for level in labels for band in bands])
     known = np.isfinite(tests[:, 2])
@@ -740,13 +761,13 @@ def leave_one_out(result, experts_per_language, threshold):
     """
     n, changes = len(result["languages"]), {}
     without = np.full((2, n, n), np.nan)
-    for k in range(n if n > 1 else 0):
+    for k in range(n):
         others = np.arange(n) != k
         found = whose_experts(result["frequency"][others], experts_per_language, threshold)
         without[:, others, k] = found["num_exclusive"], found["mean_reliance"][:, 0]
     every = result["num_exclusive"], result["mean_reliance"][:, 0]
     for name, whole, part in zip(("num", "reliance"), every, without):
-        most = np.nan_to_num(np.abs(part - whole[:, None])).argmax(1)
+        most = np.nan_to_num(np.abs(part.T - whole)).argmax(0)
         changes |= {f"{name}_without": part, f"{name}_changed_by": result["languages"][most],
                     f"{name}_changed": np.stack([whole, part[np.arange(n), most]], 1)}
     return changes
@@ -761,72 +782,69 @@ def sensitivity(frequency):
     column; first (languages, 2): the part in which it is first by reliance, and by number
     """
     numbers = sorted({number_of_experts(part, frequency.shape[-1]) for part in GRID_EXPERTS})
-    cells = [[whose_experts(frequency, number, threshold) for threshold in GRID_THRESHOLDS]
-             for number in numbers]
-    reliance, number = (np.array([[cell[key] for cell in row] for row in cells])
+    cells = [whose_experts(frequency, number, threshold)
+             for number, threshold in itertools.product(numbers, GRID_THRESHOLDS)]
+    reliance, number = (np.array([cell[key] for cell in cells])
                         for key in ("mean_reliance", "num_exclusive"))
-    more = (reliance[..., :, None, :] > reliance[..., None, :, :]).mean((0, 1))
-    return {"grid_reliance": reliance[..., :2], "grid_exclusive": number,
-            "exclusive_more": more[..., 0], "shared_more": more[..., 1],
-            "first": np.stack([(each == each.max(-1, keepdims=True)).mean((0, 1))
-                               for each in (reliance[..., 0], number)], 1)}
+    more = (reliance[:, :, None] > reliance[:, None]).mean(0)
+    both, grid = np.stack([reliance[..., 0], number], 2), (len(numbers), -1, len(frequency))
+    return {"grid_reliance": reliance[..., :2].reshape(*grid, 2),
+            "grid_exclusive": number.reshape(grid), "exclusive_more": more[..., 0],
+            "shared_more": more[..., 1], "first": (both == both.max(1, keepdims=True)).mean(0)}
 
 
 def null_routers(dumps, experts_per_language, threshold, bands):
     """summarize()'s figures of what random routers pick for the same hidden states (null_counts of
     capture.py --null-router, arXiv 2604.09780), means over draws; {} where a dump lacks them.
     """
-    files = [[open_dump(path) for path in dump["path"]] for dump in dumps]
-    if not all("null_counts" in file for shards in files for file in shards):
+    counts = [dump["null_counts"] for dump in dumps]
+    if np.isnan(sum(counts)).any():
         return {}
-    counts = np.stack([sum(file["null_counts"] for file in shards) for shards in files], 1)
     drawn = [summarize(analyze(distribution(draw), experts_per_language, threshold), bands)
-             for draw in counts]
-    return {f"null_{key}": np.mean([each[key] for each in drawn], 0) for key in drawn[0]}
+             for draw in np.stack(counts, 1)]
+    return {f"null_{key}": values.mean(0) for key, values in stacked(drawn).items()}
+
+
+def same_tokens(paths):
+    """selected_experts of two dumps, of the tokens that both have: a, b, whether token_ids were
+    compared, and how many tokens are in one dump only.
+    """
+    known = all("token_ids" in open_dump(path) for path in paths)
+    tokens = [read_tokens([path], "all", *["token_ids"] * known) for path in paths]
+    places = [sequence * PLACES + np.arange(len(sequence)) - np.searchsorted(sequence, sequence)
+              for *_, sequence in tokens]
+    _, *rows = np.intersect1d(*places, return_indices=True)
+    (a, *ids_a, _), (b, *ids_b, _) = ([array[both] for array in arrays]
+                                      for arrays, both in zip(tokens, rows))
+    for token in np.flatnonzero(np.not_equal(ids_a, ids_b))[:1]:
+        sequence, place = divmod(places[0][rows[0][token]], PLACES)
+        raise InputError(f"other tokens; the first in sequence {sequence} at token {place}: "
+                         f"{ids_a[0][token]} and {ids_b[0][token]}")
+    return a, b, known, sum(map(len, places)) - 2 * len(a)
 
 
 # ------------------------------------------------------------------------------ two dumps, one text
 
-def token_places(path):
-    """selected_experts of a dump by token, [token_ids] if it has them, and where each token is: its
-    sequence, and its place in it, as one number.
-    """
-    keys = ["token_ids"] * ("token_ids" in open_dump(path))
-    selected, *ids, sequence = read_tokens([path], "all", "selected_experts", *keys)
-    return selected, ids, sequence * PLACES + np.arange(len(sequence)) - np.searchsorted(
-        sequence, sequence)
-
-
 def agreement(a, b, num_experts):
-    """How alike two routings, token_places', of the same tokens are: ({title: (layers,)}, the part
-    of the tokens with the same experts in all layers, tokens compared, tokens in one dump only).
+    """How alike two routings of the same tokens are, both (tokens, layers, top_k).
+
+    -> {title: (layers,)}, and the part of the tokens with the same experts in all layers
     """
-    _, *rows = np.intersect1d(a[2], b[2], return_indices=True)
-    for x, y in zip(a[1], b[1]):
-        for i, j in np.transpose(rows)[x[rows[0]] != y[rows[1]]][:1]:
-            sequence, token = divmod(a[2][i], PLACES)
-            raise InputError(f"other tokens; the first in sequence {sequence} at token {token}: "
-                             f"{x[i]} and {y[j]}")
-    alone = len(a[2]) + len(b[2]) - 2 * len(rows[0])
-    a, b = a[0][rows[0]], b[0][rows[1]]
-    same = (np.sort(a) == np.sort(b)).all(-1)
-    overlap = [(x[:, None] == y[..., None]).any(1).mean()
-               for x, y in zip(a.swapaxes(0, 1), b.swapaxes(0, 1))]
+    other = (np.sort(a) != np.sort(b)).any(-1)
+    first = other & (other.cumsum(1) == 1)
+    overlap = np.mean([(a == b[..., [k]]).any(-1).mean(0) for k in range(b.shape[-1])], 0)
     counts = grouped_counts(np.concatenate([a, b]), np.repeat([0, 1], len(a)), 2, num_experts)
-    first = np.bincount(same.argmin(1)[~same.all(1)], minlength=same.shape[1])
-    return {"same set": same.mean(0), "overlap": overlap, "part here": first / len(a),
-            "similarity": jensen_shannon(*distribution(counts))[0]
-            }, same.all(1).mean(), len(a), alone
+    return {"same set": 1 - other.mean(0), "overlap": overlap, "part here": first.mean(0),
+            "similarity": jensen_shannon(*distribution(counts))[0]}, 1 - other.any(1).mean()
 
 
 def run_agreement(args):
     """--agreement: the table of two dumps of the same tokens."""
-    dumps = load_languages([f"{name}={split_label(path)[1]}" for name, path in
-                            zip("AB", args.agreement)])
-    a, b = (token_places(dump["path"][0]) for dump in dumps)
-    columns, identical, compared, alone = agreement(a, b, dumps[0]["num_experts"])
-    by_lengths = "" if a[1] and b[1] else " by the lengths of sequences alone"
-    print(f"{compared:,} tokens compared{by_lengths}; {alone} are in one dump only; "
+    dumps = load_pair(args.agreement)
+    a, b, known, alone = same_tokens([dump["path"][0] for dump in dumps])
+    columns, identical = agreement(a, b, dumps[0]["num_experts"])
+    by_lengths = "" if known else " by the lengths of sequences alone"
+    print(f"{len(a):,} tokens compared{by_lengths}; {alone} are in one dump only; "
           f"{identical:.1%} have the same experts in all layers")
     print("part here: of the tokens, in this layer for the first time")
     print_table({"layer": dumps[0]["layers"]} | columns)
@@ -878,7 +896,7 @@ def matched_difference(harm, exclusive, weight, rng, permutations=2000):
         return np.full(4, np.nan)
     y, label, x = (values.ravel()[np.concatenate(blocks)].astype(float)
                    for values in (harm, exclusive, weight))
-    block = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
+    block = np.repeat(np.arange(len(blocks)), list(map(len, blocks)))
 
     def within(values):
         return values - (np.bincount(block, values) / np.bincount(block))[block]
@@ -898,11 +916,11 @@ def matched_difference(harm, exclusive, weight, rng, permutations=2000):
 def effects(harm, result, dumps, rng):
     """What --effects adds to a result; harm is load_effects'. See save_analysis."""
     weight, tried = distribution(np.stack([dump["weights"] for dump in dumps])), np.isfinite(harm)
-    columns = [harm, weight, result["share"]]
+    columns, exclusive = [harm, weight, result["share"]], result["exclusive"]
     correlation = [np.corrcoef([ranks(each[k][tried[k]]) for each in columns])[0, 1:]
                    if tried[k].any() else [np.nan, np.nan] for k in range(len(harm))]
-    layer_harm = [np.ma.masked_where(~(tried & kind), harm).mean((0, 2)).filled(np.nan)
-                  for kind in (result["exclusive"], ~result["exclusive"])]
+    layer_harm = [mean_of_known(np.where(kind, harm, np.nan), (0, 2))
+                  for kind in (exclusive, ~exclusive)]
     worst = np.unravel_index(
         np.argsort(np.where(tried, -harm, np.inf), axis=None)[:20], harm.shape)
     return {"harm": harm, "weight": weight, "num_harm": tried.sum((1, 2)),
@@ -910,7 +928,7 @@ def effects(harm, result, dumps, rng):
             "worst": np.stack([each[worst] for each in columns], 1), "worst_expert": np.array([
                 f"{result['languages'][k]:<4}{result['layers'][layer]:>4}{expert:>5}"
                 for k, layer, expert in zip(*worst)]),
-            "matched_difference": matched_difference(harm, result["exclusive"], weight, rng)[None]}
+            "matched_difference": matched_difference(harm, exclusive, weight, rng)[None]}
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -1055,22 +1073,22 @@ def report(result, dumps, bands, args):
 
 def draw_matrices(figure, names, matrices, label, low):
     """A panel of each of {title: (n, n)}."""
-    ticks, side = range(len(names)), 2.5 + 0.16 * len(names)
+    side = 2.5 + 0.16 * len(names)
     figure.set_size_inches(side * len(matrices) + 1, side + 0.5)
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (title, matrix) in zip(axes, matrices.items()):
         image = axis.imshow(matrix, vmin=low, vmax=1)
-        axis.set(title=title, xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
-        axis.tick_params("x", rotation=90)
+        axis.set_title(title)
+        axis.set_xticks(range(len(names)), names, rotation=90)
+        axis.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=axes, label=label)
 
 
 def draw_heatmaps(figure, result, bands):
     """Similarity of every pair, a panel per band, in the linkage order of the mean over layers."""
     order, matrices = linkage_order(result["similarity"].mean(0)), result["band_similarity"]
-    draw_matrices(figure, result["languages"][order],
-                  dict(zip(bands, matrices[:, order][:, :, order])),
-                  "routing similarity, 1 - JSD", matrices.min())
+    panels = dict(zip(bands, matrices[:, order][:, :, order]))
+    draw_matrices(figure, result["languages"][order], panels, "1 - JSD", matrices.min())
 
 
 def draw_sensitivity(figure, result, bands):
@@ -1082,24 +1100,21 @@ def draw_sensitivity(figure, result, bands):
 
 def draw_layers(figure, result, bands):
     """The profile over layers; after a bootstrap with 95 % intervals and the floor."""
-    panels = {"similarity, 1 - JSD": ("layer_similarity", "layer_floor", "null_layer_similarity"),
-              "routing entropy / log E": ("mean_entropy",),
-              "experts": ("layer_exclusive", "layer_shared", "null_layer_exclusive")}
-    figure.set_size_inches(8, 7)
+    panels = {"similarity, 1 - JSD": "layer_similarity layer_floor null_layer_similarity",
+              "routing entropy / log E": "mean_entropy",
+              "experts": "layer_exclusive layer_shared null_layer_exclusive"}
     for axis, (title, keys) in zip(figure.subplots(3, sharex=True), panels.items()):
-        for key in filter(result.__contains__, keys):
-            axis.plot(result["layers"], result[key], ".-", label=re.sub("layer_|mean_", "", key))
+        for key in filter(result.__contains__, keys.split()):
+            axis.plot(result["layers"], result[key], ".-", label=key)
             if f"interval_{key}" in result:
                 axis.fill_between(result["layers"], *result[f"interval_{key}"], alpha=0.25)
-        axis.set_ylabel(title)
+        axis.set(ylabel=title, xlabel="decoder layer")
         axis.legend()
-    axis.set_xlabel("decoder layer")
 
 
 def draw_effects(figure, result, bands):
     """Harm of masking an expert against its use, and by layer; exclusive experts are red."""
-    figure.set_size_inches(10, 4)
-    use, depth = figure.subplots(1, 2)
+    use, depth = figure.subplots(2)
     for kind, color, mean in zip((result["exclusive"], ~result["exclusive"]), ("red", "gray"),
                                  result["layer_harm"].T):
         use.plot(result["weight"][kind], result["harm"][kind], ".", color=color)
@@ -1112,11 +1127,12 @@ def save_figures(folder, result, bands):
     """heatmaps.png, layers.png, with --sensitivity and --effects a picture more, in a folder."""
     from matplotlib.figure import Figure
     os.makedirs(folder, exist_ok=True)
-    for draw in (draw_heatmaps, draw_layers, *[draw_sensitivity] * ("first" in result),
-                 *[draw_effects] * ("harm" in result)):
-        figure, path = Figure(layout="constrained"), f"{folder}/{draw.__name__[5:]}.png"
-        draw(figure, result, bands)
-        figure.savefig(path, dpi=120)
+    for key, draw in {"similarity": draw_heatmaps, "layers": draw_layers, "first": draw_sensitivity,
+                      "harm": draw_effects}.items():
+        if key in result:
+            figure = Figure((8, 7), layout="constrained")
+            draw(figure, result, bands)
+            figure.savefig(f"{folder}/{draw.__name__[5:]}.png", dpi=120)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1203,26 +1219,34 @@ def rows_of(languages, dumps):
     return [names.index(language) for language in languages]
 
 
+def load_pair(paths, part="all"):
+    """load_languages of two dumps, named A and B, whatever languages they are of."""
+    a, b = (split_label(path)[1] for path in paths)
+    return load_languages([f"A={a}", f"B={b}"], part)
+
+
+def name_languages(dumps, path):
+    """languages, layers, families and scripts, as listed at save_analysis."""
+    names, table = [dump["language"] for dump in dumps], read_families(path)
+    return {"languages": np.array(names), "layers": dumps[0]["layers"],
+            "families": np.array([family_of(name, table) for name in names]),
+            "scripts": np.array(list(map(script_of, names)))}
+
+
 def compute(dumps, bands, args):
     """All arrays of analysis.npz, listed at save_analysis."""
-    rng, names, settings = np.random.default_rng(args.seed), [d["language"] for d in dumps], (
-        args.experts_per_language, args.threshold)
-    result, by_sequence = analyze(frequencies(dumps), *settings), None
+    rng, settings = np.random.default_rng(args.seed), (args.experts_per_language, args.threshold)
+    result = name_languages(dumps, args.families) | analyze(frequencies(dumps), *settings)
+    by_sequence = None
     if args.parallel:
         aligned, by_sequence = aligned_divergence(read_aligned(dumps, args.part))
         result |= {"divergence_aligned": aligned, "layer_aligned": by_sequence.mean(0)}
     result |= summarize(result, bands)
-    table, similarities = read_families(args.families), result["band_similarity"]
-    families = np.array([family_of(name, table) for name in names])
-    scripts = np.array([script_of(name) for name in names])
-    labels = {"family": [family.split("/")[0] for family in families], "branch": families,
-              "script": scripts}
-    result |= family_tests(similarities, labels, bands, rng) | {
-        "languages": np.array(names), "layers": dumps[0]["layers"], "families": families,
-        "scripts": scripts, "mirror": np.array(rank_correlation(
+    result |= family_tests(result, bands, rng) | {
+        "order": np.array(list(map(linkage_order, result["band_similarity"]))),
+        "mirror": np.array(rank_correlation(  # whose p would say nothing: see TABLES
             result["mean_reliance"][:, 0], result["similarity"].mean(0).sum(1),
-            np.random.default_rng(0))[:1]),  # its p would say nothing: see TABLES
-        "order": np.array([linkage_order(matrix) for matrix in similarities])}
+            np.random.default_rng(0))[:1])}
     if args.leave_one_out:
         result |= leave_one_out(result, *settings)
     if args.sensitivity:
@@ -1230,7 +1254,7 @@ def compute(dumps, bands, args):
     if args.part == "all":
         result |= null_routers(dumps, *settings, bands)
     if args.scores:
-        result["score_correlation"] = score_correlation(args.scores, similarities, dumps, rng)
+        result |= score_correlation(args.scores, result, dumps, rng)
     if args.effects:
         result |= effects(load_effects(args.effects, dumps), result, dumps,
                           np.random.default_rng(args.seed))
@@ -1243,7 +1267,7 @@ def compute(dumps, bands, args):
     return result
 
 
-def score_correlation(path, similarities, dumps, rng):
+def score_correlation(path, result, dumps, rng):
     """Of each band, rank_correlation of the similarity to REFERENCE with the scores in a JSON file
     {language: score}.
     """
@@ -1254,8 +1278,8 @@ def score_correlation(path, similarities, dumps, rng):
         scores = read_json(path)
         scores = np.array([float(scores[name]) for name in names])
     require(np.isfinite(scores).all(), f"{path} has a score that is no number: {scores}")
-    return np.array([rank_correlation(row, scores, rng)
-                     for row in similarities[:, reference, others]])
+    similar = result["band_similarity"][:, reference, others]
+    return {"score_correlation": np.array([rank_correlation(row, scores, rng) for row in similar])}
 
 
 def save_analysis(path, result, dumps, bands, args):
@@ -1308,24 +1332,22 @@ def inputs_of(dumps):
 
 def run_contrast(args):
     """--contrast: the table of experts that tell two groups of tokens apart, and their file."""
-    dumps = load_languages([f"{name}={split_label(path)[1]}" for name, path in
-                            zip("AB", args.contrast)], args.part)
+    dumps = load_pair(args.contrast, args.part)
     (a, b), layers = frequencies(dumps), dumps[0]["layers"]
     difference, chosen = select_contrast(a, b, args.tau, args.top)
     require(chosen.any(), f"no frequency in A is larger by more than {args.tau} (the most: "
                           f"{difference.max():.3f}); lower --tau, or give --top, and other dumps")
-    rows, ids = np.nonzero(chosen)
-    table, experts = {"layer": layers[rows], "expert": ids, "difference": difference[chosen],
-                      "frequency in A": a[chosen], "frequency in B": b[chosen]}, {}
-    for layer, expert, more in zip(layers[rows].tolist(), ids.tolist(), difference[chosen]):
-        experts.setdefault(layer, {})[expert] = round(more, 6)
+    experts = {int(layer): {int(expert): round(row[expert], 6) for expert in np.flatnonzero(kept)}
+               for layer, row, kept in zip(layers, difference, chosen) if kept.any()}
     selection = {"experts": experts, "revision": dumps[0]["revision"], "arguments": vars(args),
                  "inputs": inputs_of(dumps)}
     write_whole(args.selection, lambda file: file.write(json.dumps(selection).encode()))
     rule = f"the {args.top} largest differences" if args.top else f"a difference above {args.tau}"
-    print(f"{len(ids)} experts in layers {describe(np.unique(layers[rows]))}, by {rule}")
+    print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}, by {rule}")
     strongest = np.argsort(-np.abs(difference[chosen]), kind="stable")[:20]
-    print_table({title: column[strongest] for title, column in table.items()})
+    row, expert = np.argwhere(chosen)[strongest].T
+    print_table({"layer": layers[row], "expert": expert, "difference": difference[row, expert],
+                 "frequency in A": a[row, expert], "frequency in B": b[row, expert]})
     print(f"\n{args.selection}")
 
 

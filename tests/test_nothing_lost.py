@@ -337,7 +337,7 @@ def test_placeholders_are_dropped_and_everything_follows(tmp_path, capsys, filli
     clean = save(tmp_path / "b.npz", ids, token_ids=token_ids, sequence_offsets=[0, 11, 40],
                  prompt_lengths=[5, 25])
     for part in ("all", "prompt", "response"):
-        found, expected = (analyze.read_tokens([p], part, "selected_experts", "token_ids")
+        found, expected = (analyze.read_tokens([p], part, "token_ids")
                            for p in (path, clean))
         if part == "prompt":  # whose second one ended at a placeholder
             expected = [np.delete(x, slice(28, 30), 0) for x in expected]
