@@ -203,13 +203,14 @@ def load_routing(path, part="all"):
                                               meta["num_experts"])[0]
         layers = file.get("layers", np.arange(len(counts)))
         require(num_tokens, f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
-        require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and np.allclose(
+        require(len(layers) == len(counts) and np.allclose(
             counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
             f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
             f"top_k {top_k}; capture it again")
-        if any(file.get("left_out", ())):
-            print("note: {}: left out {} tokens and {} layers that are placeholders".format(
-                path, *file["left_out"]))
+        no_tokens, no_layers = file.get("left_out", (0, 0))
+        if no_tokens or no_layers:
+            print(f"note: {path}: left out {no_tokens} tokens and {no_layers} layers that are "
+                  "placeholders")
         return {"language": str(label or meta["language"]), "meta": meta, "layers": layers,
                 "counts": counts, "weights": weights, "num_tokens": num_tokens, "top_k": top_k,
                 "null_counts": file.get("null_counts", np.nan),
@@ -277,7 +278,7 @@ def real_ids(ids, num_experts, path):
     ids = ids.astype(np.int64)
     # with one layer, or one expert a token, zeros and arange may be meant
     fillings = [[-1], [0], np.arange(ids.shape[2])][:3 if min(ids.shape[1:]) > 1 else 1]
-    tokens, layers = np.ones(len(ids), bool), np.ones(ids.shape[1], bool)
+    tokens, layers = (np.ones(number, bool) for number in ids.shape[:2])
     for _ in range(2):  # a dense layer may say something else of a placeholder
         tokens &= ~np.any([(ids[:, layers] == filling).all((1, 2)) for filling in fillings], 0)
         if tokens.sum() >= 16:
@@ -483,7 +484,7 @@ def aligned_divergence(mean_probs):
     divergence, by_sequence = np.zeros((layers, n, n)), np.zeros((sequences, layers))
     pairs = list(itertools.combinations(range(n), 2))
     for i, j in tqdm(pairs, "parallel", leave=False):
-        each = jensen_shannon(mean_probs[i].astype(float), mean_probs[j].astype(float))[1]
+        each = jensen_shannon(*(mean_probs[k].astype(float) for k in (i, j)))[1]
         divergence[:, i, j] = divergence[:, j, i] = each.mean(0)
         by_sequence += each / len(pairs)
     return divergence, by_sequence
@@ -544,13 +545,13 @@ def linkage_order(similarity):
     """Languages by average-linkage clustering (UPGMA) of similarity (n, n), nearest ends joined."""
     clusters, unit = [[i] for i in range(len(similarity))], np.eye(len(similarity))
     while len(clusters) > 1:
-        member = np.stack([unit[cluster].mean(0) for cluster in clusters])
+        member = np.array([unit[cluster].mean(0) for cluster in clusters])
         near = member @ similarity @ member.T - 2 * np.eye(len(clusters))
         a, b = sorted(divmod(near.argmax(), len(near)))
         first, second = clusters[a], clusters.pop(b)
         # of the four ways to put them side by side, the one in which the most alike touch
-        left, right = max(itertools.product((first, first[::-1]), (second, second[::-1])),
-                          key=lambda sides: similarity[sides[0][-1], sides[1][0]])
+        ways = itertools.product((first, first[::-1]), (second, second[::-1]))
+        left, right = max(ways, key=lambda way: similarity[way[0][-1], way[1][0]])
         clusters[a] = left + right
     return clusters[0]
 
@@ -647,26 +648,25 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     """
     def figures(weights):  # of each language, how often its sequences are in
         totals = [np.tensordot(w.astype(np.float32), c, 1) for w, c in zip(weights, counts)]
-        result = analyze(distribution(np.stack(totals).astype(float)), experts_per_language,
-                         threshold)
+        p = distribution(np.stack(totals).astype(float))
+        result = analyze(p, experts_per_language, threshold)
         if by_sequence is not None:
             result["layer_aligned"] = np.average(by_sequence, 0, weights[0])
         return result, summarize(result, bands)
 
-    drawn, exclusive, shared = [], 0, 0
+    drawn, stays = [], {"exclusive": 0, "shared": 0}
     for _ in tqdm(range(draws), "bootstrap", leave=False):
-        weights = [rng.multinomial(len(c), np.full(len(c), 1 / len(c))) for c in counts]
+        weights = [rng.multinomial(len(c), np.ones(len(c)) / len(c)) for c in counts]
         result, summary = figures(weights if by_sequence is None else weights[:1] * len(counts))
         drawn.append(summary)
-        exclusive += result["exclusive"]
-        shared += result["shared"]
+        stays = {kind: times + result[kind] for kind, times in stays.items()}
     result, summary = figures([np.ones(len(c)) for c in counts])
-    exclusive, shared = exclusive / draws, shared / draws
-    stable = np.stack([result["exclusive"] & (exclusive >= STABLE),
-                       (result["share"] > 0) & result["shared"] & (shared >= STABLE)], 1)
-    return {"exclusive_stability": exclusive, "shared_stability": shared,
-            "num_stable": stable.sum((2, 3)), "stable_reliance":
-            (result["frequency"][:, None] * stable).sum(-1).mean(2)} | {
+    stays = {kind: times / draws for kind, times in stays.items()}
+    stable = np.stack([result[kind] & (result["share"] > 0) & (part >= STABLE)
+                       for kind, part in stays.items()], 1)
+    return {f"{kind}_stability": part for kind, part in stays.items()} | {
+        "num_stable": stable.sum((2, 3)),
+        "stable_reliance": (result["frequency"][:, None] * stable).sum(-1).mean(2)} | {
         f"interval_{key}": interval(key, summary[key], values)
         for key, values in stacked(drawn).items()}
 
@@ -729,9 +729,9 @@ def family_tests(result, bands, rng):
 
     -> family_rows, "level band" (rows,), and family_tests (rows, 5)
     """
-    families = result["families"]
-    labels = {"family": np.array([family.split("/")[0] for family in families]),
-              "branch": families, "script": result["scripts"]}
+    branches = result["families"]
+    labels = {"family": np.char.partition(branches, "/")[:, 0], "branch": branches,
+              "script": result["scripts"]}
     tests = np.concatenate([family_test(result["band_similarity"], each, rng)
                             for each in labels.values()])
     rows = np.array([f"{level} {band}" for level in labels for band in bands])
@@ -759,17 +759,17 @@ def leave_one_out(result, experts_per_language, threshold):
     all, and without the one whose absence changes it most, num_changed, reliance_changed
     (languages, 2), and who that is, num_changed_by, reliance_changed_by
     """
-    n, changes = len(result["languages"]), {}
-    without = np.full((2, n, n), np.nan)
-    for k in range(n):
-        others = np.arange(n) != k
+    languages, changes = result["languages"], {}
+    without = np.full((2, len(languages), len(languages)), np.nan)
+    for k, language in enumerate(languages):
+        others = languages != language
         found = whose_experts(result["frequency"][others], experts_per_language, threshold)
         without[:, others, k] = found["num_exclusive"], found["mean_reliance"][:, 0]
     every = result["num_exclusive"], result["mean_reliance"][:, 0]
     for name, whole, part in zip(("num", "reliance"), every, without):
         most = np.nan_to_num(np.abs(part.T - whole)).argmax(0)
-        changes |= {f"{name}_without": part, f"{name}_changed_by": result["languages"][most],
-                    f"{name}_changed": np.stack([whole, part[np.arange(n), most]], 1)}
+        changes |= {f"{name}_without": part, f"{name}_changed_by": languages[most],
+                    f"{name}_changed": np.stack([whole, part[range(len(part)), most]], 1)}
     return changes
 
 
@@ -805,6 +805,8 @@ def null_routers(dumps, experts_per_language, threshold, bands):
     return {f"null_{key}": values.mean(0) for key, values in stacked(drawn).items()}
 
 
+# ------------------------------------------------------------------------------ two dumps, one text
+
 def same_tokens(paths):
     """selected_experts of two dumps, of the tokens that both have: a, b, whether token_ids were
     compared, and how many tokens are in one dump only.
@@ -822,8 +824,6 @@ def same_tokens(paths):
                          f"{ids_a[0][token]} and {ids_b[0][token]}")
     return a, b, known, sum(map(len, places)) - 2 * len(a)
 
-
-# ------------------------------------------------------------------------------ two dumps, one text
 
 def agreement(a, b, num_experts):
     """How alike two routings of the same tokens are, both (tokens, layers, top_k).
@@ -845,8 +845,8 @@ def run_agreement(args):
     columns, identical = agreement(a, b, dumps[0]["num_experts"])
     by_lengths = "" if known else " by the lengths of sequences alone"
     print(f"{len(a):,} tokens compared{by_lengths}; {alone} are in one dump only; "
-          f"{identical:.1%} have the same experts in all layers")
-    print("part here: of the tokens, in this layer for the first time")
+          f"{identical:.1%} have the same experts in all layers\n"
+          "part here: of the tokens, in this layer for the first time")
     print_table({"layer": dumps[0]["layers"]} | columns)
 
 
@@ -877,8 +877,9 @@ def blocks_of_equal_use(weight, tried):
         left = row[tried.ravel()[row]]
         left = left[np.argsort(use[left])]
         while len(left):
-            blocks.append(left[:4][use[left[:4]] <= 1.25 * use[left[0]]])
-            left = left[len(blocks[-1]):]
+            block = left[:4][use[left[:4]] <= 1.25 * use[left[0]]]
+            blocks.append(block)
+            left = left[len(block):]
     return blocks
 
 
@@ -919,12 +920,10 @@ def effects(harm, result, dumps, rng):
     columns, exclusive = [harm, weight, result["share"]], result["exclusive"]
     correlation = [np.corrcoef([ranks(each[k][tried[k]]) for each in columns])[0, 1:]
                    if tried[k].any() else [np.nan, np.nan] for k in range(len(harm))]
-    layer_harm = [mean_of_known(np.where(kind, harm, np.nan), (0, 2))
-                  for kind in (exclusive, ~exclusive)]
-    worst = np.unravel_index(
-        np.argsort(np.where(tried, -harm, np.inf), axis=None)[:20], harm.shape)
+    layer_harm = mean_of_known(np.where([exclusive, ~exclusive], harm, np.nan), (1, 3))
+    worst = np.unravel_index(np.argsort(-harm, axis=None)[:20], harm.shape)  # nan comes last
     return {"harm": harm, "weight": weight, "num_harm": tried.sum((1, 2)),
-            "harm_correlation": np.array(correlation), "layer_harm": np.stack(layer_harm, 1),
+            "harm_correlation": np.array(correlation), "layer_harm": layer_harm.T,
             "worst": np.stack([each[worst] for each in columns], 1), "worst_expert": np.array([
                 f"{result['languages'][k]:<4}{result['layers'][layer]:>4}{expert:>5}"
                 for k, layer, expert in zip(*worst)]),
@@ -936,8 +935,7 @@ def effects(harm, result, dumps, rng):
 # {title: its columns: title=key in the result, or title+title=key of an array with two axes}. The
 # first column names the rows. A table is printed if its last array is there.
 TABLES = {
-    "means over pairs of languages; with --bootstrap [95 % interval] and the floor, random halves "
-    "of a language":
+    "means over pairs; with --bootstrap [95 % interval]; floor: of random halves of a language":
         "band=bands layers=band_layers similarity=mean_similarity floor=band_floor "
         "null=null_mean_similarity divergence=mean_divergence jaccard=mean_jaccard "
         "cosine=mean_cosine",
@@ -946,11 +944,9 @@ TABLES = {
         "layer=layers similarity=layer_similarity floor=layer_floor null=null_layer_similarity "
         "entropy=layer_entropy shared=layer_shared null-excl.=null_layer_exclusive "
         "excl.=layer_exclusive LANGUAGES=each_exclusive",
-    "part of the routing to experts exclusive to the language, shared, neither, and to the most "
-    "used expert; experts in use":
+    "part of the routing to exclusive and shared experts, and to the most used; experts in use":
         "=languages exclusive+shared+neither=mean_reliance top=mean_most_used active=mean_active",
-    "rank correlation of this reliance on exclusive experts with the mean similarity to the "
-    "others: one finding, not two, since what lies apart has experts of its own":
+    "rank correlation of this reliance on exclusive experts with similarity: one finding, not two":
         "Spearman=mirror",
     f"number of experts; only: exclusive to no other; stable: in {STABLE:.0%} of the draws":
         "=languages exclusive=num_exclusive only=num_only null=null_num_exclusive "
@@ -1005,12 +1001,12 @@ def cell_text(cell):
     return f"{text} [{' '.join(cell_text(b).lstrip('0') for b in bounds)}]" if bounds else text
 
 
-def print_table(columns, first=9):
+def print_table(columns):
     """{title: cells} as wide as their widest entry, right-aligned but for the first column."""
     rows = [list(map(cell_text, row)) for row in (columns, *zip(*columns.values()))]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    first, *widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
-        print(name.ljust(max(first, widths[0])), *map(str.rjust, cells, widths[1:]), sep="  ")
+        print(name.ljust(max(9, first)), *map(str.rjust, cells, widths), sep="  ")
 
 
 def print_rows(rows):
@@ -1071,13 +1067,14 @@ def report(result, dumps, bands, args):
 
 # --------------------------------------------------------------------------------------- pictures
 
-def draw_matrices(figure, names, matrices, label, low):
-    """A panel of each of {title: (n, n)}."""
-    side = 2.5 + 0.16 * len(names)
+def draw_matrices(figure, result, matrices, label):
+    """A panel of each of {title: (n, n)}, in the linkage order of the mean similarity."""
+    order, lowest = linkage_order(result["similarity"].mean(0)), np.min(list(matrices.values()))
+    names, side = result["languages"][order], 2.5 + 0.16 * len(order)
     figure.set_size_inches(side * len(matrices) + 1, side + 0.5)
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, (title, matrix) in zip(axes, matrices.items()):
-        image = axis.imshow(matrix, vmin=low, vmax=1)
+        image = axis.imshow(matrix[order][:, order], vmin=lowest, vmax=1)
         axis.set_title(title)
         axis.set_xticks(range(len(names)), names, rotation=90)
         axis.set_yticks(range(len(names)), names)
@@ -1085,17 +1082,15 @@ def draw_matrices(figure, names, matrices, label, low):
 
 
 def draw_heatmaps(figure, result, bands):
-    """Similarity of every pair, a panel per band, in the linkage order of the mean over layers."""
-    order, matrices = linkage_order(result["similarity"].mean(0)), result["band_similarity"]
-    panels = dict(zip(bands, matrices[:, order][:, :, order]))
-    draw_matrices(figure, result["languages"][order], panels, "1 - JSD", matrices.min())
+    """Similarity of every pair, a panel per band."""
+    draw_matrices(figure, result, dict(zip(bands, result["band_similarity"])), "1 - JSD")
 
 
 def draw_sensitivity(figure, result, bands):
     """In which part of the settings a language relies more than another on exclusive, on shared."""
-    draw_matrices(figure, result["languages"], {
+    draw_matrices(figure, result, {
         "row relies more on exclusive experts": result["exclusive_more"],
-        "on shared experts": result["shared_more"]}, "part of the settings", 0)
+        "on shared experts": result["shared_more"]}, "part of the settings")
 
 
 def draw_layers(figure, result, bands):
@@ -1149,9 +1144,9 @@ def parse_bands(texts, layers):
         return {"early": early, "middle": middle, "late": early[::-1]}
     bands = {}
     for text in texts:
-        match = re.fullmatch(r"(?:(.+)=)?(\d+)(?:-(\d+))?", text)
-        require(match, f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, as middle=22-26")
-        name, first, last = match[1] or text, int(match[2]), int(match[3] or match[2])
+        with explained(f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, as middle=22-26"):
+            name, first, last = re.fullmatch(r"(?:(.+)=)?(\d+)(?:-(\d+))?", text).groups()
+        name, first, last = name or text, int(first), int(last or first)
         require(name not in bands, f"two bands are named '{name}'")
         bands[name] = (layers >= first) & (layers <= last)
         require(last <= max(layers) and bands[name].any(), f"band '{text}' does not hold MoE "
@@ -1272,12 +1267,11 @@ def score_correlation(path, result, dumps, rng):
     {language: score}.
     """
     reference, = rows_of([REFERENCE], dumps)
-    others = [i for i in range(len(dumps)) if i != reference]
-    names = [dumps[i]["language"] for i in others]
+    others = np.arange(len(dumps)) != reference
+    names = result["languages"][others].tolist()
     with explained(f"{path} is not a JSON object with a score of each of {', '.join(names)}"):
         scores = read_json(path)
-        scores = np.array([float(scores[name]) for name in names])
-    require(np.isfinite(scores).all(), f"{path} has a score that is no number: {scores}")
+        scores = np.asarray_chkfinite([scores[name] for name in names], float)
     similar = result["band_similarity"][:, reference, others]
     return {"score_correlation": np.array([rank_correlation(row, scores, rng) for row in similar])}
 
@@ -1360,10 +1354,10 @@ def parse_arguments():
 
     group = p.add_argument_group("what is compared")
     add("dumps", DUMPS, "path, or label=path (default: those of routing/)", nargs="*")
-    add("--bands", None, "decoder layers, inclusive, as middle=22-26 (default: the first, middle "
-        "and last tenth)", nargs="+")
-    add("--experts-per-language", EXPERTS_PER_LANGUAGE, "the most frequent: a number, or a part "
-        "below 1 (default: %(default).3g)")
+    add("--bands", None, "decoder layers, as middle=22-26 (default: first, middle and last tenth)",
+        nargs="+")
+    add("--experts-per-language", EXPERTS_PER_LANGUAGE,
+        "the most frequent: a number, or a part below 1 (default: %(default).3g)")
     add("--threshold", THRESHOLD, "exclusive above it (%(default)s)")
     add("--part", "all", "count only these; text: the prompt without chat template and instruction",
         choices=PARTS)
@@ -1391,10 +1385,9 @@ def parse_arguments():
     require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
     require(not args.figures or find_spec("matplotlib"),
             "--figures needs matplotlib; run: pip install matplotlib")
-    require(args.seed >= 0, "--seed takes a number from 0 on")
-    require(args.top == 0 or args.contrast and args.top > 0,
-            "--top takes a number above 0, and --contrast A B")
-    require(args.bootstrap == 0 or args.bootstrap > 1, "--bootstrap takes 2 draws or more")
+    require(min(args.seed, args.top, args.bootstrap) >= 0, "--seed, --top, --bootstrap: from 0 on")
+    require(args.contrast or not args.top, "--top takes a number above 0, and --contrast A B")
+    require(args.bootstrap != 1, "--bootstrap takes 2 draws or more")
     return args
 
 
