@@ -213,8 +213,8 @@ def load_routing(path, part="all"):
                   "placeholders")
         return {"language": str(label or meta["language"]), "meta": meta, "layers": layers,
                 "counts": counts, "weights": weights, "num_tokens": num_tokens, "top_k": top_k,
-                "null_counts": file.get("null_counts", np.nan),
                 "num_experts": counts.shape[1], "revision": meta.get("revision"), "path": [path],
+                "null_counts": file.get("null_counts", np.nan),
                 "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
                 "data_sha256": [meta.get("data_sha256")]}
 
@@ -309,7 +309,7 @@ def read_tokens(paths, part, *keys):
     require({len(sequence)} == set(map(len, arrays)), f"{', '.join(paths)}: "
             "sequence_offsets do not go from 0 to the number of tokens")
     position = np.arange(len(sequence)) - (lengths.cumsum() - lengths)[sequence]
-    tokens = (arrays[0] >= 0).all((1, 2))
+    tokens = arrays[0][:, 0, 0] >= 0
     if part == "text":
         start, stop = joined("text_spans")[sequence].T
         tokens &= (start <= position) & (position < stop)
@@ -648,8 +648,8 @@ def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_seq
     """
     def figures(weights):  # of each language, how often its sequences are in
         totals = [np.tensordot(w.astype(np.float32), c, 1) for w, c in zip(weights, counts)]
-        p = distribution(np.stack(totals).astype(float))
-        result = analyze(p, experts_per_language, threshold)
+        result = analyze(distribution(np.stack(totals).astype(float)), experts_per_language,
+                         threshold)
         if by_sequence is not None:
             result["layer_aligned"] = np.average(by_sequence, 0, weights[0])
         return result, summarize(result, bands)
