@@ -347,9 +347,7 @@ def main():
     results = run_cells(experiment, plan, bands, layers)
     named = {band: analyze.describe(layers[rows]) for band, rows in bands.items()}
     tables, verdicts = effect_tables(results, plan, named, shares, experiment.tasks)
-    for title, rows in tables:
-        print(title)
-        analyze.print_rows(rows)
+    analyze.print_tables(tables)
     number, draws = len(verdicts), args.control_seeds
     print(f"\nhurt: worse than all {draws} random draws and all {MATCHED_SEEDS} matched ones, and "
           f"by an interval\nover problems and draws. {sum(verdicts)} of {number} rows are hurt; "

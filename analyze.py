@@ -203,7 +203,7 @@ def load_routing(path, part="all"):
                                               meta["num_experts"])[0]
         layers = file.get("layers", np.arange(len(counts)))
         require(num_tokens, f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
-        require(len(layers) == len(counts) and np.allclose(
+        require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and np.allclose(
             counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
             f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
             f"top_k {top_k}; capture it again")
@@ -211,7 +211,9 @@ def load_routing(path, part="all"):
         if no_tokens or no_layers:
             print(f"note: {path}: left out {no_tokens} tokens and {no_layers} layers that are "
                   "placeholders")
-        return {"language": str(label or meta["language"]), "meta": meta, "layers": layers,
+        language = label or meta["language"]
+        require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
+        return {"language": language, "meta": meta, "layers": layers,
                 "counts": counts, "weights": weights, "num_tokens": num_tokens, "top_k": top_k,
                 "num_experts": counts.shape[1], "revision": meta.get("revision"), "path": [path],
                 "null_counts": file.get("null_counts", np.nan),
@@ -1019,6 +1021,13 @@ def print_titled(title, columns):
     print()
     print_wrapped(title)
     print_table(columns)
+
+
+def print_tables(tables):
+    """[(title, rows of print_rows)]"""
+    for title, rows in tables:
+        print(title)
+        print_rows(rows)
 
 
 def print_wrapped(text):

@@ -350,12 +350,6 @@ def group_tables(groups, changes):
     return tables
 
 
-def print_tables(tables):
-    for title, rows in tables:
-        print(title)
-        analyze.print_rows(rows)
-
-
 def main():
     args = parse_arguments()
     (experiment, groups), changes = prepare(args), []
@@ -374,11 +368,11 @@ def main():
         print_draws(moved[best], [moved_by(experiment, group, draw, best)
                                   for draw in group["draws"]])
         tables, gains = effect_tables(*results)
-        print_tables(tables)
+        analyze.print_tables(tables)
         changes.append(gains)
         print()
     if len(groups) > 1:
-        print_tables(group_tables(groups, changes))
+        analyze.print_tables(group_tables(groups, changes))
     common.print_end(experiment)
 
 
