@@ -175,9 +175,8 @@ def load_languages(paths, part="all"):
 
 def load_routing(path, part="all"):
     """One dump as a dict: language, meta, layers, counts (layers, experts), num_tokens, top_k,
-    num_experts, revision, weights (like counts: the routing weights given, or of a part, or where
-    there are none, the counts), null_counts (draws, layers, experts) or nan, and, with an entry for
-    each shard, path, digest, data_sha256.
+    num_experts, revision, weights (like counts: the routing weights given, or else the counts),
+    null_counts (draws, layers, experts) or nan, and, for each shard, path, digest, data_sha256.
 
     path  an .npz of capture.py; an .npz with selected_experts (tokens, layers, top_k) and meta; a
           recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};

@@ -1396,8 +1396,9 @@ class VLLMEngine:
         self.shape, self.salt = shape, {}
         with explained(f"vLLM does not run '{name}' with {options}; others may help, as "
                        "max_model_len, gpu_memory_utilization or another moe_backend"):
-            self.llm = LLM(name, dtype=dtype, enforce_eager=True, enable_return_routed_experts=True,
-                           worker_extension_cls=f"{__name__}.RouterEdits", **options)
+            self.llm = LLM(name, dtype=dtype, enforce_eager=True,
+                           worker_extension_cls=f"{__name__}.RouterEdits",
+                           **{"enable_return_routed_experts": True} | options)
             # compiled graphs, and kernels that route and compute in one, never call a router
             with self.edit_routing({layer: [0] for layer in shape}):
                 complete(self, [[0]])

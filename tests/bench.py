@@ -9,6 +9,8 @@ capture     the base model's bare forward against capture.py, with IDs and witho
             other recorders
 analyze     analyze.py as a whole process: a million tokens of IDs in 8 languages; 100 languages
 generate    steered and masked generation against plain, and against continuous batching
+engine      plain and edited generation by transformers' static batches, by its generate_batch, and by
+            vLLM where it is installed (.ci/vllm): one process each
 cells       ablation cells: seconds beyond the evaluation itself
 kernels     experts and attention implementations: speed, and whether the same experts are selected
 growth      time and memory at 2, 4 and 8 times the tokens
@@ -429,6 +431,78 @@ def continuous(model, encoded, edit, args, static):
             f"  of static batches; {same} of {len(encoded[:16])} responses the same as one by one")
 
 
+# ------------------------------------------------------------------------------------------ engine
+
+ENGINES = ("static batches", "generate_batch", "vllm")
+
+
+def bench_engine(args):
+    """One process for each engine, which prints its line: none finds another's memory or threads."""
+    print(f"\nengine: tokens/s of {args.responses} prompts, {args.new_tokens} new tokens each; IDs are "
+          f"returned by vLLM\n{'':<18}{'plain':>10}{'masked':>10}{'steered':>10}", flush=True)
+    for engine in ENGINES:
+        command = [sys.executable, __file__, "--only", "engine", "--engine", engine]
+        for name in ("device", "shape", "batch_tokens", "responses", "new_tokens", "rounds"):
+            command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith(engine)]
+        print(*lines or [f"{engine:<18}  does not run here: {done.stderr.strip()[-200:]}"], flush=True)
+
+
+def run_engine(args):
+    """The line of one engine: the same prompts, plain, masked in a tenth of the layers, steered in the
+    paper's band.
+    """
+    encoded = make_prompts(args.responses)
+    if args.engine == "vllm":
+        model, shape = random_vllm(args.shape)
+    else:
+        model = build(args.shape, args.device)
+        shape = common.routing_shape(model)
+    layers, (num_experts, _) = list(shape), next(iter(shape.values()))
+    boost = np.where(np.random.default_rng(0).random(num_experts) < 0.15, 1e-9, 0)
+    edits = {"plain": {}, "masked": {"masks": {l: [3, 5] for l in layers[:-(-len(layers) // 10)]}},
+             "steered": {"boosts": {l: boost for l in layers[len(layers) * 10 // 48:
+                                                             len(layers) * 40 // 48]}}}
+
+    def run(edit):
+        if args.engine == "vllm":
+            with model.edit_routing(**edit, count_moved=False):
+                # a token that random prompts and responses hardly reach, since one has to end them
+                return common.complete(model, [e["ids"] for e in encoded],
+                                       max_new_tokens=args.new_tokens, eos_token_id=[2])
+        with common.edit_routing(model, **edit, count_moved=False):
+            if args.engine == "static batches":
+                return common.generate(model, AutoTokenizer.from_pretrained(ROOT / "tests/tiny_moe"),
+                                       encoded, args.batch_tokens * 4, max_new_tokens=args.new_tokens)
+            return model.generate_batch(
+                inputs=[e["ids"] for e in encoded], max_new_tokens=args.new_tokens, do_sample=False,
+                eos_token_id=-1, pad_token_id=0, progress_bar=False)
+
+    measured = in_turn({name: lambda edit=edit: run(edit) for name, edit in edits.items()},
+                       args.rounds, args.device)
+    tokens = {name: sum(len(answer.token_ids) for answer in result) if args.engine == "vllm" else
+              len(encoded) * args.new_tokens for name, (_, result, _) in measured.items()}
+    print(f"{args.engine:<18}" + "".join(f"{tokens[name] / np.median(times):>10,.0f}"
+                                         for name, (times, *_) in measured.items()))
+
+
+def random_vllm(shape):
+    """(a VLLMEngine of a shape with random weights, its routing_shape): those of build for the small
+    one; vLLM's own for the large one, which are written nowhere.
+    """
+    sizes = SHAPES[shape] | {"num_local_experts": SHAPES[shape]["num_experts"]}
+    config = Qwen3MoeConfig(**sizes, architectures=["Qwen3MoeForCausalLM"])
+    with torch.device("meta"):
+        layers = common.routing_shape(AutoModelForCausalLM.from_config(config))
+    with tempfile.TemporaryDirectory() as folder:
+        (build(shape, "cpu") if shape == "small" else config).save_pretrained(folder)
+        return common.VLLMEngine(
+            folder, layers, sizes["dtype"], load_format="auto" if shape == "small" else "dummy",
+            skip_tokenizer_init=True, max_model_len=2048,
+            enable_prefix_caching=False), layers  # the prompts come again in every round
+
+
 # ------------------------------------------------------------------------------------------- cells
 
 def bench_cells(args):
@@ -526,7 +600,7 @@ def bench_growth(model, args):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["capture", "analyze", "generate", "cells", "kernels", "growth"]
+    parts = ["capture", "analyze", "generate", "engine", "cells", "kernels", "growth"]
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     p.add_argument("--shape", choices=SHAPES, default="small")
     p.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART")
@@ -535,11 +609,14 @@ def main():
     p.add_argument("--responses", type=int, help="prompts answered (default: 256; 32 on the CPU)")
     p.add_argument("--new-tokens", type=int, default=32)
     p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # bench_engine's, for itself
     args = p.parse_args()
     transformers.logging.set_verbosity_error()
     logging.disable(logging.ERROR)
     args.prompts = args.prompts or (250 if args.device == "cuda" else 80)
     args.responses = args.responses or (256 if args.device == "cuda" else 32)
+    if args.engine:
+        return run_engine(args)
     machine = (torch.cuda.get_device_name() if args.device == "cuda" else
                f"{torch.get_num_threads()} CPU threads")
     print(f"{time.strftime('%Y-%m-%d')}  {machine}  torch {torch.__version__}  "
@@ -551,7 +628,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/tiny_moe")
     run = {"capture": lambda: bench_capture(model, args), "analyze": lambda: bench_analyze(args),
            "generate": lambda: bench_generate(model, tokenizer, args),
-           "cells": lambda: bench_cells(args), "growth": lambda: bench_growth(model, args),
+           "engine": lambda: bench_engine(args), "cells": lambda: bench_cells(args),
+           "growth": lambda: bench_growth(model, args),
            "kernels": lambda: bench_kernels(model, tokenizer, args)}
     for part in args.only:
         run[part]()
