@@ -172,13 +172,14 @@ def as_dump(arrays, corpus, layers):
 
 def save_dump(path, dump, meta):
     """Write a dump, whole or not at all. Every token must be counted top_k times in every layer."""
-    if "counts" in dump:  # vLLM tells IDs alone
+    if "mean_probs" in dump:  # vLLM tells IDs alone
         broken = dump["layers"][~np.isfinite(dump["mean_probs"]).all((0, 2))].tolist()
         require(not broken, f"router logits are NaN or infinite in layers {broken}; try --dtype "
                             "float32")
-        selections = dump["sequence_offsets"][-1] * meta["top_k"]
-        if not (dump["counts"].sum(1) == selections).all():
-            raise RuntimeError(f"{path}: counts do not add up to {selections}, tokens * top_k")
+    selections = dump["sequence_offsets"][-1] * meta["top_k"]
+    counted = dump["counts"].sum(1) if "counts" in dump else dump["selected_experts"][:, 0].size
+    if not np.all(counted == selections):
+        raise RuntimeError(f"{path}: counts do not add up to {selections}, tokens * top_k")
     # not compressed: that saves a third, takes ten times as long, and reading could skip nothing
     write_whole(path, lambda file: np.savez(file, **dump, meta=json.dumps(meta)))
 

@@ -106,13 +106,12 @@ def moved_selections(model, sequences, coefficients, strength, rule=RULE,
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
-    _, before, _ = record(model, sequences, batch_tokens)
+    before = record(model, sequences, batch_tokens)[1]["selected_experts"]
     with steer(model, coefficients, strength, rule, count_moved=False):
-        _, after, _ = record(model, sequences, batch_tokens)
-    moved = common.newly_selected(before["selected_experts"], after["selected_experts"])
+        after = record(model, sequences, batch_tokens)[1]["selected_experts"]
+    moved = common.newly_selected(before, after).mean((0, 2))
     shape = getattr(model, "shape", None) or common.routing_shape(model)
-    return {layer: part for layer, part in zip(shape, moved.mean((0, 2)).tolist())
-            if layer in coefficients}
+    return {layer: part for layer, part in zip(shape, moved.tolist()) if layer in coefficients}
 
 
 def choose_lambda(base, steered, metric):
