@@ -34,7 +34,7 @@ TINY, HEAD_DIM = ROOT / "tests/tiny_moe", 32  # the least that vLLM's attention 
 OPTIONS = {"max_model_len": 512, "gpu_memory_utilization": 0.3}
 # one process, one thread, one GiB for keys and values
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
-               "VLLM_CPU_OMP_THREADS_BIND": "0", "HF_HUB_OFFLINE": "1"}
+               "VLLM_CPU_OMP_THREADS_BIND": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def needs_vllm(test):
