@@ -1354,7 +1354,7 @@ def run_contrast(args):
 
 
 def parse_arguments():
-    p = argparse.ArgumentParser(description=__doc__,
+    p = argparse.ArgumentParser(usage="%(prog)s [options] [DUMP ...]", description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(flag, default, text, **options):

@@ -1095,11 +1095,12 @@ def add_model_arguments(p):
     add = p.add_argument_group("running the model").add_argument
     add("--batch-tokens", **NUMBER, help="per forward pass (default: %(default)s)")
     add("--max-length", **NUMBER, help="tokens of a sequence (default: %(default)s)")
-    add("--chat-template", choices=["auto", "never"], default="auto", help="never: the bare text")
+    add("--chat-template", choices=["auto", "never"], default="auto", metavar="C",
+        help="never: the bare text (default: auto)")
     add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
-    add("--device", help="cuda, cpu, or auto: all GPUs, needs accelerate (default: a GPU)")
-    add("--engine", choices=["transformers", "vllm"], default="transformers",
-        help="for responses and expert IDs (default: %(default)s)")
+    add("--device", help="cuda, cpu, or auto: all GPUs (default: a GPU)")
+    add("--engine", choices=["transformers", "vllm"], default="transformers", metavar="E",
+        help="vllm: for responses and expert IDs")
     add("--engine-options", type=json.loads, default={}, metavar="JSON",
         help="""of vllm.LLM, as '{"tensor_parallel_size": 2}'""")
 
@@ -1116,10 +1117,9 @@ def add_task_arguments(p):
     add("--instruction", metavar="FILE", help='{"de": "...", ...}: put behind each prompt')
     add("--out", help="(default: %(default)s)")
     add = p.add_argument_group("which experts").add_argument
-    add("--experts-per-language", **REAL, help="the most frequent ones: a number, "
-        "or a part below 1 (default: %(default).3g)")
+    add("--experts-per-language", **REAL, help="a number, or a part below 1 (%(default).3g)")
     add("--threshold", **REAL, help="exclusive above this share (default: %(default)s)")
-    add("--part", choices=PARTS, default="all", help="of the sequences that choose them")
+    add("--part", choices=PARTS, default="all", metavar="P", help=f"one of {', '.join(PARTS)}")
     add("--selection", metavar="FILE", help="instead, those that analyze.py --contrast selected")
     add("--control-seeds", **NUMBER, help="random draws (default: %(default)s)")
     return add
@@ -1129,7 +1129,7 @@ def parse_task_arguments(p, script):
     """The last flags of ablate.py and steer.py, and a script's constants as its flags' defaults."""
     add = p.add_argument_group("generating answers").add_argument
     add("--max-new-tokens", **NUMBER, help=f"(default: the checkpoint's, or {MAX_NEW_TOKENS})")
-    add("--score", choices=["exact", "contains"], default="exact",
+    add("--score", choices=["exact", "contains"], default="exact", metavar="S",
         help="of spans: exact, or the paper's contains")
     add("--temperature", **REAL, help="sample; the paper: 0.7 (default: greedy)")
     add("--top-p", **REAL, help="with --temperature; the paper: 0.8")

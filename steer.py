@@ -221,14 +221,13 @@ def run_all(experiment, group, lambdas):
 def parse_arguments():
     p = common.argument_parser(__doc__)
     add = common.add_task_arguments(p)
-    add("--sources", nargs="+", metavar="A,B", help="languages whose shared experts are boosted, "
-        "or several such groups, each for itself (default: %(default)s)")
-    add("--band", metavar="A-B", help="decoder layers, inclusive (default: the paper's part of the "
-        "depth; all of a selection's)")
+    add("--sources", nargs="+", metavar="A,B", help="whose shared experts, or several groups, each "
+        "for itself (%(default)s)")
+    add("--band", metavar="A-B", help="decoder layers (default: the paper's part of the depth)")
     add("--control-bands", nargs="+", default=[], metavar="B", help="steer these, too: 0-7 40-47")
     add("--lambda", dest="lambdas", type=float, nargs="+", metavar="L",
         help="strengths (default: %(default)s)")
-    add("--rule", choices=common.RULES, help="see common.boost_logits")
+    add("--rule", choices=common.RULES, metavar="R", help=f"one of {', '.join(common.RULES)}")
     args = common.parse_task_arguments(p, sys.modules[__name__])
     args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
     common.require(np.isfinite(args.lambdas).all(),
