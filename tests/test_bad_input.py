@@ -148,6 +148,13 @@ def test_one_line_names_the_fix_before_any_weights_are_read(case, place, monkeyp
     assert sorted(place.rglob("*")) == before  # nothing half-written
 
 
+@pytest.mark.parametrize("name", ["capture", "analyze", "ablate", "steer"])
+def test_help_is_a_page(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert in_process(monkeypatch, f"{name}.py", "--help") == 0
+    assert len(capsys.readouterr().out.splitlines()) <= 70
+
+
 def check_outcome(outcome, line):
     """One line on stderr, beside progress bars, and status 1."""
     assert outcome.returncode == 1 and "Traceback" not in outcome.stderr
