@@ -206,10 +206,9 @@ def load_routing(path, part="all"):
             counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
             f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
             f"top_k {top_k}; capture it again")
-        no_tokens, no_layers = file.get("left_out", (0, 0))
-        if no_tokens or no_layers:
-            print(f"note: {path}: left out {no_tokens} tokens and {no_layers} layers that are "
-                  "placeholders")
+        if "left_out" in file:
+            print(f"note: {path} holds IDs alone: no --parallel, selections stand for weights; left "
+                  "out {} tokens and {} layers that are placeholders".format(*file["left_out"]))
         language = label or meta["language"]
         require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
         return {"language": language, "meta": meta, "layers": layers,

@@ -1101,7 +1101,7 @@ def add_model_arguments(p):
     add("--device", help="cuda, cpu, or auto: all GPUs (default: a GPU)")
     add("--engine", choices=["transformers", "vllm"], default="transformers", metavar="E",
         help="vllm: for responses and expert IDs")
-    add("--engine-options", type=json.loads, default={}, metavar="JSON",
+    add("--engine-options", type=lambda text: dict(json.loads(text)), default={}, metavar="JSON",
         help="""of vllm.LLM, as '{"tensor_parallel_size": 2}'""")
 
 
@@ -1441,11 +1441,13 @@ def complete(engine, sequences, seed=0, max_new_tokens=1, eos_token_id=None, do_
     """
     from vllm import SamplingParams
     how = sampling if do_sample else {"temperature": 0}
-    requests = engine.llm.generate(
-        [{"prompt_token_ids": ids} | engine.salt for ids in sequences],
-        [SamplingParams(max_tokens=max_new_tokens, seed=seed + i, detokenize=False,
-                        stop_token_ids=eos_token_id or [], ignore_eos=bool(eos_token_id), **how)
-         for i in range(len(sequences))], use_tqdm=False)
+    with explained(f"vLLM does not sample with {how}"):
+        settings = [SamplingParams(max_tokens=max_new_tokens, seed=seed + i, detokenize=False,
+                                   stop_token_ids=eos_token_id or [],
+                                   ignore_eos=bool(eos_token_id), **how)
+                    for i in range(len(sequences))]
+    prompts = [{"prompt_token_ids": ids} | engine.salt for ids in sequences]
+    requests = engine.llm.generate(prompts, settings, use_tqdm=False)
     return [request.outputs[0] for request in requests]
 
 
