@@ -16,7 +16,7 @@ A cell is band x target x evaluation language: the experts exclusive to the targ
 target's own language there are controls: as many experts drawn from those that the language uses at
 all, and others that carry as much of its routing weight. A language is hurt if it does worse than
 with every draw of both, and by an interval over problems and random draws that leaves out 0. One
-model load; two minutes on the tiny model. A stopped run goes on where it stopped.
+model load; three minutes on the tiny model. A stopped run goes on where it stopped.
 """
 
 import itertools
