@@ -206,9 +206,7 @@ def load_routing(path, part="all"):
             counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
             f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
             f"top_k {top_k}; capture it again")
-        if "left_out" in file:
-            print(f"note: {path} holds IDs alone: no --parallel, selections stand for weights; left "
-                  "out {} tokens and {} layers that are placeholders".format(*file["left_out"]))
+        say_what_is_missing(file, path)
         language = label or meta["language"]
         require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
         return {"language": language, "meta": meta, "layers": layers,
@@ -217,6 +215,16 @@ def load_routing(path, part="all"):
                 "null_counts": file.get("null_counts", np.nan),
                 "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
                 "data_sha256": [meta.get("data_sha256")]}
+
+
+def say_what_is_missing(file, path):
+    """Of a dump from elsewhere, as open_dump gives it: placeholders, and all but the IDs."""
+    no_tokens, no_layers = file.get("left_out", (0, 0))
+    if no_tokens or no_layers:
+        print(f"note: {path}: left out {no_tokens} tokens and {no_layers} layers that are "
+              "placeholders")
+    if "left_out" in file and "mean_probs" not in file:
+        print(f"note: {path} holds IDs alone: no --parallel, selections for weights")
 
 
 def split_label(path):
@@ -305,9 +313,9 @@ def read_tokens(paths, part, *keys):
 
     arrays = list(map(joined, ("selected_experts", *keys)))
     lengths = np.concatenate([np.diff(file["sequence_offsets"]) for file in files])
+    require(lengths.min(initial=0) >= 0 and {lengths.sum()} == set(map(len, arrays)),
+            f"{', '.join(paths)}: sequence_offsets do not go from 0 to the number of tokens")
     sequence = np.repeat(np.arange(len(lengths)), lengths)
-    require({len(sequence)} == set(map(len, arrays)), f"{', '.join(paths)}: "
-            "sequence_offsets do not go from 0 to the number of tokens")
     position = np.arange(len(sequence)) - (lengths.cumsum() - lengths)[sequence]
     tokens = arrays[0][:, 0, 0] >= 0
     if part == "text":
@@ -333,7 +341,8 @@ def add_shards(dumps):
     """The dumps of one language as one: a whole, or all shards of it, in order."""
     shards = {dump["meta"].get("shard", "1/1"): dump for dump in dumps}
     names = [f"{i + 1}/{len(dumps)}" for i in range(len(dumps))]
-    made = {str([dump["meta"].get(key) for key in ("data_sha256", "limit", *MADE_WITH)])
+    same = ("data_sha256", "limit", "null_router", *MADE_WITH)
+    made = {str([dump["meta"].get(key) for key in same])
             for dump in dumps}
     require(shards.keys() == set(names) and len(made) == 1,
             f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} "
@@ -798,7 +807,7 @@ def null_routers(dumps, experts_per_language, threshold, bands):
     capture.py --null-router, arXiv 2604.09780), means over draws; {} where a dump lacks them.
     """
     counts = [dump["null_counts"] for dump in dumps]
-    if np.isnan(sum(counts)).any():
+    if len(set(map(np.shape, counts))) > 1 or np.isnan(counts).any():
         return {}
     drawn = [summarize(analyze(distribution(draw), experts_per_language, threshold), bands)
              for draw in np.stack(counts, 1)]

@@ -247,6 +247,7 @@ def read_tokens(path):
     with (explained(f"{path} is no dump with token_ids and text_spans; --tokens takes one"),
           np.load(path, allow_pickle=False) as file):
         sequences = np.split(file["token_ids"], file["sequence_offsets"][1:-1])
+        require(all(map(len, sequences)), "a sequence has no tokens")
         return list(zip(map(np.ndarray.tolist, sequences), file["prompt_lengths"].tolist(),
                         file["text_spans"]))
 

@@ -380,6 +380,7 @@ def test_a_mixture_that_no_placeholder_explains_is_refused_by_token_and_layer(
     (some_ids().astype(float), {}, "not integers .tokens, layers, top_k"),
     (some_ids(), {"layers": [0, 1, 2]}, "is not a whole routing dump"),
     (some_ids(), {"sequence_offsets": [0, 30]}, "do not go from 0 to the number of tokens"),
+    (some_ids(), {"sequence_offsets": [0, 45, 40]}, "do not go from 0 to the number of tokens"),
 ])
 def test_arrays_that_do_not_belong_together_are_refused(tmp_path, ids, more, message):
     with pytest.raises(analyze.InputError, match=message):
