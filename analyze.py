@@ -208,7 +208,8 @@ def load_routing(path, part="all"):
             f"top_k {top_k}; capture it again")
         say_what_is_missing(file, path)
         language = label or meta["language"]
-        require(isinstance(language, str), f"{path}: language {language}; name it: de={path}")
+        require(isinstance(language, str) and language,
+                f"{path}: language {language}; name it: de={path}")
         return {"language": language, "meta": meta, "layers": layers,
                 "counts": counts, "weights": weights, "num_tokens": num_tokens, "top_k": top_k,
                 "num_experts": counts.shape[1], "revision": meta.get("revision"), "path": [path],
@@ -313,7 +314,8 @@ def read_tokens(paths, part, *keys):
 
     arrays = list(map(joined, ("selected_experts", *keys)))
     lengths = np.concatenate([np.diff(file["sequence_offsets"]) for file in files])
-    require(lengths.min(initial=0) >= 0 and {lengths.sum()} == set(map(len, arrays)),
+    require(lengths.dtype.kind in "iu" and lengths.min(initial=0) >= 0
+            and {lengths.sum()} == set(map(len, arrays)),
             f"{', '.join(paths)}: sequence_offsets do not go from 0 to the number of tokens")
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(sequence)) - (lengths.cumsum() - lengths)[sequence]
@@ -331,6 +333,8 @@ def grouped_counts(selected_experts, group, num_groups, num_experts):
 
     selected_experts (tokens, layers, top_k), group (tokens,)
     """
+    require(selected_experts.max(initial=0) < num_experts,
+            f"selected_experts has an expert beyond {num_experts - 1}; capture it again")
     cells = num_groups * num_experts
     counts = [np.bincount((group[:, None] * num_experts + selected).ravel(), minlength=cells)
               for selected in selected_experts.swapaxes(0, 1)]
@@ -360,7 +364,10 @@ def sequence_counts(dump, part):
     present, group = np.unique(sequence, return_inverse=True)
     require(len(present) > 1, f"'{dump['language']}' has one sequence; --bootstrap resamples "
                               "sequences")
-    return grouped_counts(selected, group, len(present), dump["num_experts"]).astype(np.float32)
+    counts = grouped_counts(selected, group, len(present), dump["num_experts"])
+    require(np.array_equal(counts.sum(0), dump["counts"]), f"{', '.join(dump['path'])}: "
+            "selected_experts do not add up to counts; capture it again")
+    return counts.astype(np.float32)
 
 
 def read_aligned(dumps, part):
@@ -1053,6 +1060,9 @@ def notes(dumps, result, args):
     if args.threshold * n <= 1:
         yield (f"shares add up to 1, so with {n} languages none is shared at a threshold of "
                f"{args.threshold}; raise --threshold")
+    without = [d["language"] for d in dumps if np.isnan(d["null_counts"]).any()]
+    if 0 < len(without) < n:
+        yield f"no null routers are shown: there are none of {', '.join(without)}"
     if "common_tokens" in result:
         yield f"{mean_of_pairs(result['common_tokens']):.1%} of tokens are common to a pair"
     unknown = result["languages"][result["families"] == ""]

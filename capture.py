@@ -243,13 +243,18 @@ def read_corpus(tokenizer, examples, chat_template):
 
 
 def read_tokens(path):
-    """read_corpus of the very tokens of a dump."""
-    with (explained(f"{path} is no dump with token_ids and text_spans; --tokens takes one"),
+    """read_corpus of the very tokens of a whole dump."""
+    with (explained(f"{path} is no whole dump with token_ids and text_spans; --tokens takes one"),
           np.load(path, allow_pickle=False) as file):
-        sequences = np.split(file["token_ids"], file["sequence_offsets"][1:-1])
-        require(all(map(len, sequences)), "a sequence has no tokens")
-        return list(zip(map(np.ndarray.tolist, sequences), file["prompt_lengths"].tolist(),
-                        file["text_spans"]))
+        offsets, ids, spans = (file[key] for key in ("sequence_offsets", "token_ids", "text_spans"))
+        lengths, prompts = np.diff(offsets), file["prompt_lengths"]
+        require(json.loads(str(file["meta"])).get("shard", "1/1") == "1/1", "it is a shard")
+        require(ids.dtype.kind in "iu" and offsets[0] == 0 and offsets[-1] == len(ids)
+                and (lengths > 0).all() and len(lengths) == len(prompts) == len(spans)
+                and (prompts <= lengths).all() and (spans <= prompts[:, None]).all(),
+                "its sequences do not fit its tokens")
+        sequences = np.split(ids, offsets[1:-1])
+        return list(zip(map(np.ndarray.tolist, sequences), prompts.tolist(), spans))
 
 
 def parse_shard(text):

@@ -1148,6 +1148,7 @@ def evaluation_settings(args, config, tokenizer, shape):
     require(args.temperature or not (args.top_p or args.top_k),
             "--top-p and --top-k-sampling need a --temperature above 0")
     require(0 <= args.seed < 2**63, "--seed takes a whole number from 0 on")
+    version = vllm_version(config) if args.engine == "vllm" else transformers.__version__
     generated = {"accuracy", "language"} & set(args.metrics)
     require(args.engine != "vllm" or generated and (
         generated == set(args.metrics) or "gpu_memory_utilization" in args.engine_options),
@@ -1159,7 +1160,6 @@ def evaluation_settings(args, config, tokenizer, shape):
     except OSError:  # it has none
         checkpoint = GenerationConfig.from_model_config(config)
     same = ("limit", "metrics", "chat_template", "score", "engine_options")
-    version = vllm_version(config) if args.engine == "vllm" else transformers.__version__
     return {key: getattr(args, key) for key in same} | {
         "revision": checkpoint_id(args.model, config, shape),
         "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
@@ -1303,7 +1303,7 @@ def print_end(experiment):
         print(f"\n{sum(cut)} of {responses} responses were cut at the limit; see --max-new-tokens"
               + ": their scores say little" * (sum(cut) > responses / 10))
     zeroed = [sum(row["zeroed"].values()) for row in rows if "zeroed" in row]
-    if zeroed:
+    if 0 in zeroed:
         print(f"\nno prompt selected what was zeroed in {zeroed.count(0)} of {len(zeroed)} cells")
     print(f"\n{experiment.args.out}")
 

@@ -397,8 +397,18 @@ def test_the_very_tokens_of_dumps_are_run_again(monkeypatch, capsys, tmp_path):
         assert np.array_equal(first[key], again[key]), key
     assert first["null_counts"].shape == (5, 8, 32)
     assert (first["null_counts"].sum(-1) == 2 * len(first["token_ids"])).all()
-    with pytest.raises(InputError, match="README.md is no dump with token_ids"):
+    with pytest.raises(InputError, match="README.md is no whole dump with token_ids"):
         run(monkeypatch, capsys, "--tokens", "README.md", "--out", tmp_path / "c")
+    run(monkeypatch, capsys, "--data", data, "--out", tmp_path / "d", "--shard", "1/2")
+    with pytest.raises(InputError, match="it is a shard"):
+        run(monkeypatch, capsys, "--tokens", tmp_path / "d/en.1of2.npz", "--out", tmp_path / "c")
+    changed = {"token_ids": first["token_ids"][:-1], "text_spans": first["text_spans"] * 9,
+               "sequence_offsets": first["sequence_offsets"][[0, 2]]}
+    for key, value in changed.items():
+        meta = json.dumps(first["meta"])
+        np.savez(tmp_path / "broken.npz", **first | {key: value, "meta": meta})
+        with pytest.raises(InputError, match="its sequences do not fit its tokens"):
+            run(monkeypatch, capsys, "--tokens", tmp_path / "broken.npz", "--out", tmp_path / "c")
     with pytest.raises(InputError, match="without --limit"):
         run(monkeypatch, capsys, "--tokens", tmp_path / "a/{lang}.npz", "--limit", 1)
 

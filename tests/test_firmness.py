@@ -12,19 +12,11 @@ import analyze
 from analyze import (InputError, agreement, bootstrap, family_test, frequencies,
                      holm, language_shares, load_languages, load_routing, script_of,
                      shared_experts, whose_experts)
+from test_statistics import run
 
 NAMES = "bn de en es fr ja sw zh".split()
 PUBLISHED = [f"tests/data/qwen3-30b-a3b/{name}.npz" for name in NAMES]
 SW = NAMES.index("sw")
-
-
-def run(monkeypatch, capsys, folder, *arguments):
-    """analyze.py as from the shell, in this process: what it printed and what it wrote."""
-    out = ["--out", str(folder / "analysis.npz")]
-    monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, arguments), *out])
-    analyze.main()
-    with np.load(folder / "analysis.npz", allow_pickle=False) as file:
-        return capsys.readouterr().out, dict(file)
 
 
 # --------------------------------------------------------------------------- the published routing
@@ -261,7 +253,8 @@ def test_what_random_routers_show_stands_beside_what_was_measured(monkeypatch, c
     assert band.split()[3] == f"{result['null_mean_similarity'][0]:.3f}"
     save(tmp_path / "cc.npz", ids, "cc")  # without
     printed, result = run(monkeypatch, capsys, tmp_path, *paths, *flags)
-    assert "null" not in printed and not any(key.startswith("null") for key in result)
+    assert "note: no null routers are shown: there are none of cc" in printed
+    assert "  null" not in printed and not any(key.startswith("null") for key in result)
 
 
 # --------------------------------------------------------------------------- two dumps, the same text

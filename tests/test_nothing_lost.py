@@ -387,6 +387,18 @@ def test_arrays_that_do_not_belong_together_are_refused(tmp_path, ids, more, mes
         analyze.load_routing(save(tmp_path / "a.npz", ids, **more))
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda ids: ids.__setitem__((3, 2), ids[3, 2, ::-1] * 0 + [77, 78]), "an expert beyond 31"),
+    (lambda ids: ids.__setitem__((slice(3, 9), 2), [30, 31]), "do not add up to counts")])
+def test_ids_that_contradict_the_counts_are_refused_when_they_are_read(
+        dumps, tmp_path, change, message):
+    arrays = dict(np.load(dumps[0], allow_pickle=False))
+    change(arrays["selected_experts"])
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(analyze.InputError, match=message):
+        run(analyze, tmp_path / "a.npz", dumps[1], "--bootstrap", 2, "--out", tmp_path / "b.npz")
+
+
 def test_unsigned_ids_may_hold_placeholders(tmp_path):
     ids = some_ids().astype(np.uint64)
     ids[-3:] = 2**64 - 1  # which is -1
