@@ -233,6 +233,14 @@ def test_a_dump_is_the_sum_over_sequences_and_where_each_begins():
     assert without_ids["null_counts"].dtype == np.int64
 
 
+def test_null_counts_are_of_draws_then_layers():
+    # a sequence, three layers, two draws of two experts
+    nulls = np.arange(12).reshape(1, 3, 4)
+    arrays = {"counts": np.ones((1, 3, 2)), "weight_sums": np.ones((1, 3, 2)), "null_counts": nulls}
+    dump = capture.as_dump(arrays, [([7], 1, (0, 1))], [0, 1, 2])
+    assert dump["null_counts"].tolist() == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]]
+
+
 def small_dump(**other):
     """Two tokens, the layers 2, 5 and 9, two experts, top_k 1."""
     return {"counts": np.array([[2, 0], [1, 1], [0, 2]]), "weight_sums": np.ones((3, 2)),

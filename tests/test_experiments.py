@@ -380,6 +380,7 @@ def test_signs_are_flipped_problem_by_problem():
     exact = np.mean([s >= 1.5 for s in sums])
     assert steer.sign_flip_p(few) == pytest.approx(exact)
     assert steer.sign_flip_p(np.zeros(5)) == 1
+    assert 0 < steer.sign_flip_p(np.ones(40)) < 0.001  # however few of 10,000 flips do as well
     rng = np.random.default_rng(0)
     rarely = np.mean([steer.sign_flip_p(rng.choice([-1, 0, 1], 40), seed) < 0.05
                       for seed in range(300)])
