@@ -85,41 +85,46 @@ def find_routers(model):
 
 def routing_shape(model):
     """{decoder layer: (num_experts, top_k)}, as the routers have it; on the meta device, too."""
-    return {layer: (router_logits.shape[-1], selected_experts.shape[-1])
-            for layer, (_, router_logits, selected_experts) in probe_routers(model).items()}
+    return getattr(model, "shape", None) or {
+        layer: (router_logits.shape[-1], selected_experts.shape[-1])
+        for layer, (_, router_logits, selected_experts) in probe_routers(model).items()}
 
 
 def probe_routers(model):
     """{decoder layer: (router, router_logits, selected_experts)}, given three tokens of zeros."""
-    decoder, family, found = model.get_decoder(), type(model).__name__, {}
-    declared, size = declared_routers(model), model.config.get_text_config().hidden_size
-    for name, router in decoder.named_modules():
-        if isinstance(router, declared):
-            kind, layer = type(router).__name__, int(re.search(r"\b(\d+)\.", name)[1])
-            require(layer not in found,
-                    f"{family} is not supported: {kind} routes more than a layer's experts")
-            block = decoder.get_submodule(name.rpartition(".")[0])
-            with explained(f"{family} is not supported: its {kind} does not map hidden states to "
-                           "(router_logits, routing_weights, selected_experts), as from "
-                           "transformers 5.6 on"):
-                hidden = next(router.parameters()).new_zeros(3, size)
-                try:
-                    answer = probe_router(router, block, hidden)
-                except ValueError:  # AFMoE's router wants three dimensions
-                    answer = probe_router(router, block, hidden[None])
-            found[layer] = router, *answer
+    family, size = type(model).__name__, model.config.get_text_config().hidden_size
+    found = {}
+    for layer, block, router in declared_routers(model):
+        kind = type(router).__name__
+        require(layer not in found,
+                f"{family} is not supported: {kind} routes more than a layer's experts")
+        with explained(f"{family} is not supported: its {kind} does not map hidden states to "
+                       "(router_logits, routing_weights, selected_experts), as from transformers "
+                       "5.6 on"):
+            hidden = next(router.parameters()).new_zeros(3, size)
+            try:
+                answer = probe_router(router, block, hidden)
+            except ValueError:  # AFMoE's router wants three dimensions
+                answer = probe_router(router, block, hidden[None])
+        found[layer] = router, *answer
     require(found, f"{family} has no routers that transformers declares: a dense model, or a "
                    "family that is not supported")
-    return dict(sorted(found.items()))
+    return found
 
 
 def declared_routers(model):
-    """The classes that a model's classes name as the source of their router_logits, as a tuple."""
+    """(decoder layer, block, router), layer by layer, of all modules of the classes that a model's
+    classes name as the source of their router_logits.
+    """
     declared = []
     for module in model.modules():
         recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
         declared += recorders if isinstance(recorders, list) else [recorders]
-    return tuple(getattr(recorder, "target_class", recorder) for recorder in declared)
+    declared = tuple(getattr(recorder, "target_class", recorder) for recorder in declared)
+    for name, block in model.get_decoder().named_modules():
+        for router in block.children():
+            if isinstance(router, declared):
+                yield int(re.search(r"\b\d+\b", name)[0]), block, router
 
 
 @torch.no_grad()
@@ -147,14 +152,6 @@ def read_router(router, output):
     return output[:3]
 
 
-def without_weights(output, zeroed):
-    """A router's output with a weight of 0 for the experts zeroed, bool (num_experts,)."""
-    if len(output) == 2:
-        return output[0].masked_fill(zeroed, 0), output[1]
-    logits, weights, selected, *more = output
-    return logits, weights.masked_fill(zeroed[selected], 0), selected, *more
-
-
 @contextlib.contextmanager
 def record_routing(model, on_router):
     """Inside the block, every router call is followed by on_router(layer, router_logits,
@@ -170,8 +167,8 @@ def record_routing(model, on_router):
     with contextlib.ExitStack() as hooks:
         for layer, (router, logits, _) in probe_routers(model).items():
             # Gemma 4 gives probabilities for logits; their log is as good as logits
-            probabilities = (logits > 0).all() and torch.allclose(
-                logits.float().sum(-1), torch.tensor(1.0, device=logits.device))
+            probabilities = logits.min().item() > 0 and np.allclose(
+                logits.float().sum(-1).tolist(), 1)
             hooks.enter_context(router.register_forward_hook(
                 functools.partial(hook, layer, probabilities)))
         yield
@@ -200,24 +197,58 @@ def boost_logits(router_logits, boost, rule="proportional"):
     return torch.where(boost == 0, router_logits, beyond)
 
 
-class EditedScoring(TorchFunctionMode):
-    """While a router's own forward runs, its logits are edited; no choice sees a masked expert.
+class LayerEdit:
+    """The edit of a layer's routing, and tallies, on the device until they are read, that prove it.
+
+    mask, zeroed, boost, rule are of check_edit; weight is any tensor of the router.
+    """
+
+    def __init__(self, weight, mask, zeroed, boost, rule, count_moved):
+        self.mask, self.zeroed = (torch.tensor(x, device=weight.device) for x in (mask, zeroed))
+        self.boost = torch.tensor(boost, device=weight.device, dtype=torch.promote_types(
+            weight.dtype, torch.float32))  # in float32 at least
+        self.rule, self.moves = rule, count_moved and len(boost) > 0
+        self.counts = self.moves or any(zeroed)
+        self.selections, self.selected, self.changed = 0, torch.zeros_like(self.mask), 0
+
+    def edited(self, router_logits):
+        dtype = router_logits.dtype
+        if len(self.boost):  # in its precision, and back: zero changes no bit
+            router_logits = boost_logits(
+                router_logits.to(self.boost.dtype), self.boost, self.rule).to(dtype)
+        return router_logits.masked_fill(self.mask, max(-1e9, torch.finfo(dtype).min))
+
+    def weigh(self, weights, selected, plain):
+        """The weights of a choice (tokens, top_k), 0 where an expert is zeroed; tallies the choice.
+
+        plain: what it would be unedited, needed only if this edit moves
+        """
+        zeroed = self.zeroed[selected]
+        self.selections += selected.numel()
+        self.selected.index_fill_(0, selected.flatten().long(), True)
+        self.changed += zeroed.sum()
+        if self.moves:
+            self.changed += newly_selected(plain, selected).sum()
+        return weights.masked_fill(zeroed, 0)
+
+    def read(self):
+        """(selections, masked experts that were selected, selections moved or zeroed)."""
+        return (self.selections, (self.mask & self.selected).nonzero().flatten().tolist(),
+                int(self.changed) if self.counts else None)
+
+
+class EditedForward(LayerEdit, TorchFunctionMode):
+    """A router's forward, with edited logits and no choice of a masked expert.
 
     The router scores the edited logits as its family does. A mask has to reach the choice, too: a
     bias behind the scores could bring it back.
     """
 
-    def __init__(self, router, mask, zeroed, boost, rule):
-        super().__init__()
-        weight = next(router.parameters())
-        self.mask, self.zeroed = (torch.as_tensor(x, device=weight.device) for x in (mask, zeroed))
-        self.num_experts, self.rule, self.boost = len(mask), rule, boost
+    def __init__(self, router, *edit):
+        super().__init__(next(router.parameters()), *edit)
+        self.router, self.unedited, self.num_experts = router, router.forward, len(self.mask)
         # Inkling scores its always-on experts along with the others, behind them
         self.width = getattr(router, "n_total_experts", self.num_experts)
-        if boost is not None:  # in float32 at least
-            self.boost = torch.as_tensor(boost, device=weight.device, dtype=torch.promote_types(
-                weight.dtype, torch.float32))
-        self.edits, self.proof = 0, EditProof(self.mask, self.zeroed)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in CHOICES:
@@ -232,53 +263,20 @@ class EditedScoring(TorchFunctionMode):
             return torch.cat([self.edited(routed), always_on], -1)
         return output
 
-    def edited(self, router_logits):
-        dtype = router_logits.dtype
-        if self.boost is not None:  # in its precision, and back: zero changes no bit
-            router_logits = boost_logits(
-                router_logits.to(self.boost.dtype), self.boost, self.rule).to(dtype)
-        return router_logits.masked_fill(self.mask, max(-1e9, torch.finfo(dtype).min))
-
-
-class EditProof:
-    """Tallies of a router's choices, which stay on the device until they are read: did it hold?"""
-
-    def __init__(self, mask, zeroed):
-        self.mask, self.zeroed, self.selected = mask, zeroed, torch.zeros_like(mask)
-        self.selections, self.changed = 0, 0
-
-    def count(self, selected, unedited):
-        """A choice (tokens, top_k), and what it would be unedited, or None if nobody asks."""
-        self.selections += selected.numel()
-        self.selected.index_fill_(0, selected.flatten().long(), True)
-        self.changed += self.zeroed[selected].sum()
-        if unedited is not None:
-            self.changed += newly_selected(unedited, selected).sum()
-
-    def read(self):
-        """(selections, masked experts that were selected, selections moved or zeroed)."""
-        return (self.selections, (self.mask & self.selected).nonzero().flatten().tolist(),
-                int(self.changed))
-
-
-def edited_forward(router, scoring, count_moved):
-    """A router's forward under EditedScoring, which also tallies what proves the edit."""
-    unedited = router.forward
-
-    def forward(*args, **kwargs):
-        scoring.edits = 0
-        with scoring:
-            output = unedited(*args, **kwargs)
-        if scoring.edits != 1:
+    def __call__(self, *args, **kwargs):
+        self.edits = 0
+        with self:
+            output = self.unedited(*args, **kwargs)
+        if self.edits != 1:
             raise RuntimeError(
-                f"{type(router).__name__} computes its logits in a way that cannot be edited "
-                f"({scoring.edits} linear maps to {scoring.num_experts} experts)")
-        plain = read_router(router, unedited(*args, **kwargs))[2] if count_moved else None
-        scoring.proof.count(read_router(router, output)[2], plain)
-        return without_weights(output, scoring.zeroed)
-
-    forward.edited = True
-    return forward
+                f"{type(self.router).__name__} computes its logits in a way that cannot be edited "
+                f"({self.edits} linear maps to {self.num_experts} experts)")
+        logits, weights, selected = read_router(self.router, output)
+        plain = read_router(self.router, self.unedited(*args, **kwargs))[2] if self.moves else None
+        weights = self.weigh(weights, selected, plain)
+        if len(output) == 2:  # Llama 4
+            return output[0].masked_fill(self.zeroed, 0), logits
+        return logits, weights, selected, *output[3:]
 
 
 @contextlib.contextmanager
@@ -286,6 +284,7 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
                  zeroed=None):
     """Inside the block, routers score edited logits; afterwards, in any case, as they did before.
 
+    model   of transformers, or a VLLMEngine
     masks   {decoder layer: expert ids, or bool (num_experts,)}: never selected
     boosts  {decoder layer: (num_experts,) floats}, lambda included; see boost_logits for the rule
     zeroed  as masks: selected as before, with the weights of the others unchanged, but of weight 0
@@ -299,39 +298,35 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     in another way, a masked expert that was selected, a router that was never called. A warning:
     an edit that moved, or zeroed, no selection at all.
     """
-    routers, changed, proofs = find_routers(model), {}, {}
-    edits = check_edit(masks, boosts, rule, routing_shape(model), zeroed)
-    with contextlib.ExitStack() as patches:
-        for layer, edit in edits.items():
-            router, scoring = routers[layer], EditedScoring(routers[layer], *edit, rule)
-            require(not hasattr(router.forward, "edited"), f"layer {layer} is being edited "
-                    "already; give masks and boosts to one edit_routing")
-            forward = edited_forward(router, scoring, count_moved and scoring.boost is not None)
-            patches.enter_context(patch.object(router, "forward", forward))
-            proofs[layer] = scoring.proof
+    edits, changed = check_edit(masks, boosts, rule, routing_shape(model), zeroed), {}
+    edited = getattr(model, "edited_routers", functools.partial(edited_routers, model))
+    with edited(edits, count_moved) as proofs:
         yield changed
-    changed |= prove_edit({layer: proof.read() for layer, proof in proofs.items()}, edits,
-                          count_moved)
-
-
-def prove_edit(proofs, edits, count_moved):
-    """{layer: part of its selections that was moved or zeroed}; RuntimeError if an edit failed.
-
-    proofs  {layer: EditProof.read()}, of edits as check_edit returns them
-    """
-    changed = {}
-    for layer, (_, zeroed, boost) in edits.items():
-        selections, masked, number = proofs[layer]
+    for layer, selections, masked, number in proofs:
         if not selections:
             raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit "
                                "did not take hold")
         if masked:
             raise RuntimeError(f"layer {layer}: the experts {masked} were masked and yet selected")
-        if np.any(zeroed) or (count_moved and boost is not None):
+        if number is not None:
             changed[layer] = number / selections
     if count_moved and changed and not any(changed.values()):
         warnings.warn("the edit moved no selection in any layer")
-    return changed
+
+
+@contextlib.contextmanager
+def edited_routers(model, edits, count_moved):
+    """Inside the block, edits of check_edit. Yields a list, on leaving of (layer, *read()) rows."""
+    routers, forwards, proofs = find_routers(model), {}, []
+    with contextlib.ExitStack() as patches:
+        for layer, edit in edits.items():
+            router = routers[layer]
+            require(not isinstance(router.forward, EditedForward), f"layer {layer} is being edited "
+                    "already; give masks and boosts to one edit_routing")
+            forwards[layer] = patches.enter_context(patch.object(
+                router, "forward", EditedForward(router, *edit, count_moved)))
+        yield proofs
+    proofs += [(layer, *forward.read()) for layer, forward in forwards.items()]
 
 
 def newly_selected(before, after):
@@ -340,35 +335,37 @@ def newly_selected(before, after):
 
 
 def check_edit(masks, boosts, rule, shape, zeroed):
-    """{layer: (mask, zeroed, boost or None)} of all layers that are edited: bool (num_experts,)
-    twice, and floats. InputError if that does not fit a model with this routing_shape.
+    """{layer: (mask, zeroed, boost, rule)} of all layers that are edited, as lists of num_experts
+    booleans twice and floats, which are none where there is no boost. InputError if that does not
+    fit a model with this routing_shape.
     """
     require(rule in RULES, f"rule '{rule}' is none of {', '.join(RULES)}")
     masks, boosts, zeroed, checked = masks or {}, boosts or {}, zeroed or {}, {}
-    for layer in sorted(masks.keys() | boosts.keys() | zeroed.keys()):
+    for layer in sorted({*masks, *boosts, *zeroed}):
         require(layer in shape, f"layer {layer} has no router; MoE layers are {list(shape)}")
         num_experts, top_k = shape[layer]
-        boost = boosts.get(layer)
         with explained(f"layer {layer}"):
             mask, zero = (as_mask(edit.get(layer, []), num_experts) for edit in (masks, zeroed))
-            require((~mask).sum() >= top_k, f"masking {mask.sum()} of {num_experts} experts leaves "
-                                            f"fewer than top_k {top_k}")
-            require(boost is None or np.shape(boost) == mask.shape and np.isfinite(boost).all(),
+            boost = np.asarray(boosts.get(layer, []), float).tolist()
+            require(sum(mask) <= num_experts - top_k, f"masking {sum(mask)} of {num_experts} "
+                                                      f"experts leaves fewer than top_k {top_k}")
+            require(layer not in boosts
+                    or np.shape(boost) == (num_experts,) and np.isfinite(boost).all(),
                     f"a boost is {num_experts} finite numbers, one per expert")
-        if mask.any() or zero.any() or boost is not None:
-            checked[layer] = mask, zero, boost
+        if any(mask + zero) or boost:
+            checked[layer] = mask, zero, boost, rule
     return checked
 
 
 def as_mask(mask, num_experts):
-    """bool (num_experts,) of a mask: that already, or expert ids, of Python, numpy or torch."""
+    """A list of num_experts booleans, of that or of expert ids, of Python, numpy or torch."""
     mask = np.asarray(list(mask))
     if mask.dtype != bool:
-        ids, mask = mask.tolist(), np.isin(np.arange(num_experts), mask)
-        require(mask.sum() == len(set(ids)), f"a mask is some of the experts 0 to {num_experts - 1}"
-                                             f", not {ids}")
+        require(np.isin(mask, range(num_experts)).all(), "a mask is some of the experts 0 to "
+                                                         f"{num_experts - 1}, not {mask.tolist()}")
+        mask = np.isin(range(num_experts), mask)
     require(len(mask) == num_experts, f"a mask is {num_experts} booleans, not {len(mask)}")
-    return mask
+    return mask.tolist()
 
 
 # -------------------------------------------------------------------------------------- the model
@@ -412,8 +409,7 @@ def load_weights(name, config, dtype="auto", device=None, **options):
     with explained(f"cannot use --device {device}; give cpu, cuda, cuda:1, mps or auto"):
         torch.empty(0, device=device.replace("auto", "cpu"))
     # weights go to the device as they are read; "auto" fails without accelerate, and says so
-    mapped = device == "auto" or transformers.utils.is_accelerate_available()
-    if mapped:
+    if device == "auto" or transformers.utils.is_accelerate_available():
         options["device_map"] = device
     with explained(f"cannot load the weights of model '{name}' with {options}"):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -423,7 +419,7 @@ def load_weights(name, config, dtype="auto", device=None, **options):
     # layers that are kept elsewhere cannot be edited
     require(not any(parameter.is_meta for parameter in model.parameters()),
             f"'{name}' does not fit on --device {device}; give more GPUs, or a smaller --dtype")
-    return model if mapped else model.to(device)
+    return model if "device_map" in options else model.to(device)
 
 
 @torch.inference_mode()
@@ -1278,7 +1274,7 @@ def evaluate_cell(experiment, language, cell, settings, edit):
     engine = responding and experiment.engine
     model = None if engine and responding == set(args.metrics) else experiment.model
     with contextlib.ExitStack() as edits:
-        *_, changed = [edits.enter_context(edit_either(each, **edit, count_moved=False))
+        *_, changed = [edits.enter_context(edit_routing(each, **edit, count_moved=False))
                        for each in (model, engine) if each]
         scores, responses, cut = evaluate(
             model, experiment.tokenizer, encoded, args.metrics, language, args.batch_tokens,
@@ -1353,40 +1349,36 @@ def vllm_version(config):
 class RouterEdits:
     """What VLLMEngine calls by name in vLLM's workers, with plain lists: a worker_extension_cls."""
 
-    def edit_routers(self, edits, rule):
-        """edits: {layer: (mask, zeroed, boost or None)}, lists of num_experts."""
+    def edit_routers(self, edits, count_moved):
+        """edits of check_edit, until restore_routers."""
         from vllm.model_executor.layers.fused_moe.layer import MoERunner
-        self.undo, self.proofs = contextlib.ExitStack(), {}
+        weight, self.undo = torch.empty(0, device=self.device), contextlib.ExitStack()
+        self.edits = {layer: LayerEdit(weight, *edit, count_moved) for layer, edit in edits.items()}
         for block in self.model_runner.get_model().modules():
             if isinstance(block, MoERunner) and block.layer_id in edits:
-                router, (mask, zeroed, boost) = block.router, edits[block.layer_id]
-                on_device = torch.nn.Linear(1, 1, device=self.device)
-                scoring = EditedScoring(on_device, mask, zeroed, boost, rule)
-                self.proofs[block.layer_id] = scoring.proof
+                router, edit = block.router, self.edits[block.layer_id]
                 edited = {"_compute_routing": functools.partial(
-                    edited_routing, router._compute_routing, scoring)}
+                    edited_routing, router._compute_routing, edit)}
                 bias = getattr(router, "e_score_correction_bias", None)
                 if bias is not None:  # behind a sigmoid, it could bring a masked expert back
-                    edited["e_score_correction_bias"] = bias.masked_fill(scoring.mask, -1e9)
+                    edited["e_score_correction_bias"] = bias.masked_fill(edit.mask, -1e9)
                 self.undo.enter_context(patch.multiple(router, **edited))
 
     def restore_routers(self):
-        """{layer: EditProof.read()} of the edits, which are undone."""
+        """(layer, *LayerEdit.read()) of each of the edits, which are undone."""
         self.undo.close()
-        return {layer: proof.read() for layer, proof in self.proofs.items()}
+        return [(layer, *edit.read()) for layer, edit in self.edits.items()]
 
 
-def edited_routing(unedited, scoring, hidden_states, router_logits, *args, **kwargs):
+def edited_routing(unedited, edit, hidden_states, router_logits, *args, **kwargs):
     """(routing_weights, selected_experts) of a vLLM router's _compute_routing, by edited logits."""
-    plain = None if scoring.boost is None else unedited(
-        hidden_states, router_logits, *args, **kwargs)[1]
-    weights, selected = unedited(hidden_states, scoring.edited(router_logits), *args, **kwargs)
-    scoring.proof.count(selected, plain)
-    return weights.masked_fill(scoring.zeroed[selected], 0), selected
+    plain = unedited(hidden_states, router_logits, *args, **kwargs)[1] if edit.moves else None
+    weights, selected = unedited(hidden_states, edit.edited(router_logits), *args, **kwargs)
+    return edit.weigh(weights, selected, plain), selected
 
 
 class VLLMEngine:
-    """A model in vLLM: edit_routing and generate as above, and route, for routing dumps.
+    """A model in vLLM, for edit_routing, generate as above, and route, for routing dumps.
 
     shape is of routing_shape, options are for vllm.LLM. InputError if edits do not reach a router.
     """
@@ -1400,38 +1392,27 @@ class VLLMEngine:
                            worker_extension_cls=f"{__name__}.RouterEdits",
                            **{"enable_return_routed_experts": True} | options)
             # compiled graphs, and kernels that route and compute in one, never call a router
-            with self.edit_routing({layer: [0] for layer in shape}):
+            with edit_routing(self, {layer: [0] for layer in shape}):
                 complete(self, [[0]])
 
     @contextlib.contextmanager
-    def edit_routing(self, masks=None, boosts=None, rule="proportional", count_moved=True,
-                     zeroed=None):
-        """edit_routing in all workers, which prove it alike."""
+    def edited_routers(self, edits, count_moved):
+        """edited_routers of all workers."""
         require(not self.salt, "there is an edit already; give masks and boosts to one")
-        edits, changed = check_edit(masks, boosts, rule, self.shape, zeroed), {}
-        lists = {layer: [x if x is None else np.asarray(x).tolist() for x in edit]
-                 for layer, edit in edits.items()}
+        proofs = []
         try:
-            self.llm.collective_rpc("edit_routers", args=(lists, rule))
+            self.llm.collective_rpc("edit_routers", args=(edits, count_moved))
             # what the prefix cache holds was computed under another edit
-            self.salt = {"cache_salt": short_hash([lists, rule])}
-            yield changed
+            self.salt = {"cache_salt": short_hash(edits)}
+            yield proofs
         finally:
-            self.salt, proofs = {}, self.llm.collective_rpc("restore_routers")
-        for proof in proofs:
-            changed |= prove_edit({layer: proof.get(layer, (0, [], 0)) for layer in edits}, edits,
-                                  count_moved)
+            self.salt, proofs[:] = {}, sum(self.llm.collective_rpc("restore_routers"), [])
 
     def generate(self, encoded, seed=0, **settings):
         answers = complete(self, [e["ids"] for e in encoded], seed, **settings)
         texts = self.llm.get_tokenizer().batch_decode(
             [answer.token_ids for answer in answers], skip_special_tokens=True)
         return texts, sum(answer.finish_reason == "length" for answer in answers)
-
-
-def edit_either(model, **edit):
-    """edit_routing of a model of transformers, or of a VLLMEngine."""
-    return getattr(model, "edit_routing", functools.partial(edit_routing, model))(**edit)
 
 
 def complete(engine, sequences, seed=0, max_new_tokens=1, eos_token_id=None, do_sample=False,

@@ -97,7 +97,7 @@ def scaled(coefficients, strength):
 
 def steer(model, coefficients, strength, rule=RULE, **options):
     """edit_routing with every coefficient times the strength (the paper's lambda)."""
-    return common.edit_either(model, boosts=scaled(coefficients, strength), rule=rule, **options)
+    return common.edit_routing(model, boosts=scaled(coefficients, strength), rule=rule, **options)
 
 
 def moved_selections(model, sequences, coefficients, strength, rule=RULE,
@@ -110,8 +110,8 @@ def moved_selections(model, sequences, coefficients, strength, rule=RULE,
     with steer(model, coefficients, strength, rule, count_moved=False):
         after = record(model, sequences, batch_tokens)[1]["selected_experts"]
     moved = common.newly_selected(before, after).mean((0, 2))
-    shape = getattr(model, "shape", None) or common.routing_shape(model)
-    return {layer: part for layer, part in zip(shape, moved.tolist()) if layer in coefficients}
+    return {layer: part for layer, part in zip(common.routing_shape(model), moved.tolist())
+            if layer in coefficients}
 
 
 def choose_lambda(base, steered, metric):

@@ -467,7 +467,7 @@ def run_engine(args):
 
     def run(edit):
         if args.engine == "vllm":
-            with model.edit_routing(**edit, count_moved=False):
+            with common.edit_routing(model, **edit, count_moved=False):
                 # a token that random prompts and responses hardly reach, since one has to end them
                 return common.complete(model, [e["ids"] for e in encoded],
                                        max_new_tokens=args.new_tokens, eos_token_id=[2])

@@ -170,15 +170,15 @@ def test_it_works_in_generate():
 @pytest.fixture
 def second_fails(monkeypatch):
     """The set-up of the second edited router raises MemoryError; returns the routers tried."""
-    edited_forward, tried = common.edited_forward, []
+    set_up, tried = common.EditedForward.__init__, []
 
-    def fails(router, *args, **kwargs):
+    def fails(forward, router, *args):
         tried.append(router)
         if len(tried) == 2:
             raise MemoryError("no room for the second")
-        return edited_forward(router, *args, **kwargs)
+        set_up(forward, router, *args)
 
-    return lambda: monkeypatch.setattr(common, "edited_forward", fails) or tried
+    return lambda: monkeypatch.setattr(common.EditedForward, "__init__", fails) or tried
 
 
 def test_an_edit_that_fails_half_way_shows_its_own_error_and_leaves_no_trace(qwen, second_fails):

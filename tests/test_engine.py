@@ -170,7 +170,7 @@ def test_texts_are_those_of_transformers(edit, model, engine, prompts):
     plain = engine.generate(prompts, **settings)
     with common.edit_routing(model[0], **edit):
         expected = common.generate(*model, prompts, 8192, **settings)
-    with engine.edit_routing(**edit):
+    with common.edit_routing(engine, **edit):
         assert engine.generate(prompts, **settings) == expected
         # again, with all prompts in the prefix cache
         assert engine.generate(prompts, **settings) == expected
@@ -184,7 +184,7 @@ def test_selections_are_those_of_capture(model, engine, prompts):
     for edit in some_edits(engine.shape).values():
         with common.edit_routing(model[0], **edit):
             arrays, _ = capture.capture(model[0], sequences)
-        with engine.edit_routing(**edit):
+        with common.edit_routing(engine, **edit):
             ids, selected = common.route(engine, sequences)
         assert ids == sequences
         same = np.sort(selected) == np.sort(arrays["selected_experts"])
@@ -196,26 +196,27 @@ def test_what_does_not_hold_is_told(engine, prompts, monkeypatch):
     ids = [e["ids"] for e in prompts[:2]]
     layer, (num_experts, top_k) = next(iter(engine.shape.items()))
     with pytest.raises(common.InputError, match="leaves fewer than top_k"):
-        with engine.edit_routing(masks={layer: range(num_experts - top_k + 1)}):
+        with common.edit_routing(engine, masks={layer: range(num_experts - top_k + 1)}):
             pass
     with pytest.raises(RuntimeError, match="edited but never called"):
-        with engine.edit_routing(masks={layer: [0]}):
+        with common.edit_routing(engine, masks={layer: [0]}):
             pass
     with pytest.warns(UserWarning, match="the edit moved no selection"):
-        with engine.edit_routing(boosts={layer: np.full(num_experts, 1e-9)}):
+        with common.edit_routing(engine, boosts={layer: np.full(num_experts, 1e-9)}):
             common.complete(engine, ids)
     with pytest.raises(common.InputError, match="there is an edit already"):
-        with engine.edit_routing(masks={layer: [0]}), engine.edit_routing(masks={layer: [1]}):
+        with (common.edit_routing(engine, masks={layer: [0]}),
+              common.edit_routing(engine, masks={layer: [1]})):
             pass
     common_one = int(np.bincount(common.route(engine, ids)[1][:, 0].ravel()).argmax())
     with monkeypatch.context() as patch:
-        patch.setattr(common.EditedScoring, "edited", lambda self, logits: logits)
+        patch.setattr(common.LayerEdit, "edited", lambda self, logits: logits)
         with pytest.raises(RuntimeError, match=f"{layer}: the experts .{common_one}. were masked"):
-            with engine.edit_routing(masks={layer: [common_one]}):
+            with common.edit_routing(engine, masks={layer: [common_one]}):
                 common.complete(engine, ids)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with engine.edit_routing(boosts={layer: np.eye(num_experts)[0] * 50}):
+        with common.edit_routing(engine, boosts={layer: np.eye(num_experts)[0] * 50}):
             common.complete(engine, ids)
 
 
@@ -224,7 +225,7 @@ def test_an_exception_leaves_no_edit(engine, prompts):
     ids = [e["ids"] for e in prompts[:4]]
     before = common.route(engine, ids)[1]
     with pytest.raises(ZeroDivisionError):
-        with engine.edit_routing(masks={layer: [0, 1, 2] for layer in engine.shape}):
+        with common.edit_routing(engine, masks={layer: [0, 1, 2] for layer in engine.shape}):
             common.complete(engine, ids)
             raise ZeroDivisionError
     assert (common.route(engine, ids)[1] == before).all()
@@ -324,7 +325,7 @@ def agreement(family, folder):
                 torch.tensor([ids]), max_new_tokens=16, do_sample=False, eos_token_id=2,
                 pad_token_id=0)[0, len(ids):].tolist() for ids in prompts]
             arrays, _ = capture.capture(model, prompts)
-        with engine.edit_routing(**edit):
+        with common.edit_routing(engine, **edit):
             answers = common.complete(engine, prompts, max_new_tokens=16, eos_token_id=[2])
             _, selected = common.route(engine, prompts)
         equal = [list(a.token_ids) == e for a, e in zip(answers, expected)]

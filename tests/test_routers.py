@@ -163,6 +163,13 @@ def test_hooks_are_gone_after_an_exception():
     assert untouched(model)
 
 
+def test_a_recorded_router_does_not_wait_for_the_device(monkeypatch):
+    model = build_qwen()
+    with record_routing(model, lambda *call: None):
+        monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("a tensor was read"))
+        find_routers(model)[0](torch.randn(3, 32))
+
+
 def test_a_dense_model_is_refused_in_one_line():
     dense = LlamaConfig(**SIZE | {"num_experts_per_tok": None})
     with pytest.raises(InputError, match="^LlamaForCausalLM has no routers .*dense") as error:
