@@ -198,9 +198,9 @@ def boost_logits(router_logits, boost, rule="proportional"):
 
 
 class LayerEdit:
-    """The edit of a layer's routing, and tallies, on the device until they are read, that prove it.
+    """The edit of a layer's routing, and tallies on the device that prove it.
 
-    mask, zeroed, boost, rule are of check_edit; weight is any tensor of the router.
+    weight is one of the router's; what follows it is an edit, as check_edit returns it.
     """
 
     def __init__(self, weight, mask, zeroed, boost, rule, count_moved):
@@ -232,7 +232,7 @@ class LayerEdit:
         return weights.masked_fill(zeroed, 0)
 
     def read(self):
-        """(selections, masked experts that were selected, selections moved or zeroed)."""
+        """(selections, masked experts among them, how many were moved or zeroed if that counts)."""
         return (self.selections, (self.mask & self.selected).nonzero().flatten().tolist(),
                 int(self.changed) if self.counts else None)
 
@@ -247,8 +247,6 @@ class EditedForward(LayerEdit, TorchFunctionMode):
     def __init__(self, router, *edit):
         super().__init__(next(router.parameters()), *edit)
         self.router, self.unedited, self.num_experts = router, router.forward, len(self.mask)
-        # Inkling scores its always-on experts along with the others, behind them
-        self.width = getattr(router, "n_total_experts", self.num_experts)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in CHOICES:
@@ -257,7 +255,9 @@ class EditedForward(LayerEdit, TorchFunctionMode):
             if shape.numel() == self.num_experts and len(shape) < args[0].dim():
                 args = args[0].masked_fill(self.mask.view(shape), -torch.inf), *args[1:]
         output = func(*args, **kwargs or {})
-        if func is F.linear and output.shape[-1] == self.width:
+        # Inkling scores its always-on experts along with the others, behind them
+        if func is F.linear and output.shape[-1] == getattr(
+                self.router, "n_total_experts", self.num_experts):
             self.edits += 1
             routed, always_on = output.tensor_split([self.num_experts], -1)
             return torch.cat([self.edited(routed), always_on], -1)
@@ -284,7 +284,7 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
                  zeroed=None):
     """Inside the block, routers score edited logits; afterwards, in any case, as they did before.
 
-    model   of transformers, or a VLLMEngine
+    model   of transformers, or an engine with a shape and edited_routers of its own: VLLMEngine
     masks   {decoder layer: expert ids, or bool (num_experts,)}: never selected
     boosts  {decoder layer: (num_experts,) floats}, lambda included; see boost_logits for the rule
     zeroed  as masks: selected as before, with the weights of the others unchanged, but of weight 0
@@ -298,9 +298,10 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
     in another way, a masked expert that was selected, a router that was never called. A warning:
     an edit that moved, or zeroed, no selection at all.
     """
-    edits, changed = check_edit(masks, boosts, rule, routing_shape(model), zeroed), {}
+    edits = check_edit(masks, boosts, rule, routing_shape(model), zeroed, count_moved)
     edited = getattr(model, "edited_routers", functools.partial(edited_routers, model))
-    with edited(edits, count_moved) as proofs:
+    changed = {}
+    with edited(edits) as proofs:
         yield changed
     for layer, selections, masked, number in proofs:
         if not selections:
@@ -315,7 +316,7 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", count_move
 
 
 @contextlib.contextmanager
-def edited_routers(model, edits, count_moved):
+def edited_routers(model, edits):
     """Inside the block, edits of check_edit. Yields a list, on leaving of (layer, *read()) rows."""
     routers, forwards, proofs = find_routers(model), {}, []
     with contextlib.ExitStack() as patches:
@@ -324,7 +325,7 @@ def edited_routers(model, edits, count_moved):
             require(not isinstance(router.forward, EditedForward), f"layer {layer} is being edited "
                     "already; give masks and boosts to one edit_routing")
             forwards[layer] = patches.enter_context(patch.object(
-                router, "forward", EditedForward(router, *edit, count_moved)))
+                router, "forward", EditedForward(router, *edit)))
         yield proofs
     proofs += [(layer, *forward.read()) for layer, forward in forwards.items()]
 
@@ -334,9 +335,9 @@ def newly_selected(before, after):
     return (after[..., :, None] != before[..., None, :]).all(-1)
 
 
-def check_edit(masks, boosts, rule, shape, zeroed):
-    """{layer: (mask, zeroed, boost, rule)} of all layers that are edited, as lists of num_experts
-    booleans twice and floats, which are none where there is no boost. InputError if that does not
+def check_edit(masks, boosts, rule, shape, zeroed, count_moved=True):
+    """{layer: (mask, zeroed, boost, rule, count_moved)} of all layers that are edited: lists of
+    num_experts booleans, twice, and floats, or none without a boost. InputError if that does not
     fit a model with this routing_shape.
     """
     require(rule in RULES, f"rule '{rule}' is none of {', '.join(RULES)}")
@@ -353,7 +354,7 @@ def check_edit(masks, boosts, rule, shape, zeroed):
                     or np.shape(boost) == (num_experts,) and np.isfinite(boost).all(),
                     f"a boost is {num_experts} finite numbers, one per expert")
         if any(mask + zero) or boost:
-            checked[layer] = mask, zero, boost, rule
+            checked[layer] = mask, zero, boost, rule, count_moved
     return checked
 
 
@@ -1349,11 +1350,11 @@ def vllm_version(config):
 class RouterEdits:
     """What VLLMEngine calls by name in vLLM's workers, with plain lists: a worker_extension_cls."""
 
-    def edit_routers(self, edits, count_moved):
+    def edit_routers(self, edits):
         """edits of check_edit, until restore_routers."""
         from vllm.model_executor.layers.fused_moe.layer import MoERunner
         weight, self.undo = torch.empty(0, device=self.device), contextlib.ExitStack()
-        self.edits = {layer: LayerEdit(weight, *edit, count_moved) for layer, edit in edits.items()}
+        self.edits = {layer: LayerEdit(weight, *edit) for layer, edit in edits.items()}
         for block in self.model_runner.get_model().modules():
             if isinstance(block, MoERunner) and block.layer_id in edits:
                 router, edit = block.router, self.edits[block.layer_id]
@@ -1396,12 +1397,12 @@ class VLLMEngine:
                 complete(self, [[0]])
 
     @contextlib.contextmanager
-    def edited_routers(self, edits, count_moved):
+    def edited_routers(self, edits):
         """edited_routers of all workers."""
         require(not self.salt, "there is an edit already; give masks and boosts to one")
         proofs = []
         try:
-            self.llm.collective_rpc("edit_routers", args=(edits, count_moved))
+            self.llm.collective_rpc("edit_routers", args=(edits,))
             # what the prefix cache holds was computed under another edit
             self.salt = {"cache_salt": short_hash(edits)}
             yield proofs
