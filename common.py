@@ -208,7 +208,6 @@ class LayerEdit:
         self.boost = torch.tensor(boost, device=weight.device, dtype=torch.promote_types(
             weight.dtype, torch.float32))  # in float32 at least
         self.rule, self.moves = rule, count_moved and len(boost) > 0
-        self.counts = self.moves or any(zeroed)
         self.selections, self.selected, self.changed = 0, torch.zeros_like(self.mask), 0
 
     def edited(self, router_logits):
@@ -234,7 +233,7 @@ class LayerEdit:
     def read(self):
         """(selections, masked experts among them, how many were moved or zeroed if that counts)."""
         return (self.selections, (self.mask & self.selected).nonzero().flatten().tolist(),
-                int(self.changed) if self.counts else None)
+                int(self.changed) if self.moves or self.zeroed.any() else None)
 
 
 class EditedForward(LayerEdit, TorchFunctionMode):
