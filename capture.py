@@ -53,7 +53,8 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
     """Where the routers send every token of sequences (lists of ids), and how many were padded.
 
     counts, weight_sums, mean_probs  (sequences, layers, experts): selections, weights given with
-                                     them, mean softmax(router_logits); with null_draws, null_counts
+                                     them, mean softmax(router_logits)
+    null_counts                      (sequences, null_draws, layers, experts), if there are draws
     selected_experts                 (tokens, layers, top_k), one sequence after the other
     Padding stands on the right and needs no mask: attention is causal, so it reaches no real token.
     """
@@ -64,7 +65,7 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
     def on_router(layer, *answer):  # to one device, where a model is spread over several
         answer = [x.to(real.device).reshape(*real.shape[:2], -1)
                   for x in (*answer, *null_choices.pop(layer, ()))]
-        routing[layer] = *sums_over(real, *answer), answer[2][..., :kept].short()
+        routing[layer] = sums_over(real, *answer), answer[2][..., :kept].short()
 
     def run(batch):
         nonlocal real
@@ -75,20 +76,21 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
         model.get_decoder()(input_ids=ids, use_cache=False)
         require(len(routing) == len(layers), f"{len(layers) - len(routing)} routers were bypassed")
         # what leaves the device does so once per batch, all layers in one: (batch, layers, ...)
-        *sums, chosen = (torch.stack(x, 1).cpu().numpy()
-                         for x in zip(*(routing[layer] for layer in layers)))
+        sums, chosen = (torch.stack(x, 1).cpu().numpy()
+                        for x in zip(*(routing[layer] for layer in layers)))
         chosen = chosen.astype(np.uint8 if num_experts <= 256 else np.uint16)
         progress.update(sum(lengths[i] for i in batch))
-        return zip([ids.shape[1] - lengths[i] for i in batch],
-                   [experts[:, :lengths[i]].swapaxes(0, 1) for i, experts in zip(batch, chosen)],
-                   *sums)
+        return zip([ids.shape[1] - lengths[i] for i in batch], sums,
+                   [experts[:, :lengths[i]].swapaxes(0, 1) for i, experts in zip(batch, chosen)])
 
     with (null_routing(model, null_draws) as null_choices, record_routing(model, on_router),
           tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress):
-        padding, selected, *sums = zip(*run_batches(run, length_batches(lengths, batch_tokens)))
-    kinds = {"counts": np.int64, "weight_sums": np.float64, "mean_probs": np.float32,
-             "null_counts": np.int32}
-    arrays = {name: np.array(each, kind) for (name, kind), each in zip(kinds.items(), sums)}
+        padding, sums, selected = zip(*run_batches(run, length_batches(lengths, batch_tokens)))
+    counts, weight_sums, mean_probs, *null_counts = np.moveaxis(sums, 2, 0)
+    arrays = {"counts": counts.astype(np.int64), "weight_sums": weight_sums.astype(float),
+              "mean_probs": mean_probs.astype(np.float32)}
+    if null_draws:
+        arrays["null_counts"] = np.stack(null_counts, 1).astype(np.int32)
     if not stats_only:
         arrays["selected_experts"] = np.concatenate(selected)
     return arrays, sum(padding)
@@ -105,7 +107,7 @@ def record(model, sequences, batch_tokens, max_new_tokens=None, **options):
 
 
 def sums_over(real, router_logits, routing_weights, selected_experts, *more):
-    """Over real tokens, (batch, experts) each: selections, weights, mean probabilities, and more.
+    """Over real tokens selections, weights, mean probabilities, and more: (batch, each, experts).
 
     All (batch, tokens, experts or top_k), real (batch, tokens, 1). No step waits for the device.
     """
@@ -114,13 +116,13 @@ def sums_over(real, router_logits, routing_weights, selected_experts, *more):
     chosen = none.scatter(-1, selected_experts, 1.0)
     given = none.scatter(-1, selected_experts, weights)
     probs = router_logits.softmax(-1, dtype=torch.float32) / real.sum(1, keepdim=True)
-    return [(each * real).sum(1) for each in (chosen, given, probs, *more)]
+    return torch.stack([(each * real).sum(1) for each in (chosen, given, probs, *more)], 1)
 
 
 @contextlib.contextmanager
 def null_routing(model, draws):
     """Inside the block, a dict of what random routers select for the hidden states that a layer's
-    router was given last: {layer: [0 or 1 (tokens, draws * experts)]}; empty without draws.
+    router was given last: {layer: of each draw 0 or 1 (tokens, experts)}; empty without draws.
 
     They are linear, of random rows that have the norms of the trained one's; the same ones in every
     run, since a layer is the seed of its draws.
@@ -130,7 +132,7 @@ def null_routing(model, draws):
     def hook(layer, rows, router, args):
         logits = torch.einsum("...h,deh->...de", args[0].float(), rows)
         chosen = logits.topk(shape[layer][1]).indices
-        choices[layer] = [torch.zeros_like(logits).scatter(-1, chosen, 1.0).flatten(-2)]
+        choices[layer] = torch.zeros_like(logits).scatter(-1, chosen, 1.0).unbind(-2)
 
     with contextlib.ExitStack() as hooks:
         for layer, router in find_routers(model).items() if draws else ():
@@ -155,9 +157,6 @@ def as_dump(arrays, layers, sequences, prompt_lengths, text_spans):
     """What was recorded for one language's sequences, as the arrays of its dump."""
     totals = {key: arrays[key].sum(0) for key in ("counts", "weight_sums", "null_counts")
               if key in arrays}
-    if "null_counts" in totals:  # (layers, draws * experts) -> (draws, layers, experts)
-        totals["null_counts"] = totals["null_counts"].reshape(
-            len(layers), -1, totals["counts"].shape[1]).swapaxes(0, 1)
     dump = arrays | totals | {
         "sequence_offsets": np.cumsum([0, *map(len, sequences)]),
         "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(text_spans),
