@@ -209,26 +209,25 @@ def parse_arguments():
 
 def prepare(args):
     """(experiment, groups), checked before weights are read. A group: its sources, the languages
-    that it is evaluated in, and its arms, {name: {decoder layer: (num_experts,)}}: what is steered,
+    that it is evaluated in, and its arms, (name, {decoder layer: (num_experts,)}): what is steered,
     the random draws, and the control bands.
     """
     dumps, groups = analyze.load_languages(args.routing, args.part), []
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
                                                           dumps[0]["num_experts"])
-    for sources in args.sources:
-        boosted = choose_coefficients(args, dumps, sources, args.band)
-        arms = {"selection" if args.selection else "shared": boosted}
-        arms |= {f"random-seed{seed}": random_coefficients(boosted, seed)
-                 for seed in range(args.control_seeds)}
-        arms |= {f"band{band}": choose_coefficients(args, dumps, sources, band)
-                 for band in args.control_bands}
-        groups.append({"sources": sources, "arms": arms})
     experiment = common.Experiment(args, [dump for dump in dumps if args.selection
                                           or dump["language"] in sum(args.sources, [])])
-    for group in groups:  # the sources give; unless named, only other languages are evaluated
-        own = [] if args.languages and len(groups) == 1 else group["sources"]
-        group["languages"] = ([l for l in experiment.tasks if l not in own]
-                              or list(experiment.tasks))
+    for sources in args.sources:
+        boosted = choose_coefficients(args, dumps, sources, args.band)
+        arms = [("selection" if args.selection else "shared", boosted)]
+        arms += [(f"random-seed{seed}", random_coefficients(boosted, seed))
+                 for seed in range(args.control_seeds)]
+        arms += [(f"band{band}", choose_coefficients(args, dumps, sources, band))
+                 for band in args.control_bands]
+        # the sources give; unless named, only other languages are evaluated
+        own = [] if args.languages and len(args.sources) == 1 else sources
+        languages = [l for l in experiment.tasks if l not in own] or list(experiment.tasks)
+        groups.append({"sources": sources, "languages": languages, "arms": arms})
     fewest = min(len(encoded) for encoded, _ in experiment.tasks.values())
     common.require(len(args.lambdas) == 1 or fewest >= 4, "choosing among several lambdas takes 4 "
                    "examples or more; raise --limit or give one --lambda")
@@ -239,8 +238,8 @@ def choose_lambda(experiment, group):
     """(the best of the lambdas that move any selection, the examples to report it on): of several,
     it is chosen on the even ones. Prints what they move, beside what random draws do.
     """
-    args, kind, metric = experiment.args, next(iter(group["arms"])), experiment.args.metrics[0]
-    boosted, *draws = list(group["arms"].values())[:1 + args.control_seeds]
+    args, metric = experiment.args, experiment.args.metrics[0]
+    (kind, boosted), *draws = group["arms"][:1 + args.control_seeds]
     prompts = [e["ids"] for language in group["languages"]
                for e in experiment.tasks[language][0][:20]]
     move = functools.partial(moved_selections, experiment.engine or experiment.model, prompts,
@@ -255,7 +254,7 @@ def choose_lambda(experiment, group):
     scores = run_arms(experiment, group, [(kind, strength, boosted) for strength in lambdas])
     gains = lambda_gains(scores, lambdas, metric)
     best = max(gains, key=gains.get)
-    shared, *others = (each.mean() for each in (moved[best], *(move(c, best) for c in draws)))
+    shared, others = moved[best].mean(), [move(drawn, best).mean() for _, drawn in draws]
     print(f"selections moved: {shared:.2%}; by random draws {np.mean(others):.2%} "
           f"({min(others):.2%} to {max(others):.2%})"
           + "; less than half as much: no fair control" * bool(np.mean(others) < shared / 2))
@@ -270,7 +269,7 @@ def effect_tables(experiment, group, best, part):
     """{metric: [(title, rows)]}: steered by the best lambda beside random draws, on a part of the
     examples, and then each control band.
     """
-    arms, tables = [(name, best, each) for name, each in group["arms"].items()], {}
+    arms, tables = [(name, best, each) for name, each in group["arms"]], {}
     draws = 1 + experiment.args.control_seeds
     compared = {f"lambda {best}, beside random experts; seen: the smallest change that would be":
                 arms[:draws]} | {f"control {arm[0]}": [arm] for arm in arms[draws:]}
@@ -302,29 +301,28 @@ def group_tables(groups, effects):
     """[(title, rows)] for each metric: the gain of each target by group of sources, and whether
     languages related to the sources gain more. effects: effect_tables of each group.
     """
-    names, tables = [",".join(group["sources"]) for group in groups], []
+    names, found = [",".join(group["sources"]) for group in groups], []
     sources = [group["sources"][0] for group in groups]
     languages = list(dict.fromkeys(sum([*(group["languages"] for group in groups), sources], [])))
     for metric in effects[0]:
-        changes = [{row[""]: row["change"] for row in each[metric][0][1]
-                    if row[""] not in group["sources"]} for group, each in zip(groups, effects)]
+        changes = [{row[""]: row["change"] for row in tables[metric][0][1]} for tables in effects]
         gains = common.better(metric) * np.array([[change.get(l, np.nan) for l in languages]
                                                   for change in changes])
-        tables.append((f"gain of each language in {metric}, by the sources of steering",
-                       [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)
-                        if not np.isnan(row).all()]))
+        found.append((f"gain of each language in {metric}, by the sources of steering",
+                      [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)
+                       if not np.isnan(row).all()]))
         related, others, p, least = related_test(gains, sources, languages,
                                                  np.random.default_rng(0))
-        tables.append((f"languages of the first source's family gain {related - others:+.4f} more, "
-                       f"p {p:.3f} (at best {least:.3f} with these languages)\n", []))
-    return tables
+        found.append((f"languages of the first source's family gain {related - others:+.4f} more, "
+                      f"p {p:.3f} (at best {least:.3f} with these languages)\n", []))
+    return found
 
 
 def main():
     args = parse_arguments()
     (experiment, groups), effects = prepare(args), []
     for group in groups:
-        number = sum(map(np.count_nonzero, next(iter(group["arms"].values())).values()))
+        number = sum(map(np.count_nonzero, group["arms"][0][1].values()))
         print(f"{args.model}  {number} experts  "
               f"{args.selection or 'shared by ' + ','.join(group['sources'])}  rule {args.rule}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")

@@ -507,13 +507,13 @@ def test_a_planted_effect_is_found_and_without_it_none(carrier, tmp_path, folder
                   "--out", tmp_path / "r.jsonl")
     experiment = common.Experiment(args, [])
     boosted = {1: np.eye(8)[5]}
-    draws = {f"random-seed{seed}": steer.random_coefficients(boosted, seed) for seed in range(7)}
-    group = {"sources": [], "languages": ["en"], "arms": {"shared": boosted} | draws}
+    draws = [(f"random-seed{seed}", steer.random_coefficients(boosted, seed)) for seed in range(7)]
+    group = {"sources": [], "languages": ["en"], "arms": [("shared", boosted), *draws]}
     assert steer.choose_lambda(experiment, group) == (6, slice(None))
     (_, (row,)), = steer.effect_tables(experiment, group, 6, slice(None))["answer_nll"]
-    scores = steer.run_arms(experiment, group, [(name, 6, each) for name, each in draws.items()])
+    scores = steer.run_arms(experiment, group, [(name, 6, each) for name, each in draws])
     base, *random = scores["en"]["answer_nll"].mean(1)
-    others = [mean - base for mean, drawn in zip(random, draws.values()) if not drawn[1][5]]
+    others = [mean - base for mean, drawn in zip(random, draws) if not drawn[1][1][5]]
     beyond = row["high"] < 0 and row["change"] < min(others) - 0.1
     assert bool(beyond) == found
 
