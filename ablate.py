@@ -62,9 +62,9 @@ def choose_experts(args, dumps):
     if args.experts == "shared":
         return {"shared": analyze.shared_experts(share, args.threshold)}
     targets = args.targets.split(",") if args.targets else [dump["language"] for dump in dumps]
-    rows = {target: analyze.rows_of(target.split("+"), dumps) for target in targets}
-    return {target: analyze.exclusive_experts(share[rows[target]].sum(0), args.threshold)
-            for target in targets}
+    return {target: analyze.exclusive_experts(
+        share[analyze.rows_of(target.split("+"), dumps)].sum(0), args.threshold)
+        for target in targets}
 
 
 def random_controls(masked, used, draws, seed):

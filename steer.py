@@ -172,20 +172,20 @@ def effect_rows(metric, scores, part=slice(None)):
 
 
 def run_arms(experiment, group, arms):
-    """{language: {metric: scores (1 + arms, examples)}}: the unsteered model, then under each arm, a
-    name, lambda and coefficients.
+    """{language: {metric: scores (1 + arms, examples)}}: unsteered, then under each arm, a name,
+    lambda and coefficients.
     """
-    args, languages = experiment.args, group["languages"]
-    scores = [[experiment.cell(language)
-               for language in tqdm(languages, desc="baseline", leave=False)]]
-    for name, strength, coefficients in arms:
-        settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
-                    "sources": group["sources"], "band": sorted(coefficients),
-                    "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
-        name, boosts = f"{name}-lambda{strength}", scaled(coefficients, strength)
-        scores.append([experiment.cell(language, name, settings, boosts=boosts, rule=args.rule)
-                       for language in tqdm(languages, desc=name, leave=False)])
-    return dict(zip(languages, map(analyze.stacked, zip(*scores))))
+    args, scores = experiment.args, {}
+    for language in group["languages"]:
+        cells = [experiment.cell(language)]
+        for name, strength, coefficients in tqdm(arms, desc=language, leave=False):
+            settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
+                        "sources": group["sources"], "band": sorted(coefficients),
+                        "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
+            cells.append(experiment.cell(language, f"{name}-lambda{strength}", settings,
+                                         boosts=scaled(coefficients, strength), rule=args.rule))
+        scores[language] = analyze.stacked(cells)
+    return scores
 
 
 def parse_arguments():
@@ -271,9 +271,9 @@ def effect_tables(experiment, group, best, part):
     """
     arms, tables = [(name, best, each) for name, each in group["arms"]], {}
     draws = 1 + experiment.args.control_seeds
-    compared = {f"lambda {best}, beside random experts; seen: the smallest change that would be":
-                arms[:draws]} | {f"control {arm[0]}": [arm] for arm in arms[draws:]}
-    for title, each in compared.items():
+    compared = [(f"lambda {best}, beside random experts; seen: the smallest change that would be",
+                 arms[:draws]), *((f"control {arm[0]}", [arm]) for arm in arms[draws:])]
+    for title, each in compared:
         scores = run_arms(experiment, group, each)
         for metric in scores[group["languages"][0]]:
             tables.setdefault(metric, []).append(
