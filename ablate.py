@@ -62,16 +62,16 @@ def choose_experts(args, dumps):
     if args.experts == "shared":
         return {"shared": analyze.shared_experts(share, args.threshold)}
     targets = args.targets.split(",") if args.targets else [dump["language"] for dump in dumps]
-    rows = {target: analyze.rows_of(target.split("+"), dumps) for target in targets}
-    return {target: analyze.exclusive_experts(share[rows[target]].sum(0), args.threshold)
-            for target in targets}
+    return {target: analyze.exclusive_experts(
+        share[analyze.rows_of(target.split("+"), dumps)].sum(0), args.threshold)
+        for target in targets}
 
 
 def random_controls(masked, used, draws, seed):
     """Different sets of as many experts per layer, uniform among all of those in use, but for the
     masked set: bool (layers, experts) each. None at all where there are fewer than so many.
 
-    seed is a list of integers: of band, target and language, so that no two rows share a draw.
+    The seed is of band, target and language, so that no two rows share a draw.
     """
     rng, sets, numbers = np.random.default_rng(seed), {masked.tobytes(): masked}, masked.sum(1)
     if math.prod(map(math.comb, used.sum(1).tolist(), numbers.tolist())) <= draws:
@@ -106,11 +106,11 @@ def matched_control(masked, share, top_k, seed):
     return control
 
 
-def part_removed(masked, share, of=None):
-    """The part of a language's routing weight that masking removes, in the layers with a mask, or
-    where another set, of which this is a control, has one.
+def part_removed(masks, share, masked):
+    """The part of a language's routing weight that masks (..., layers, experts) remove, in the
+    layers where the masked set (layers, experts), of which they are controls, has experts.
     """
-    return share[masked].sum() / max(1, (masked if of is None else of).any(1).sum())
+    return (masks * share).sum((-2, -1)) / max(1, masked.any(1).sum())
 
 
 def routing_shares(dumps, languages):
@@ -122,55 +122,53 @@ def routing_shares(dumps, languages):
     return {language: shares.get(language, mean) for language in languages}
 
 
-def plan_cells(args, chosen, bands, dumps, shares):
-    """{(band, target, language): {kind: [bool (layers, experts) to mask]}}; kind "masked" is what
-    the experiment is about, "random" and "matched" are its controls.
+def plan_cells(args, chosen, bands, shares, top_k):
+    """{(band, target, language): {kind: bool (masks, layers, experts)}}; kind "masked" is what the
+    experiment is about, "random" (unless there are too few) and "matched" are its controls.
     """
     plan = {}
     for band, target, language in itertools.product(bands, chosen, shares):
-        masked, of_target = chosen[target] & bands[band][:, None], target.split("+")
-        share, top_k = shares[language], dumps[0]["top_k"]
-        if args.experts == "random" and masked.any():
-            used = np.any([dumps[i]["counts"] for i in analyze.rows_of(of_target, dumps)], 0)
-            drawn = random_controls(masked, used, 1, [zlib.crc32(f"{band} {target}".encode())])
-            common.require(drawn, f"{target} uses too few experts in {band} to draw as many others")
-            masked, = drawn
-        cell = plan[band, target, language] = {"masked": [masked]}
-        if masked.any() and (target in OF_ALL or language in of_target):
+        masked, share = chosen[target] & bands[band][:, None], shares[language]
+        most, num_experts = masked.sum(1).max(), masked.shape[1]
+        common.require(args.how == "zero" or num_experts - most >= top_k,
+                       f"masking {most} of {num_experts} experts leaves fewer than top_k {top_k}")
+        cell = {"masked": [masked]}
+        if masked.any() and (target in OF_ALL or language in target.split("+")):
             seed = zlib.crc32(f"{band} {target} {language}".encode())
-            cell["random"] = random_controls(masked, share > 0, args.control_seeds, [seed])
+            cell["random"] = random_controls(masked, share > 0, args.control_seeds, seed)
             cell["matched"] = [matched_control(masked, share, top_k, [seed, draw])
                                for draw in range(MATCHED_SEEDS)]
+        plan[band, target, language] = {kind: np.array(masks) for kind, masks in cell.items()
+                                        if masks}
     return plan
 
 
-def as_masks(chosen, layers):
-    """bool (layers, experts) -> {decoder layer: bool (experts,)}, as edit_routing takes it."""
-    return {layer: row for layer, row in zip(layers.tolist(), chosen) if row.any()}
+def as_edit(mask, layers, how):
+    """bool (layers, experts), as edit_routing takes it: by decoder layer."""
+    return {EDITS[how]: {layer: row for layer, row in zip(layers.tolist(), mask) if row.any()}}
 
 
 def run_cells(experiment, plan, bands, layers):
-    """plan with {metric: scores (examples,)} for every mask, and for "unmasked" beside them."""
+    """The plan with {metric: changes (masks, examples)} for masks: scores under each, less those
+    of the unmasked model.
+    """
     results, args = {}, experiment.args
     for (band, target, language), kinds in tqdm(plan.items(), unit="cell", leave=False):
-        unmasked = experiment.cell(language)
-        cell = results[band, target, language] = {"unmasked": [unmasked]}
+        unmasked, cell = experiment.cell(language), {}
+        results[band, target, language] = cell
         for kind, masks in kinds.items():
-            cell[kind] = []
+            scores = []
             for draw, mask in enumerate(masks):
                 name = args.experts if kind == "masked" else f"{kind}-seed{draw}"
                 settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(),
                             "target": target, "experts": name, "of": args.experts, "how": args.how}
                 # a mask without experts changes nothing: the unmasked model is its result
-                cell[kind].append(unmasked if not mask.any() else experiment.cell(
+                scores.append(unmasked if not mask.any() else experiment.cell(
                     language, f"{band}-{name}-{target}", settings,
-                    **{EDITS[args.how]: as_masks(mask, layers)}))
+                    **as_edit(mask, layers, args.how)))
+            cell[kind] = {metric: each - unmasked[metric]
+                          for metric, each in analyze.stacked(scores).items()}
     return results
-
-
-def changes(cell, kind, metric):
-    """What the masks of a kind change in a cell's scores: (masks, examples)."""
-    return np.array([each[metric] - cell["unmasked"][0][metric] for each in cell[kind]])
 
 
 def is_hurt(masked, random, matched, sign):
@@ -184,78 +182,56 @@ def is_hurt(masked, random, matched, sign):
     return bool(worst and all(sign * bound < 0 for bound in interval(masked - random)))
 
 
-def change_rows(results, metric):
-    """For each language, its mean score and what masking each target's experts changes in it."""
-    rows = {}
-    for (_, target, language), cell in results.items():
-        unmasked = np.nanmean(cell["unmasked"][0][metric])
-        row = rows.setdefault(language, {"": language, "unmasked": unmasked})
-        row[target] = np.nanmean(changes(cell, "masked", metric))
-    return list(rows.values())
-
-
-def control_rows(results, plan, metric, shares):
-    """For each language with controls three rows: masked, random and matched experts, how many they
-    are, what part of its routing weight goes, the mean change, and its 95 % interval over problems
-    or, of draws, the least and the most; and the verdict. Rows, and all verdicts.
+def control_rows(language, masks, changes, share, metric):
+    """A language's masked, random and matched experts: how many they are, what part of its routing
+    weight goes, the mean change, its 95 % interval over problems or, of draws, the least and the
+    most; and the verdict. masks and changes: {kind: (masks, layers, experts), (masks, examples)}
     """
-    rows, verdicts = [], []
-    for key, masks in plan.items():
-        if key not in results or len(masks) == 1:
-            continue
-        masked, share, verdict = masks["masked"][0], shares[key[2]], "none: too few other sets"
-        drawn = {kind: changes(results[key], kind, metric) for kind in masks if masks[kind]}
-        if "random" in drawn:
-            verdicts.append(is_hurt(*drawn["masked"], drawn["random"], drawn["matched"],
-                                    common.better(metric)))
-            verdict = "hurt" * verdicts[-1]
-        for kind, change in drawn.items():
-            removed = [part_removed(mask, share, masked) for mask in masks[kind]]
-            means = np.nanmean(change, 1)
-            low, high = interval(*change) if kind == "masked" else (means.min(), means.max())
-            experts = np.sum(masks[kind]) / len(means)
-            rows.append({"own": key[2], "": kind, "experts": f"{experts:.1f}",
-                         "weight": np.mean(removed), "change": means.mean(), "low": low,
-                         "high": high, "verdict": verdict * (kind == "masked")})
-        if min(removed) < 0.9 * part_removed(masked, share):
-            rows[-1]["verdict"] = "others do not carry as much"
-    return rows, verdicts
+    rows, (masked,) = [], masks["masked"]
+    for kind, change in changes.items():
+        removed, means = part_removed(masks[kind], share, masked), np.nanmean(change, 1)
+        low, high = interval(*change) if kind == "masked" else (means.min(), means.max())
+        rows.append({"own": language, "": kind, "experts": f"{masks[kind].sum() / len(means):.1f}",
+                     "weight": removed.mean(), "change": means.mean(), "low": low, "high": high,
+                     "verdict": ""})
+    rows[0]["verdict"] = "none: too few other sets"
+    if "random" in changes:
+        hurt = is_hurt(*changes["masked"], changes["random"], changes["matched"],
+                       common.better(metric))
+        rows[0]["verdict"] = "hurt" if hurt else "not hurt"
+    if removed.min() < 0.9 * rows[0]["weight"]:  # of the matched ones, which come last
+        rows[-1]["verdict"] = "others do not carry as much"
+    return rows
 
 
-def selectivity_rows(results, plan, metric, shares, tokens):
+def selectivity_rows(cells, plan, band, shares, tokens):
     """What a mask does to its own language less what it does to the mean of the others, problem by
     problem, with the 95 % interval; likelihoods in nats per problem, since tokens differ. Beside it
     the routing weight that goes from its own language and, on average, from the others.
 
-    tokens {language: (problems,)}, 1 where scores are no likelihoods. Nothing without as many
-    problems in every language.
+    cells as in effect_tables, tokens of each language's problems. Nothing without as many problems
+    in every language.
     """
-    rows, names = [], list(tokens)
-    if len(set(map(len, tokens.values()))) > 1 or len(names) < 2:
+    rows, share = [], np.array(list(shares.values()))
+    if len(set(map(len, tokens))) > 1 or len(tokens) < 2:
         return rows
-    for band, target in [key[:2] for key in results if key[1] == key[2]]:
-        mask, = plan[band, target, target]["masked"]
-        change = {language: changes(results[band, target, language], "masked", metric)[0]
-                  * tokens[language] for language in names}
-        weight = {language: part_removed(mask, shares[language]) for language in names}
-        own, own_weight = change.pop(target), weight.pop(target)
-        difference = own - np.mean(list(change.values()), 0)
+    for target in [target for target, language in cells if target == language]:
+        masked, = plan[band, target, target]["masked"]
+        own, removed = np.array(list(shares)) == target, part_removed(masked, share, masked)
+        change = np.array(tokens) * [cells[target, language]["masked"][0] for language in shares]
+        difference = change[own][0] - change[~own].mean(0)
         low, high = interval(difference)
         rows.append({"own": target, "own - others": np.nanmean(difference), "low": low,
-                     "high": high, "weight of own": own_weight,
-                     "of others": np.mean(list(weight.values()))})
+                     "high": high, "weight of own": removed[own][0],
+                     "of others": removed[~own].mean()})
     return rows
 
 
-def scored_tokens(tasks, metric):
-    """{language: how many tokens of each problem a likelihood is the mean of, or 1}."""
-    def count(example):
-        start, stop = example["text_span"]
-        return {"prompt_nll": stop - max(start, 1),
-                "answer_nll": len(example["answer_ids"])}.get(metric, 1)
-
-    return {language: np.array(list(map(count, encoded)))
-            for language, (encoded, _) in tasks.items()}
+def scored_tokens(example, metric):
+    """How many tokens of an example a likelihood is the mean of; 1 of another score."""
+    start, stop = example["text_span"]
+    return {"prompt_nll": stop - max(start, 1),
+            "answer_nll": len(example["answer_ids"])}.get(metric, 1)
 
 
 def run_each(experiment, shares, rows, layers):
@@ -264,33 +240,29 @@ def run_each(experiment, shares, rows, layers):
 
     effect  float64 (languages, layers, experts): mean change, nan where not run
     """
-    args, used = experiment.args, np.stack(list(shares.values()))
-    how, metric = args.how, args.metrics[0]
-    effect, number = np.full(used.shape, np.nan), np.count_nonzero(used[:, rows])
-    print(f"{number} evaluations")
-    with tqdm(total=number, leave=False) as progress:
-        for (i, row, expert), language in ((place, list(shares)[place[0]])
-                                           for place in np.argwhere(used).tolist()):
-            layer, base = int(layers[row]), experiment.cell(language)
-            settings = {"layer": layer, "expert": expert, "how": how}
-            edit = {EDITS[how]: {layer: np.arange(used.shape[2]) == expert}}
-            if rows[row] or experiment.key(language, settings, edit)[0] in experiment.rows:
-                after = experiment.cell(language, "each", settings, **edit)
-                effect[i, row, expert] = np.nanmean(after[metric] - base[metric])
-                progress.update(rows[row])
+    args, languages, used = experiment.args, list(shares), np.array(list(shares.values())) > 0
+    metric, effect = args.metrics[0], np.full(used.shape, np.nan)
+    print(f"{np.count_nonzero(used[:, rows])} evaluations")
+    for i, row, expert in tqdm(np.argwhere(used).tolist(), leave=False):
+        mask = np.zeros(used.shape[1:], bool)
+        mask[row, expert] = True
+        settings = {"layer": int(layers[row]), "expert": expert, "how": args.how}
+        edit = as_edit(mask, layers, args.how)
+        if rows[row] or experiment.key(languages[i], settings, edit)[0] in experiment.rows:
+            after = experiment.cell(languages[i], "each", settings, **edit)[metric]
+            effect[i, row, expert] = np.nanmean(after - experiment.cell(languages[i])[metric])
     path = common.predictions_folder(args.out) / "effects.npz"
-    meta = json.dumps(experiment.settings | {"harm": -common.better(metric), "how": how})
+    meta = json.dumps(experiment.settings | {"harm": -common.better(metric), "how": args.how})
     common.write_whole(path, lambda file: np.savez(
-        file, effect=effect, languages=list(shares), layers=layers, metric=metric, meta=meta))
+        file, effect=effect, languages=languages, layers=layers, metric=metric, meta=meta))
     return path
 
 
 def parse_arguments():
     p = common.argument_parser(__doc__)
     add = common.add_task_arguments(p)
-    add("--experts", choices=["exclusive", "shared", "random", "each"], default="exclusive",
-        metavar="E", help="exclusive to the target (default); shared by all; random, as many; or "
-        "each, one at a time")
+    add("--experts", choices=["exclusive", "shared", "each"], default="exclusive", metavar="E",
+        help="exclusive to the target (default); shared by all; or each, one at a time")
     add("--how", choices=EDITS, default="reroute", metavar="H",
         help="reroute: others take their place; zero: they contribute nothing")
     add("--targets", help="whose experts, as bn,de or bn+sw (default: those of the dumps)")
@@ -301,26 +273,34 @@ def parse_arguments():
         args.experts = "selection"
     common.require(args.experts != "each" or args.bands, "--experts each takes long; say in which "
                    "--bands")
-    common.require(not args.targets or args.experts in ("exclusive", "random"), "--targets has no "
-                   f"part in the {args.experts} experts; leave it out")
+    common.require(not args.targets or args.experts == "exclusive", "--targets has no part in the "
+                   f"{args.experts} experts; leave it out")
     return args
 
 
-def effect_tables(results, plan, bands, shares, tasks):
-    """[(title, rows)] of every metric and band, and the verdicts. bands: {band: its layers}"""
-    tables, verdicts = [], []
-    for metric, band in itertools.product(next(iter(results.values()))["unmasked"][0], bands):
-        of_band = {key: cell for key, cell in results.items() if key[0] == band}
-        rows, found = control_rows(of_band, plan, metric, shares)
-        verdicts += found
+def effect_tables(experiment, plan, results, bands, layers, shares):
+    """[(title, rows)] of every metric and band of run_cells' results."""
+    tables, tasks = [], experiment.tasks
+    for metric, band in itertools.product(next(iter(results.values()))["masked"], bands):
+        # {(target, language): {kind: changes (masks, examples)}}
+        cells = {key[1:]: {kind: changes[metric] for kind, changes in cell.items()}
+                 for key, cell in results.items() if key[0] == band}
+        changes = [{"": language, "unmasked": np.nanmean(experiment.cell(language)[metric])}
+                   | {target: np.nanmean(cell["masked"]) for (target, each), cell in cells.items()
+                      if each == language} for language in tasks]
+        controls = [control_rows(language, plan[band, target, language], cell, shares[language],
+                                 metric)
+                    for (target, language), cell in cells.items() if len(cell) > 1]
+        tokens = [[scored_tokens(example, metric) for example in encoded]
+                  for encoded, _ in tasks.values()]
         tables += [
-            (f"\n{band} (layers {bands[band]})  {metric}: change when experts are masked, of",
-             change_rows(of_band, metric)),
+            (f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
+             "experts are masked, of", changes),
             ("in the target's own language; low, high: 95 % interval, or the least and most draw",
-             rows),
+             sum(controls, [])),
             ("selective? the change in the own language less that in the others, per problem",
-             selectivity_rows(of_band, plan, metric, shares, scored_tokens(tasks, metric)))]
-    return tables, verdicts
+             selectivity_rows(cells, plan, band, shares, tokens))]
+    return tables
 
 
 def main():
@@ -336,21 +316,20 @@ def main():
     shares = routing_shares(dumps, experiment.tasks)
     if args.experts == "each":
         return print(run_each(experiment, shares, np.any(list(bands.values()), 0), layers))
-    plan = plan_cells(args, chosen, bands, dumps, shares)
-    masks = [mask for cell in plan.values() for kind in cell.values() for mask in kind]
-    common.require(np.any(masks), "no expert to mask in these bands; give other --bands or "
-                                  "--targets")
-    for mask in masks if args.how == "reroute" else ():
-        common.check_edit(as_masks(mask, layers), {}, "proportional", experiment.shape, {})
+    plan = plan_cells(args, chosen, bands, shares, dumps[0]["top_k"])
+    masks = np.concatenate([masks for cell in plan.values() for masks in cell.values()])
+    common.require(masks.any(), "no expert to mask in these bands; give other --bands or "
+                                "--targets")
     print(f"{args.model}  {len(masks)} cells  {args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     results = run_cells(experiment, plan, bands, layers)
-    named = {band: analyze.describe(layers[rows]) for band, rows in bands.items()}
-    tables, verdicts = effect_tables(results, plan, named, shares, experiment.tasks)
+    tables = effect_tables(experiment, plan, results, bands, layers, shares)
     analyze.print_tables(tables)
-    number, draws = len(verdicts), args.control_seeds
+    verdicts = [row.get("verdict") for _, rows in tables for row in rows]
+    hurt, draws = verdicts.count("hurt"), args.control_seeds
+    number = hurt + verdicts.count("not hurt")
     print(f"\nhurt: worse than all {draws} random draws and all {MATCHED_SEEDS} matched ones, and "
-          f"by an interval\nover problems and draws. {sum(verdicts)} of {number} rows are hurt; "
+          f"by an interval\nover problems and draws. {hurt} of {number} rows are hurt; "
           f"chance would give up to {number / (draws + 1):.1f}")
     common.print_end(experiment)
 

@@ -709,26 +709,36 @@ def permutations(n, rng):
     return np.array([range(n), *(rng.permutation(n) for _ in range(PERMUTATIONS))])
 
 
-def family_test(similarities, labels, rng):
-    """Of each band, mean similarity within groups, between, p: how often labels dealt out at random
-    do as well, and the least p that so many languages allow.
+def label_test(values, first, second, labels, rng):
+    """Of each row, the mean over pairs with one label, over the others, p: how often labels dealt
+    out at random set them as far apart, and the least p that so many labels allow.
 
-    similarities (bands, n, n), labels the group of each language, or "": those are left out
-    -> (bands, 4), nan without a pair within, or between
+    values (rows, pairs); a pair is of labels[first] and labels[second], both (pairs,)
+    -> (rows, 4), nan if all pairs are of one label, or none
     """
-    known = np.flatnonzero(labels)
-    groups = np.unique(labels[known], return_inverse=True)[1]
-    i, j = np.triu_indices(len(known), 1)
-    values, same = similarities[:, known[i], known[j]], groups[i] == groups[j]
+    groups = np.unique(labels, return_inverse=True)[1]
+    same, gaps = groups[first] == groups[second], []
     if same.all() or not same.any():
         return np.full((len(values), 4), np.nan)
-    # the number of pairs within groups being the same, the gap grows with their sum; with same as
-    # the similarity itself, only the labelling as it is has the largest
+    # with same as values themselves, only the labelling as it is has the largest gap
     values = np.concatenate([values, same[None]])
-    sums = np.concatenate([(dealt[:, i] == dealt[:, j]) @ values.T for dealt in np.array_split(
-        groups[permutations(len(known), rng)], 50)])
-    p = (sums >= sums[0] - 1e-12).mean(0)
+    for dealt in np.array_split(groups[permutations(len(groups), rng)], 50):
+        alike = dealt[:, first] == dealt[:, second]
+        alike = alike[alike.any(1) & ~alike.all(1)]
+        gap = alike / alike.sum(1, keepdims=True) - ~alike / (~alike).sum(1, keepdims=True)
+        gaps.append(gap @ values.T)
+    gaps = np.concatenate(gaps)
+    p = (gaps >= gaps[0] - 1e-12).mean(0)
     return np.stack([values[:, same].mean(1), values[:, ~same].mean(1), p, p * 0 + p[-1]], 1)[:-1]
+
+
+def family_test(similarities, labels, rng):
+    """label_test of each band's similarities (bands, n, n) between languages, by the group of each;
+    those with the label "" are left out. -> (bands, 4)
+    """
+    known = np.flatnonzero(labels)
+    i, j = np.triu_indices(len(known), 1)
+    return label_test(similarities[:, known[i], known[j]], i, j, labels[known], rng)
 
 
 def holm(p):

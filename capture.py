@@ -16,6 +16,7 @@ about its bare prefill time.
 
 import argparse
 import contextlib
+import functools
 import json
 import time
 from pathlib import Path
@@ -52,25 +53,19 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
     """Where the routers send every token of sequences (lists of ids), and how many were padded.
 
     counts, weight_sums, mean_probs  (sequences, layers, experts): selections, weights given with
-                                     them, mean softmax(router_logits); with null_draws, null_counts
+                                     them, mean softmax(router_logits)
+    null_counts                      (sequences, null_draws, layers, experts), if there are draws
     selected_experts                 (tokens, layers, top_k), one sequence after the other
     Padding stands on the right and needs no mask: attention is causal, so it reaches no real token.
     """
     layers, num_experts, top_k = one_shape(routing_shape(model))
-    lengths, routing, real = list(map(len, sequences)), {}, None  # the last two, of a batch
-    offsets, shape = np.cumsum([0, *lengths]), (len(lengths), len(layers), num_experts)
-    arrays = {"counts": np.empty(shape, np.int64), "weight_sums": np.empty(shape),
-              "mean_probs": np.empty(shape, np.float32)}
-    if null_draws:
-        arrays["null_counts"] = np.empty((*shape[:2], null_draws * num_experts), np.int32)
-    if not stats_only:
-        arrays["selected_experts"] = np.empty(
-            (offsets[-1], len(layers), top_k), np.uint8 if num_experts <= 256 else np.uint16)
+    lengths, kept = list(map(len, sequences)), 0 if stats_only else top_k  # IDs of a token
+    routing, real = {}, None  # of a batch: what each layer adds, and which tokens are no padding
 
     def on_router(layer, *answer):  # to one device, where a model is spread over several
-        logits, weights, chosen = (x.to(real.device).reshape(*real.shape[:2], -1) for x in answer)
-        sums = sequence_sums(logits, weights, chosen, real) + null_sums(layer, real, top_k)
-        routing[layer] = *sums, chosen.short()
+        answer = [x.to(real.device).reshape(*real.shape[:2], -1)
+                  for x in (*answer, *null_choices.pop(layer, ()))]
+        routing[layer] = sums_over(real, *answer), answer[2][..., :kept].short()
 
     def run(batch):
         nonlocal real
@@ -81,18 +76,24 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
         model.get_decoder()(input_ids=ids, use_cache=False)
         require(len(routing) == len(layers), f"{len(layers) - len(routing)} routers were bypassed")
         # what leaves the device does so once per batch, all layers in one: (batch, layers, ...)
-        *sums, chosen = (torch.stack(x, 1) for x in zip(*(routing[layer] for layer in layers)))
-        for array, total in zip(arrays.values(), sums):
-            array[batch] = total.cpu().numpy()
-        for i, experts in zip(batch, () if stats_only else chosen.cpu().numpy()):
-            rows = arrays["selected_experts"][offsets[i]:offsets[i + 1]]
-            rows[:] = experts[:, :lengths[i]].swapaxes(0, 1)
+        sums, chosen = (torch.stack(x, 1).cpu().numpy()
+                        for x in zip(*(routing[layer] for layer in layers)))
+        chosen = chosen.astype(np.uint8 if num_experts <= 256 else np.uint16)
         progress.update(sum(lengths[i] for i in batch))
-        return [ids.shape[1] - lengths[i] for i in batch]
+        return zip([ids.shape[1] - lengths[i] for i in batch], sums,
+                   [experts[:, :lengths[i]].swapaxes(0, 1) for i, experts in zip(batch, chosen)])
 
-    with (null_routing(model, null_draws) as null_sums, record_routing(model, on_router),
+    with (null_routing(model, null_draws) as null_choices, record_routing(model, on_router),
           tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress):
-        return arrays, sum(run_batches(run, length_batches(lengths, batch_tokens)))
+        padding, sums, selected = zip(*run_batches(run, length_batches(lengths, batch_tokens)))
+    counts, weight_sums, mean_probs, *null_counts = np.moveaxis(sums, 2, 0)
+    arrays = {"counts": counts.astype(np.int64), "weight_sums": weight_sums.astype(float),
+              "mean_probs": mean_probs.astype(np.float32)}
+    if null_draws:
+        arrays["null_counts"] = np.stack(null_counts, 1).astype(np.int32)
+    if not stats_only:
+        arrays["selected_experts"] = np.concatenate(selected)
+    return arrays, sum(padding)
 
 
 def record(model, sequences, batch_tokens, max_new_tokens=None, **options):
@@ -105,8 +106,8 @@ def record(model, sequences, batch_tokens, max_new_tokens=None, **options):
     return sequences, *capture(model, sequences, batch_tokens, **options)
 
 
-def sequence_sums(router_logits, routing_weights, selected_experts, real):
-    """Over real tokens, (batch, experts) each: selections, weights, mean probabilities.
+def sums_over(real, router_logits, routing_weights, selected_experts, *more):
+    """Over real tokens selections, weights, mean probabilities, and more: (batch, each, experts).
 
     All (batch, tokens, experts or top_k), real (batch, tokens, 1). No step waits for the device.
     """
@@ -115,35 +116,33 @@ def sequence_sums(router_logits, routing_weights, selected_experts, real):
     chosen = none.scatter(-1, selected_experts, 1.0)
     given = none.scatter(-1, selected_experts, weights)
     probs = router_logits.softmax(-1, dtype=torch.float32) / real.sum(1, keepdim=True)
-    return [(each * real).sum(1) for each in (chosen, given, probs)]
+    return torch.stack([(each * real).sum(1) for each in (chosen, given, probs, *more)], 1)
 
 
 @contextlib.contextmanager
 def null_routing(model, draws):
-    """Inside the block, null_sums(layer, real, top_k): selections (batch, draws * experts) for the
-    hidden states that the layer's router was given last, in a list, which is empty without draws.
+    """Inside the block, a dict of what random routers select for the hidden states that a layer's
+    router was given last: {layer: of each draw 0 or 1 (tokens, experts)}; empty without draws.
 
-    They are made by linear routers of random rows that have the norms of the trained one's; the
-    same ones in every run, since a layer is the seed of its draws.
+    They are linear, of random rows that have the norms of the trained one's; the same ones in every
+    run, since a layer is the seed of its draws.
     """
-    hidden, routers = {}, {}
+    choices, shape = {}, routing_shape(model)
 
-    def null_sums(layer, real, top_k):
-        states = hidden.pop(layer).reshape(*real.shape[:2], -1).to(real.device, torch.float32)
-        logits = torch.einsum("bth,deh->btde", states, routers[layer].to(states))
-        picked = torch.zeros_like(logits).scatter(-1, logits.topk(top_k).indices, 1.0).flatten(2)
-        return [(picked * real).sum(1)]
+    def hook(layer, rows, router, args):
+        logits = torch.einsum("...h,deh->...de", args[0].float(), rows)
+        chosen = logits.topk(shape[layer][1]).indices
+        choices[layer] = torch.zeros_like(logits).scatter(-1, chosen, 1.0).unbind(-2)
 
     with contextlib.ExitStack() as hooks:
         for layer, router in find_routers(model).items() if draws else ():
             trained = max(router.parameters(), key=torch.numel)  # (experts, hidden size)
-            trained = trained[:routing_shape(model)[layer][0]].float()  # Inkling: always-on, too
+            trained = trained[:shape[layer][0]].float()  # Inkling: always-on ones, too
             seeded, norms = torch.Generator().manual_seed(layer), trained.norm(dim=1, keepdim=True)
             rows = F.normalize(torch.randn(draws, *trained.shape, generator=seeded), dim=-1)
-            routers[layer] = rows.to(norms.device) * norms
             hooks.enter_context(router.register_forward_pre_hook(
-                lambda router, args, layer=layer: hidden.update({layer: args[0]})))
-        yield null_sums if draws else lambda *_: []
+                functools.partial(hook, layer, rows.to(norms.device) * norms)))
+        yield choices
 
 
 def one_shape(shape):
@@ -154,19 +153,16 @@ def one_shape(shape):
     return list(shape), *kinds.pop()
 
 
-def as_dump(arrays, corpus, layers):
-    """What was recorded for one language's corpus, as the arrays of its dump."""
-    sequences, prompt_lengths, spans = zip(*corpus)
-    dump = arrays | {key: arrays[key].sum(0) for key in ("counts", "weight_sums") if key in arrays}
-    dump |= {"sequence_offsets": np.cumsum([0, *map(len, sequences)]),
-             "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(spans),
-             "layers": np.array(layers, np.int32)}
+def as_dump(arrays, layers, sequences, prompt_lengths, text_spans):
+    """What was recorded for one language's sequences, as the arrays of its dump."""
+    totals = {key: arrays[key].sum(0) for key in ("counts", "weight_sums", "null_counts")
+              if key in arrays}
+    dump = arrays | totals | {
+        "sequence_offsets": np.cumsum([0, *map(len, sequences)]),
+        "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(text_spans),
+        "layers": np.array(layers, np.int32)}
     if "selected_experts" in arrays:
         dump["token_ids"] = np.concatenate(sequences).astype(np.int32)
-    if "null_counts" in arrays:  # (draws, layers, experts)
-        layers, experts = dump["counts"].shape
-        dump["null_counts"] = arrays["null_counts"].sum(0, dtype=np.int64).reshape(
-            layers, -1, experts).swapaxes(0, 1)
     return dump
 
 
@@ -199,7 +195,7 @@ def is_done(path, meta, overwrite):
 
 
 def plan_dumps(args, config, tokenizer, shape):
-    """[(corpus of read_corpus, meta, path of the dump)] of those that are not there yet."""
+    """[(columns of read_corpus, meta, path of the dump)] of those that are not there yet."""
     (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
     revision, tokenizer_hash = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
     longest = min(args.max_length, max_positions(config) - (args.engine == "vllm"))  # it adds one
@@ -227,8 +223,9 @@ def plan_dumps(args, config, tokenizer, shape):
         if meta["truncated"]:
             print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
                   "--max-length")
-        plan.append(([(ids[:longest], min(prompt, longest), np.minimum(span, longest))
-                      for ids, prompt, span in corpus], meta, path))
+        columns = zip(*((ids[:longest], min(prompt, longest), np.minimum(span, longest))
+                        for ids, prompt, span in corpus))
+        plan.append((list(columns), meta, path))
     return plan
 
 
@@ -246,15 +243,15 @@ def read_tokens(path):
     """read_corpus of the very tokens of a whole dump."""
     with (explained(f"{path} is no whole dump with token_ids and text_spans; --tokens takes one"),
           np.load(path, allow_pickle=False) as file):
-        offsets, ids, spans = (file[key] for key in ("sequence_offsets", "token_ids", "text_spans"))
-        lengths, prompts = np.diff(offsets), file["prompt_lengths"]
+        offsets, ids, prompts, spans = (file[key] for key in (
+            "sequence_offsets", "token_ids", "prompt_lengths", "text_spans"))
         require(json.loads(str(file["meta"])).get("shard", "1/1") == "1/1", "it is a shard")
-        require(ids.dtype.kind in "iu" and offsets[0] == 0 and offsets[-1] == len(ids)
-                and (lengths > 0).all() and len(lengths) == len(prompts) == len(spans)
-                and (prompts <= lengths).all() and (spans <= prompts[:, None]).all(),
-                "its sequences do not fit its tokens")
-        sequences = np.split(ids, offsets[1:-1])
-        return list(zip(map(np.ndarray.tolist, sequences), prompts.tolist(), spans))
+        sequences = [part.tolist() for part in np.split(ids, offsets[1:-1])]
+        lengths = list(map(len, sequences))
+        require(ids.dtype.kind in "iu" and lengths == np.diff(offsets).tolist() and 0 not in lengths
+                and len(lengths) == len(prompts) == len(spans) and (prompts <= lengths).all()
+                and (spans <= prompts[:, None]).all(), "its sequences do not fit its tokens")
+        return list(zip(sequences, prompts.tolist(), spans))
 
 
 def parse_shard(text):
@@ -305,20 +302,19 @@ def main():
     Path(args.out).mkdir(parents=True, exist_ok=True)
     dtype = dtype_name(args.dtype, config)
     if args.engine == "vllm":
-        model, options = VLLMEngine(args.model, shape, dtype, **args.engine_options), {}
+        model = VLLMEngine(args.model, shape, dtype, **args.engine_options)
     else:
         model = load_weights(args.model, config, args.dtype, args.device)
-        options = {"stats_only": args.stats_only, "null_draws": args.null_router}
         try_model(model, plan[0][0][0][0], edits=False)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  {dtype}")
-    for corpus, meta, path in plan:
-        (prompts, *rest), started = zip(*corpus), time.perf_counter()
+    for (prompts, *rest), meta, path in plan:
+        started = time.perf_counter()
         sequences, arrays, padded = record(
-            model, list(prompts), args.batch_tokens, args.max_new_tokens, **options)
-        corpus = list(zip(sequences, *rest))
+            model, prompts, args.batch_tokens, args.max_new_tokens, stats_only=args.stats_only,
+            null_draws=args.null_router)
         tokens, seconds = sum(map(len, sequences)), time.perf_counter() - started
-        save_dump(path, as_dump(arrays, corpus, layers), meta)
-        print(f"{meta['language']:<8} {len(corpus):>6} sequences {tokens:>10,} tokens  "
+        save_dump(path, as_dump(arrays, layers, sequences, *rest), meta)
+        print(f"{meta['language']:<8} {len(sequences):>6} sequences {tokens:>10,} tokens  "
               f"{padded / (padded + tokens):.1%} padding  {tokens / seconds:>7,.0f} tokens/s  "
               f"{path}")
 

@@ -20,6 +20,7 @@ goes on where it stopped. In a notebook, with model, tokenizer = common.load_mod
     with steer(model, steering_coefficients(dumps, ["en", "zh"]), 0.5): model.generate(**batch)
 """
 
+import functools
 import itertools
 import math
 import sys
@@ -58,31 +59,31 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=EXPERT
     band   decoder layers "10-39", inclusive; by default the paper's part of the depth
     InputError if no expert is shared in the band.
     """
-    frequency, layers = analyze.frequencies(dumps), dumps[0]["layers"]
-    share = analyze.language_shares(frequency[analyze.rows_of(sources, dumps)],
-                                    experts_per_language)
-    coefficients = np.where(analyze.shared_experts(share, threshold), share[0], 0)
+    frequency = analyze.frequencies(dumps)[analyze.rows_of(sources, dumps)]
+    share = analyze.language_shares(frequency, experts_per_language)
+    shared = analyze.shared_experts(share, threshold)
+    return in_band(np.where(shared, share[0], 0), dumps[0]["layers"], band)
+
+
+def in_band(coefficients, layers, band=None):
+    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any."""
     first, last = (part * len(layers) for part in PAPER_BAND)
     band = band or f"{layers[int(first)]}-{layers[math.ceil(last) - 1]}"
-    return in_band(coefficients, layers, band,
-                   f"{','.join(sources)} share no expert in this band; raise --threshold or "
-                   "--experts-per-language")
-
-
-def selection_coefficients(selection, layers, band=None):
-    """{decoder layer: float64 (num_experts,)}: 1 for what A's tokens select more, -1 for B's.
-
-    selection  analyze.load_selection's (layers, experts); band "A-B", by default all of its layers
-    """
-    return in_band(np.sign(selection), layers, band or f"{layers[0]}-{layers[-1]}",
-                   f"the selection has no experts in {band}")
-
-
-def in_band(coefficients, layers, band, message):
-    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any."""
     rows = analyze.parse_bands([band], layers)[band] & coefficients.any(1)
-    common.require(rows.any(), message)
+    common.require(rows.any(), f"no expert to boost in the layers {band}; give another --band, or "
+                               "raise --threshold or --experts-per-language")
     return dict(zip(layers[rows].tolist(), coefficients[rows]))
+
+
+def choose_coefficients(args, dumps, sources, band):
+    """steering_coefficients of the sources, or 1 for what a selection's A selects more, -1 for
+    what B does; that without a band in all layers.
+    """
+    if not args.selection:
+        return steering_coefficients(dumps, sources, band, args.experts_per_language,
+                                     args.threshold)
+    layers, selection = dumps[0]["layers"], analyze.load_selection(args.selection, dumps[0])
+    return in_band(np.sign(selection), layers, band or f"{layers[0]}-{layers[-1]}")
 
 
 def random_coefficients(coefficients, seed):
@@ -102,29 +103,27 @@ def steer(model, coefficients, strength, rule=RULE, **options):
 
 def moved_selections(model, sequences, coefficients, strength, rule=RULE,
                      batch_tokens=BATCH_TOKENS):
-    """{steered layer: part of the sequences' expert selections that steering changes}.
+    """(steered layers,): the part of the sequences' expert selections that steering changes there.
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
     before = record(model, sequences, batch_tokens)[1]["selected_experts"]
     with steer(model, coefficients, strength, rule, count_moved=False):
         after = record(model, sequences, batch_tokens)[1]["selected_experts"]
-    moved = common.newly_selected(before, after).mean((0, 2))
-    return {layer: part for layer, part in zip(common.routing_shape(model), moved.tolist())
-            if layer in coefficients}
+    steered = [layer in coefficients for layer in common.routing_shape(model)]
+    return common.newly_selected(before, after)[:, steered].mean((0, 2))
 
 
-def choose_lambda(base, steered, metric):
-    """(best, {lambda: mean gain over languages}): less nats or more of another metric are a gain.
+def lambda_gains(scores, lambdas, metric):
+    """{lambda: mean gain over languages}: less nats or more of another metric are a gain.
 
-    base {language: scores (examples,)}, steered {lambda: {language: scores}}. Of several lambdas,
-    even examples choose, and odd ones are left to report on.
+    scores of run_arms, an arm for each lambda. Of several, even examples choose, and odd ones are
+    left to report on.
     """
-    gains, step = {}, min(len(steered), 2)
-    for strength, scores in steered.items():
-        change = np.mean([np.nanmean((scores[l] - base[l])[::step]) for l in base])
-        gains[strength] = common.better(metric) * change
-    return max(gains, key=gains.get), gains
+    step = min(len(lambdas), 2)
+    return {strength: common.better(metric) * np.mean([
+        np.nanmean((each[metric][arm] - each[metric][0])[::step]) for each in scores.values()])
+        for arm, strength in enumerate(lambdas, 1)}
 
 
 def sign_flip_p(differences, seed=0):
@@ -139,22 +138,22 @@ def sign_flip_p(differences, seed=0):
     return np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12)
 
 
-def effect_rows(metric, part, base, scores, draws=()):
+def effect_rows(metric, scores, part=slice(None)):
     """An effect for each language, and for all "together" where they have as many problems: means
     before and after, the paired change with its 95 % interval, and the changes by random draws.
 
-    base, scores and each of draws: {language: scores (examples,)}, of which a part counts. Of all
-    together, problems are resampled, and their signs flipped, not answers. "seen" is the smallest
-    change that so many problems would show (p < .05) in four of five cases.
+    scores of run_arms, steered first, of whose examples a part counts. Of all together, problems
+    are resampled, and their signs flipped, not answers. "seen" is the smallest change that so many
+    problems would show (p < .05) in four of five cases.
     """
     # (before, after and draws; languages; examples)
-    cells = {l: np.array([[x[l][part]] for x in (base, scores, *draws)]) for l in base}
+    cells = {language: each[metric][:, None, part] for language, each in scores.items()}
     if len({cell.shape for cell in cells.values()}) == 1 < len(cells):
         cells["together"] = np.concatenate(list(cells.values()), 1)
     rows = []
     for name, cell in cells.items():
-        before, after, *controls = cell.mean(1)
-        difference, changes = after - before, [np.nanmean(each - before) for each in controls]
+        before, after, *draws = cell.mean(1)
+        difference, changes = after - before, [np.nanmean(draw - before) for draw in draws]
         n, spread = np.isfinite(difference).sum(), np.nanstd(difference)
         low, high = common.bootstrap_interval(difference)
         counts = {}
@@ -163,59 +162,29 @@ def effect_rows(metric, part, base, scores, draws=()):
                       "p": sign_flip_p(difference)}
             if (cell[0] == cell[1]).all():  # the rule of three
                 low, high, spread = -min(1, 3 / n), min(1, 3 / n), np.sqrt(3 / n)
-        rows.append({"": name, "before": np.nanmean(before), "after": np.nanmean(after),
-                     "change": np.nanmean(difference), "low": low, "high": high} | (
-                         {"random": np.mean(changes), "least": min(changes), "most": max(changes)}
-                         if changes else {}) | counts | {"seen": 2.8 * spread / np.sqrt(n)})
+        row = {"": name, "before": np.nanmean(before), "after": np.nanmean(after),
+               "change": np.nanmean(difference), "low": low, "high": high}
+        if draws:
+            row |= {"random": np.mean(changes), "least": min(changes), "most": max(changes)}
+        rows.append(row | counts | {"seen": 2.8 * spread / np.sqrt(n)})
     return rows
 
 
-def choose_coefficients(args, dumps, sources):
-    """A group: its sources, the kind of its experts ("shared" or "selection"), the boosted ones and
-    as controls random draws and {"band0-7": ...}, each {decoder layer: (num_experts,)}.
+def run_arms(experiment, group, arms):
+    """{language: {metric: scores (1 + arms, examples)}}: unsteered, then under each arm, a name,
+    lambda and coefficients.
     """
-    def coefficients(band):
-        if args.selection:
-            selection = analyze.load_selection(args.selection, dumps[0])
-            return selection_coefficients(selection, dumps[0]["layers"], band)
-        return steering_coefficients(dumps, sources, band, args.experts_per_language,
-                                     args.threshold)
-
-    boosted = coefficients(args.band)
-    return {"sources": sources, "kind": "selection" if args.selection else "shared",
-            "boosted": boosted, "draws": [random_coefficients(boosted, seed)
-                                          for seed in range(args.control_seeds)],
-            "bands": {f"band{band}": coefficients(band) for band in args.control_bands}}
-
-
-def run_cells(experiment, group, name="baseline", strength=0, coefficients=None):
-    """{metric: {language: scores (examples,)}} under the boosts, or of the unsteered model."""
-    args, edit, settings = experiment.args, {}, {}
-    if coefficients:
-        settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
-                    "sources": group["sources"], "band": sorted(coefficients),
-                    "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
-        edit = {"boosts": scaled(coefficients, strength), "rule": args.rule}
-        name = f"{name}-lambda{strength}"
-    cells = {language: experiment.cell(language, name, settings, **edit)
-             for language in tqdm(group["languages"], desc=name, leave=False)}
-    return {metric: {language: cell[metric] for language, cell in cells.items()}
-            for metric in cells[group["languages"][0]]}
-
-
-def run_all(experiment, group, lambdas):
-    """({lambda: gain}, unsteered, steered, [random draws], {control band: ...}), as of run_cells:
-    steered by the best of the lambdas, which is chosen on the even examples if there are several.
-    """
-    metric, base = experiment.args.metrics[0], run_cells(experiment, group)
-    steered = {strength: run_cells(experiment, group, group["kind"], strength, group["boosted"])
-               for strength in lambdas}
-    best, gains = choose_lambda(base[metric], {l: s[metric] for l, s in steered.items()}, metric)
-    draws = [run_cells(experiment, group, f"random-seed{seed}", best, coefficients)
-             for seed, coefficients in enumerate(group["draws"])]
-    return gains, base, steered[best], draws, {
-        name: run_cells(experiment, group, name, best, coefficients)
-        for name, coefficients in group["bands"].items()}
+    args, scores = experiment.args, {}
+    for language in group["languages"]:
+        cells = [experiment.cell(language)]
+        for name, strength, coefficients in tqdm(arms, desc=language, leave=False):
+            settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
+                        "sources": group["sources"], "band": sorted(coefficients),
+                        "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
+            cells.append(experiment.cell(language, f"{name}-lambda{strength}", settings,
+                                         boosts=scaled(coefficients, strength), rule=args.rule))
+        scores[language] = analyze.stacked(cells)
+    return scores
 
 
 def parse_arguments():
@@ -232,145 +201,135 @@ def parse_arguments():
     args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
     common.require(np.isfinite(args.lambdas).all(),
                    f"lambda must be a finite number, not {args.lambdas}")
-    common.require(args.selection or all(len(set(group)) == len(group) > 1
-                                         for group in args.sources), "--sources takes two or more "
+    common.require(args.selection or min(map(len, args.sources)) > 1, "--sources takes two or more "
                    f"different languages, as {SOURCES[0]}, or several such groups")
     return args
 
 
 def prepare(args):
-    """(experiment, groups of choose_coefficients with the languages that each is evaluated in),
-    checked before weights are read.
+    """(experiment, groups), checked before weights are read. A group: its sources, the languages
+    that it is evaluated in, and its arms, (name, {decoder layer: (num_experts,)}): what is steered,
+    the random draws, and the control bands.
     """
-    dumps = analyze.load_languages(args.routing, args.part)
+    dumps, groups = analyze.load_languages(args.routing, args.part), []
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
                                                           dumps[0]["num_experts"])
-    groups = [choose_coefficients(args, dumps, sources) for sources in args.sources]
     experiment = common.Experiment(args, [dump for dump in dumps if args.selection
                                           or dump["language"] in sum(args.sources, [])])
-    for group in groups:  # the sources give; unless named, only other languages are evaluated
-        own = [] if args.languages and len(groups) == 1 else group["sources"]
-        group["languages"] = ([l for l in experiment.tasks if l not in own]
-                              or list(experiment.tasks))
+    for sources in args.sources:
+        boosted = choose_coefficients(args, dumps, sources, args.band)
+        arms = [("selection" if args.selection else "shared", boosted)]
+        arms += [(f"random-seed{seed}", random_coefficients(boosted, seed))
+                 for seed in range(args.control_seeds)]
+        arms += [(f"band{band}", choose_coefficients(args, dumps, sources, band))
+                 for band in args.control_bands]
+        # the sources give; unless named, only other languages are evaluated
+        own = [] if args.languages and len(args.sources) == 1 else sources
+        languages = [l for l in experiment.tasks if l not in own] or list(experiment.tasks)
+        groups.append({"sources": sources, "languages": languages, "arms": arms})
     fewest = min(len(encoded) for encoded, _ in experiment.tasks.values())
     common.require(len(args.lambdas) == 1 or fewest >= 4, "choosing among several lambdas takes 4 "
                    "examples or more; raise --limit or give one --lambda")
     return experiment, groups
 
 
-def moved_by(experiment, group, coefficients, strength):
-    """moved_selections of each language's first prompts."""
+def choose_lambda(experiment, group):
+    """(the best of the lambdas that move any selection, the examples to report it on): of several,
+    it is chosen on the even ones. Prints what they move, beside what random draws do.
+    """
+    args, metric = experiment.args, experiment.args.metrics[0]
+    (kind, boosted), *draws = group["arms"][:1 + args.control_seeds]
     prompts = [e["ids"] for language in group["languages"]
                for e in experiment.tasks[language][0][:20]]
-    return moved_selections(experiment.engine or experiment.model, prompts, coefficients, strength,
-                            experiment.args.rule, experiment.args.batch_tokens)
-
-
-def print_moved(moved):
-    """{lambda: {layer: part of the selections that it moves}}, a line each."""
+    move = functools.partial(moved_selections, experiment.engine or experiment.model, prompts,
+                             rule=args.rule, batch_tokens=args.batch_tokens)
+    moved = {strength: move(boosted, strength) for strength in args.lambdas}
     for strength, parts in moved.items():
         print(f"lambda {strength}: selections moved (%), by layer  "
-              + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in parts.items())
-              + "  left out: it moves none" * (not any(parts.values())))
+              + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in zip(boosted, parts))
+              + "  left out: it moves none" * (not parts.any()))
+    lambdas = [strength for strength in moved if moved[strength].any()]
+    common.require(lambdas, "no lambda moves any selection; take larger ones")
+    scores = run_arms(experiment, group, [(kind, strength, boosted) for strength in lambdas])
+    gains = lambda_gains(scores, lambdas, metric)
+    best = max(gains, key=gains.get)
+    shared, others = moved[best].mean(), [move(drawn, best).mean() for _, drawn in draws]
+    print(f"selections moved: {shared:.2%}; by random draws {np.mean(others):.2%} "
+          f"({min(others):.2%} to {max(others):.2%})"
+          + "; less than half as much: no fair control" * bool(np.mean(others) < shared / 2))
+    if len(lambdas) == 1:
+        return best, slice(None)
+    print(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean gain of "
+          f"{metric}: " + ", ".join(f"{l} {gain:+.4f}" for l, gain in gains.items()) + ")")
+    return best, slice(1, None, 2)
 
 
-def print_draws(moved, by_draws):
-    """What the random draws move beside what the shared experts move: is it a fair control?"""
-    shared, *draws = (np.mean(list(parts.values())) for parts in (moved, *by_draws))
-    print(f"selections moved: {shared:.2%}; by random draws {np.mean(draws):.2%} "
-          f"({min(draws):.2%} to {max(draws):.2%})"
-          + "; less than half as much: no fair control" * bool(np.mean(draws) < shared / 2))
-
-
-def effect_tables(gains, base, steered, draws, others):
-    """([(title, rows)] for each metric, with those in the control bands, and {metric: {language:
-    gain}}, where more is better), of run_all's results.
+def effect_tables(experiment, group, best, part):
+    """{metric: [(title, rows)]}: steered by the best lambda beside random draws, on a part of the
+    examples, and then each control band.
     """
-    best, part, tables, changes = max(gains, key=gains.get), slice(None), [], {}
-    if len(gains) > 1:
-        part = slice(1, None, 2)
-        tables = [(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean "
-                   f"gain of {next(iter(base))}: "
-                   + ", ".join(f"{l} {g:+.4f}" for l, g in gains.items()) + ")", [])]
-    for metric in base:
-        rows = effect_rows(metric, part, base[metric], steered[metric],
-                           [draw[metric] for draw in draws])
-        changes[metric] = {row[""]: row["change"] * common.better(metric) for row in rows}
-        tables.append((f"\n{metric}, lambda {best}, beside random experts; seen: the smallest "
-                       "change that would be", rows))
-        tables += [(f"control {name}", effect_rows(metric, part, base[metric], cells[metric]))
-                   for name, cells in others.items()]
-    return tables, changes
+    arms, tables = [(name, best, each) for name, each in group["arms"]], {}
+    draws = 1 + experiment.args.control_seeds
+    compared = [(f"lambda {best}, beside random experts; seen: the smallest change that would be",
+                 arms[:draws]), *((f"control {arm[0]}", [arm]) for arm in arms[draws:])]
+    for title, each in compared:
+        scores = run_arms(experiment, group, each)
+        for metric in scores[group["languages"][0]]:
+            tables.setdefault(metric, []).append(
+                (f"\n{metric}, {title}", effect_rows(metric, scores, part)))
+    return tables
 
 
 def related_test(gains, sources, languages, rng):
-    """Do languages of a source's family gain more? (mean gain of related less unrelated pairs, p,
-    the smallest p that these languages allow).
+    """analyze.label_test: do languages of a source's family gain more?
 
-    gains (groups, languages), nan in a group's own; centred by group and by language. sources: of
-    each group the first. p by dealing families out at random, as analyze.family_test; nan if all
-    pairs are related, or none.
+    gains (groups, languages), nan where there is none; centred by group and by language. sources:
+    the first of each group, who are among the languages.
     """
     group, target = np.nonzero(~np.isnan(gains))
     dummies = np.hstack([np.eye(len(sources))[group], np.eye(len(languages))[target]])
     values = gains[group, target]
     values = values - dummies @ np.linalg.lstsq(dummies, values)[0]
-    table, names = analyze.read_families(), list(dict.fromkeys([*languages, *sources]))
-    families = [analyze.family_of(name, table).split("/")[0] or name for name in names]
-    dealt = np.unique(families, return_inverse=True)[1][analyze.permutations(len(names), rng)]
-    first, second = ([names.index(each[i]) for i in place]
-                     for each, place in ((sources, group), (languages, target)))
-    related = dealt[:, first] == dealt[:, second]
-    mixed = related.any(1) & ~related.all(1)
-    if not mixed[0]:
-        return np.full(3, np.nan)
-    related = related[mixed]
-    gaps = (related @ values / related.sum(1)) - (~related @ values / (~related).sum(1))
-    return gaps[0], np.mean(gaps >= gaps[0] - 1e-12), 1 / len(np.unique(related, axis=0))
+    families = [analyze.family_of(language, analyze.FAMILIES).split("/")[0] or language
+                for language in languages]
+    source = np.array([languages.index(source) for source in sources])[group]
+    return analyze.label_test(values[None], source, target, families, rng)[0]
 
 
-def group_tables(groups, changes):
+def group_tables(groups, effects):
     """[(title, rows)] for each metric: the gain of each target by group of sources, and whether
-    languages related to the sources gain more.
+    languages related to the sources gain more. effects: effect_tables of each group.
     """
-    names = [",".join(group["sources"]) for group in groups]
-    languages = list(dict.fromkeys(l for group in groups for l in group["languages"]))
-    tables = []
-    for metric in changes[0]:
-        gains = np.array([[np.nan if l in group["sources"] else change[metric].get(l, np.nan)
-                           for l in languages] for group, change in zip(groups, changes)])
-        tables.append((f"gain of each language in {metric}, by the sources of steering",
-                       [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)]))
-        gap, p, least = related_test(gains, [group["sources"][0] for group in groups], languages,
-                                     np.random.default_rng(0))
-        tables.append((f"languages of the first source's family gain {gap:+.4f} more, p {p:.3f} "
-                       f"(at best {least:.3f} with these languages)\n", []))
-    return tables
+    names, found = [",".join(group["sources"]) for group in groups], []
+    sources = [group["sources"][0] for group in groups]
+    languages = list(dict.fromkeys(sum([*(group["languages"] for group in groups), sources], [])))
+    for metric in effects[0]:
+        changes = [{row[""]: row["change"] for row in tables[metric][0][1]} for tables in effects]
+        gains = common.better(metric) * np.array([[change.get(l, np.nan) for l in languages]
+                                                  for change in changes])
+        found.append((f"gain of each language in {metric}, by the sources of steering",
+                      [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)
+                       if not np.isnan(row).all()]))
+        related, others, p, least = related_test(gains, sources, languages,
+                                                 np.random.default_rng(0))
+        found.append((f"languages of the first source's family gain {related - others:+.4f} more, "
+                      f"p {p:.3f} (at best {least:.3f} with these languages)\n", []))
+    return found
 
 
 def main():
     args = parse_arguments()
-    (experiment, groups), changes = prepare(args), []
+    (experiment, groups), effects = prepare(args), []
     for group in groups:
-        number = sum(map(np.count_nonzero, group["boosted"].values()))
+        number = sum(map(np.count_nonzero, group["arms"][0][1].values()))
         print(f"{args.model}  {number} experts  "
               f"{args.selection or 'shared by ' + ','.join(group['sources'])}  rule {args.rule}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-        moved = {strength: moved_by(experiment, group, group["boosted"], strength)
-                 for strength in args.lambdas}
-        print_moved(moved)
-        lambdas = [strength for strength in moved if any(moved[strength].values())]
-        common.require(lambdas, "no lambda moves any selection; take larger ones")
-        results = run_all(experiment, group, lambdas)
-        best = max(results[0], key=results[0].get)
-        print_draws(moved[best], [moved_by(experiment, group, draw, best)
-                                  for draw in group["draws"]])
-        tables, gains = effect_tables(*results)
-        analyze.print_tables(tables)
-        changes.append(gains)
+        effects.append(effect_tables(experiment, group, *choose_lambda(experiment, group)))
+        analyze.print_tables(sum(effects[-1].values(), []))
         print()
     if len(groups) > 1:
-        analyze.print_tables(group_tables(groups, changes))
+        analyze.print_tables(group_tables(groups, effects))
     common.print_end(experiment)
 
 

@@ -269,8 +269,8 @@ def cut_dumps(arrays, corpora, layers):
         tokens = slice(token, token + sum(map(len, sequences)))
         part = {key: array[tokens if key == "selected_experts" else rows]
                 for key, array in arrays.items()}
-        corpus = [(ids, n, (0, len(ids))) for ids, n in zip(sequences, prompt_lengths)]
-        dumps[language] = capture.as_dump(part, corpus, layers)
+        spans = [(0, n) for n in prompt_lengths]
+        dumps[language] = capture.as_dump(part, layers, sequences, prompt_lengths, spans)
         sequence, token = rows.stop, tokens.stop
     return dumps
 
