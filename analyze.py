@@ -632,58 +632,50 @@ def load_selection(path, dump):
 
 # ---------------------------------------------------------------------------------- what is noise
 
-def split_half_floor(counts, experts_per_language, rng):
-    """How alike a language is to itself: {measure: (layers,)} of random halves of its sequences.
+def split_half_floor(counts, rng):
+    """How alike a language is to itself: similarity (layers,) of random halves of its sequences.
 
     counts (sequences, layers, experts); the mean over HALVINGS. A half has half of the data, so the
     whole is more like itself than this.
     """
-    measured = []
+    floors = []
     for _ in range(HALVINGS):
         halves = np.array_split(rng.permutation(len(counts)), 2)
-        totals = np.stack([counts[half].sum(0, dtype=float) for half in halves])
-        measured.append(pair_measures(totals, experts_per_language))
-    return {measure: pairs[:, :, 0, 1].mean(0) for measure, pairs in stacked(measured).items()}
+        p, q = (distribution(counts[half].sum(0, dtype=float)) for half in halves)
+        floors.append(jensen_shannon(p, q)[0])
+    return np.mean(floors, 0)
 
 
-def floors(counts, experts_per_language, bands, rng):
-    """split_half_floor of every language, and its means; see save_analysis."""
-    each = stacked([split_half_floor(c, experts_per_language, rng) for c in counts])
-    layer = each["similarity"].mean(0)
-    return {f"floor_{measure}": floor for measure, floor in each.items()} | {
-        "layer_floor": layer, "band_floor": band_means(layer, bands)}
-
-
-def bootstrap(counts, draws, experts_per_language, threshold, bands, rng, by_sequence=None):
-    """95 % intervals of summarize()'s figures, and how often experts stay what they are.
+def bootstrap(counts, draws, result, settings, bands, rng, by_sequence=None):
+    """95 % intervals of summarize()'s figures, how often experts stay what they are, and the floor.
 
     counts       of each language (sequences, layers, experts): sequences are drawn
+    result       of analyze() and summarize() with the same settings, for the estimates
     by_sequence  aligned_divergence's: the languages are parallel, all draw the same sequences
-    -> interval_... (low and high, ...), exclusive_stability, shared_stability, num_stable: see
-    save_analysis
+    -> interval_... (low and high, ...), exclusive_stability, shared_stability, num_stable,
+    stable_reliance, floor_similarity, layer_floor, band_floor: see save_analysis
     """
-    def figures(weights):  # of each language, how often its sequences are in
-        totals = [np.tensordot(w.astype(np.float32), c, 1) for w, c in zip(weights, counts)]
-        result = analyze(distribution(np.stack(totals).astype(float)), experts_per_language,
-                         threshold)
-        if by_sequence is not None:
-            result["layer_aligned"] = np.average(by_sequence, 0, weights[0])
-        return result, summarize(result, bands)
-
+    floor = np.array([split_half_floor(c, rng) for c in counts])
     drawn, stays = [], {"exclusive": 0, "shared": 0}
     for _ in tqdm(range(draws), "bootstrap", leave=False):
+        # of each language, how often its sequences are in
         weights = [rng.multinomial(len(c), np.ones(len(c)) / len(c)) for c in counts]
-        result, summary = figures(weights if by_sequence is None else weights[:1] * len(counts))
-        drawn.append(summary)
-        stays = {kind: times + result[kind] for kind, times in stays.items()}
-    result, summary = figures([np.ones(len(c)) for c in counts])
-    stays = {kind: times / draws for kind, times in stays.items()}
-    stable = np.stack([result[kind] & (result["share"] > 0) & (part >= STABLE)
-                       for kind, part in stays.items()], 1)
-    return {f"{kind}_stability": part for kind, part in stays.items()} | {
-        "num_stable": stable.sum((2, 3)),
-        "stable_reliance": (result["frequency"][:, None] * stable).sum(-1).mean(2)} | {
-        f"interval_{key}": interval(key, summary[key], values)
+        if by_sequence is not None:
+            weights = weights[:1] * len(counts)
+        totals = [np.tensordot(w.astype(np.float32), c, 1) for w, c in zip(weights, counts)]
+        draw = analyze(distribution(np.stack(totals).astype(float)), *settings)
+        if by_sequence is not None:
+            draw["layer_aligned"] = np.average(by_sequence, 0, weights[0])
+        drawn.append(summarize(draw, bands))
+        stays = {kind: times + draw[kind] for kind, times in stays.items()}
+    stable = np.stack([result[kind] & (result["share"] > 0) & (times >= STABLE * draws)
+                       for kind, times in stays.items()], 1)
+    p = distribution(result["frequency"])
+    return {"floor_similarity": floor, "layer_floor": floor.mean(0),
+            "band_floor": band_means(floor.mean(0), bands), "num_stable": stable.sum((2, 3)),
+            "stable_reliance": (p[:, None] * stable).sum(-1).mean(2)} | {
+        f"{kind}_stability": times / draws for kind, times in stays.items()} | {
+        f"interval_{key}": interval(key, result[key], values)
         for key, values in stacked(drawn).items()}
 
 
@@ -778,7 +770,7 @@ def rank_correlation(x, y, rng):
     return rho[0], np.mean(np.abs(rho) >= abs(rho[0]) - 1e-12)
 
 
-def leave_one_out(result, experts_per_language, threshold):
+def leave_one_out(result, settings):
     """How the company makes a language's own experts: without each of the others.
 
     -> num_without, reliance_without (languages, languages without it), nan without itself; with
@@ -789,7 +781,7 @@ def leave_one_out(result, experts_per_language, threshold):
     without = np.full((2, len(languages), len(languages)), np.nan)
     for k, language in enumerate(languages):
         others = languages != language
-        found = whose_experts(result["frequency"][others], experts_per_language, threshold)
+        found = whose_experts(result["frequency"][others], *settings)
         without[:, others, k] = found["num_exclusive"], found["mean_reliance"][:, 0]
     every = result["num_exclusive"], result["mean_reliance"][:, 0]
     for name, whole, part in zip(("num", "reliance"), every, without):
@@ -802,31 +794,28 @@ def leave_one_out(result, experts_per_language, threshold):
 def sensitivity(frequency):
     """Which language relies more on which experts, over all settings of the two thresholds.
 
-    -> grid_reliance (numbers of experts, thresholds, languages, 2), on exclusive and on shared
-    experts, grid_exclusive (numbers, thresholds, languages); exclusive_more, shared_more
-    (languages, languages): the part of the grid in which the row relies more on them than the
-    column; first (languages, 2): the part in which it is first by reliance, and by number
+    -> exclusive_more, shared_more (languages, languages): the part of the grid in which the row
+    relies more on exclusive, or shared, experts than the column; first (languages, 2): the part in
+    which it is first by reliance on exclusive experts, and by their number
     """
-    numbers = sorted({number_of_experts(part, frequency.shape[-1]) for part in GRID_EXPERTS})
-    cells = [whose_experts(frequency, number, threshold)
-             for number, threshold in itertools.product(numbers, GRID_THRESHOLDS)]
-    reliance, number = (np.array([cell[key] for cell in cells])
-                        for key in ("mean_reliance", "num_exclusive"))
+    numbers = {number_of_experts(part, frequency.shape[-1]) for part in GRID_EXPERTS}
+    grid = stacked([whose_experts(frequency, number, threshold)
+                    for number, threshold in itertools.product(numbers, GRID_THRESHOLDS)])
+    reliance = grid["mean_reliance"]
     more = (reliance[:, :, None] > reliance[:, None]).mean(0)
-    both, grid = np.stack([reliance[..., 0], number], 2), (len(numbers), -1, len(frequency))
-    return {"grid_reliance": reliance[..., :2].reshape(*grid, 2),
-            "grid_exclusive": number.reshape(grid), "exclusive_more": more[..., 0],
-            "shared_more": more[..., 1], "first": (both == both.max(1, keepdims=True)).mean(0)}
+    both = np.stack([reliance[..., 0], grid["num_exclusive"]], 2)
+    return {"exclusive_more": more[..., 0], "shared_more": more[..., 1],
+            "first": (both == both.max(1, keepdims=True)).mean(0)}
 
 
-def null_routers(dumps, experts_per_language, threshold, bands):
+def null_routers(dumps, settings, bands):
     """summarize()'s figures of what random routers pick for the same hidden states (null_counts of
     capture.py --null-router, arXiv 2604.09780), means over draws; {} where a dump lacks them.
     """
     counts = [dump["null_counts"] for dump in dumps]
     if len(set(map(np.shape, counts))) > 1 or np.isnan(counts).any():
         return {}
-    drawn = [summarize(analyze(distribution(draw), experts_per_language, threshold), bands)
+    drawn = [summarize(analyze(distribution(draw), *settings), bands)
              for draw in np.stack(counts, 1)]
     return {f"null_{key}": values.mean(0) for key, values in stacked(drawn).items()}
 
@@ -943,14 +932,14 @@ def matched_difference(harm, exclusive, weight, rng, permutations=2000):
 def effects(harm, result, dumps, rng):
     """What --effects adds to a result; harm is load_effects'. See save_analysis."""
     weight, tried = distribution(np.stack([dump["weights"] for dump in dumps])), np.isfinite(harm)
-    columns, exclusive = [harm, weight, result["share"]], result["exclusive"]
-    correlation = [np.corrcoef([ranks(each[k][tried[k]]) for each in columns])[0, 1:]
-                   if tried[k].any() else [np.nan, np.nan] for k in range(len(harm))]
+    columns, exclusive = np.stack([harm, weight, result["share"]]), result["exclusive"]
+    correlation = [np.corrcoef(list(map(ranks, columns[:, k, each])))[0, 1:]
+                   if each.any() else [np.nan, np.nan] for k, each in enumerate(tried)]
     layer_harm = mean_of_known(np.where([exclusive, ~exclusive], harm, np.nan), (1, 3))
     worst = np.unravel_index(np.argsort(-harm, axis=None)[:20], harm.shape)  # nan comes last
     return {"harm": harm, "weight": weight, "num_harm": tried.sum((1, 2)),
             "harm_correlation": np.array(correlation), "layer_harm": layer_harm.T,
-            "worst": np.stack([each[worst] for each in columns], 1), "worst_expert": np.array([
+            "worst": columns[:, *worst].T, "worst_expert": np.array([
                 f"{result['languages'][k]:<4}{result['layers'][layer]:>4}{expert:>5}"
                 for k, layer, expert in zip(*worst)]),
             "matched_difference": matched_difference(harm, exclusive, weight, rng)[None]}
@@ -1276,25 +1265,22 @@ def compute(dumps, bands, args):
     result |= family_tests(result, bands, rng) | {
         "order": np.array(list(map(linkage_order, result["band_similarity"]))),
         "mirror": np.array(rank_correlation(  # whose p would say nothing: see TABLES
-            result["mean_reliance"][:, 0], result["similarity"].mean(0).sum(1),
-            np.random.default_rng(0))[:1])}
+            result["mean_reliance"][:, 0], result["similarity"].mean(0).sum(1), rng)[:1])}
     if args.leave_one_out:
-        result |= leave_one_out(result, *settings)
+        result |= leave_one_out(result, settings)
     if args.sensitivity:
         result |= sensitivity(result["frequency"])
     if args.part == "all":
-        result |= null_routers(dumps, *settings, bands)
+        result |= null_routers(dumps, settings, bands)
     if args.scores:
         result |= score_correlation(args.scores, result, dumps, rng)
     if args.effects:
-        result |= effects(load_effects(args.effects, dumps), result, dumps,
-                          np.random.default_rng(args.seed))
+        result |= effects(load_effects(args.effects, dumps), result, dumps, rng)
     if args.vocabulary:
         result |= vocabulary_control(dumps, args.part, bands)
     if args.bootstrap:
         counts = [sequence_counts(dump, args.part) for dump in dumps]
-        result |= floors(counts, args.experts_per_language, bands, rng)
-        result |= bootstrap(counts, args.bootstrap, *settings, bands, rng, by_sequence)
+        result |= bootstrap(counts, args.bootstrap, result, settings, bands, rng, by_sequence)
     return result
 
 
@@ -1335,12 +1321,12 @@ def save_analysis(path, result, dumps, bands, args):
                                                       reliance on exclusive experts and similarity
     num_without, reliance_without (L, L), num_changed, reliance_changed (L, 2),
     num_changed_by, reliance_changed_by (L,)          --leave-one-out: see there
-    grid_reliance, grid_exclusive, exclusive_more, shared_more, first    --sensitivity: see there
+    exclusive_more, shared_more (L, L), first (L, 2)  --sensitivity: see there
     null_... of band_, mean_, layer_, num_, entropy   of dumps with null_counts: see null_routers
     score_correlation (B, 2)                          --scores: Spearman's rho, p
     divergence_aligned (layers, L, L), layer_aligned (layers,), mean_aligned (B,)    --parallel
     interval_... of band_, mean_, layer_, num_, entropy    --bootstrap: (2, ...), low and high
-    floor_M (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap: of similarity
+    floor_similarity (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap
     exclusive_stability (L, layers, experts), shared_stability (layers, experts)   part of the draws
     num_stable, stable_reliance (L, 2)                exclusive and shared ones that are stable
     harm, weight (L, layers, experts)                 --effects: of masking it; part of the weight
