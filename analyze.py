@@ -160,14 +160,13 @@ def load_languages(paths, part="all"):
     named.
     """
     dumps = [load_routing(path, part) for path in tqdm(paths, "dumps", leave=False, delay=1)]
+    for key in ONE_MODEL:  # IDs from elsewhere name no revision
+        found = {str(dump[key]): dump["path"][0] for dump in dumps if dump[key] is not None}
+        require(len(found) < 2, f"{' and '.join(found.values())} have other {key} "
+                                f"({', '.join(found)}): different models")
     languages = {}
     for dump in dumps:
         languages.setdefault(dump["language"], []).append(dump)
-        for key in ONE_MODEL:
-            found, expected = dump[key], dumps[0][key]
-            require(found is None or expected is None or np.array_equal(found, expected),
-                    f"{dump['path'][0]} and {dumps[0]['path'][0]} have other {key} ({found}, "
-                    f"{expected}): different models")
     return [add_shards(shards) for shards in languages.values()]
 
 
@@ -235,8 +234,8 @@ class Dump(ChainMap):
     """
 
     def __missing__(self, key):
-        raise InputError(f"{self['path']} holds no {key}; capture it again with --overwrite, "
-                         "without --stats-only; a recorder's or an engine's dump does not know it")
+        raise InputError(f"{self['path']} holds no {key}; capture it again with --overwrite, not "
+                         "with --stats-only; of a recorder's or an engine's dump it is not known")
 
 
 def open_dump(path):
@@ -826,9 +825,8 @@ def agreement(a, b, num_experts):
             "similarity": jensen_shannon(*distribution(counts))[0]}, 1 - other.any(1).mean()
 
 
-def run_agreement(args):
+def run_agreement(dumps):
     """--agreement: the table of the tokens that two dumps both have."""
-    dumps = load_pair(args.agreement)
     known = all("token_ids" in open_dump(*dump["path"]) for dump in dumps)
     tokens = [read_tokens(dump, *["token_ids"] * known) for dump in dumps]
     # a number for each place, no sequence being as long
@@ -1203,12 +1201,6 @@ def rows_of(languages, dumps):
     return [names.index(language) for language in languages]
 
 
-def load_pair(paths, part="all"):
-    """load_languages of two dumps, named A and B, whatever languages they are of."""
-    return load_languages([f"{name}={split_label(path)[1]}" for name, path in zip("AB", paths)],
-                          part)
-
-
 def compute(dumps, args):
     """All arrays of analysis.npz, listed at save_analysis."""
     rng, settings = np.random.default_rng(args.seed), (args.experts_per_language, args.threshold)
@@ -1309,10 +1301,9 @@ def inputs_of(dumps):
     return [{key: d[key] for key in ("language", "path", "digest", "num_tokens")} for d in dumps]
 
 
-def run_contrast(args):
+def run_contrast(dumps, args):
     """--contrast: the table of experts that tell two groups of tokens apart, and their file."""
     check_output(args.selection, "experts")
-    dumps = load_pair(args.contrast, args.part)
     (a, b), layers = frequencies(dumps), dumps[0]["layers"]
     difference, chosen = select_contrast(a, b, args.tau, args.top)
     require(chosen.any(), f"no frequency in A is larger by more than {args.tau} (the most: "
@@ -1382,10 +1373,11 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    if args.contrast:
-        return run_contrast(args)
-    if args.agreement:
-        return run_agreement(args)
+    pair = args.contrast or args.agreement
+    if pair:  # named A and B, whatever languages they are of
+        named = [f"{name}={split_label(path)[1]}" for name, path in zip("AB", pair)]
+        dumps = load_languages(named, args.part)
+        return run_contrast(dumps, args) if args.contrast else run_agreement(dumps)
     check_output(args.out, "similarity")
     dumps = load_languages(args.dumps, args.part)
     args.experts_per_language = number_of_experts(args.experts_per_language,

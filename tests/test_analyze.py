@@ -201,7 +201,7 @@ def test_a_language_twice_or_shards_that_are_no_whole_are_refused(tmp_path, shar
 def test_dumps_of_different_models_are_refused(tmp_path, ids, change, other):
     first = write(tmp_path / "a.npz", IDS, "aa", meta={"revision": "r1"})
     second = write(tmp_path / "b.npz", ids, "bb", **change)
-    with pytest.raises(InputError, match=rf"b\.npz and .*a\.npz have other {other}"):
+    with pytest.raises(InputError, match=rf"a\.npz and .*b\.npz have other {other}"):
         load_languages([first, second])
 
 
