@@ -1127,9 +1127,10 @@ def parse_bands(texts, layers):
     holds no MoE layer, or if two have one name.
     """
     if texts is None:
-        early = np.arange(len(layers)) < max(1, round(len(layers) / 10))
-        middle = np.roll(early, (len(layers) - early.sum() + 1) // 2)
-        return {"early": early, "middle": middle, "late": early[::-1]}
+        tenth = max(1, round(len(layers) / 10))
+        middle = layers[(len(layers) - tenth + 1) // 2:][:tenth]
+        texts = [f"early={layers[0]}-{layers[tenth - 1]}", f"middle={middle[0]}-{middle[-1]}",
+                 f"late={layers[-tenth]}-{layers[-1]}"]
     bands = {}
     for text in texts:
         with explained(f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, as middle=22-26"):
