@@ -171,10 +171,9 @@ def load_languages(paths, part="all"):
 
 
 def load_routing(path, part="all"):
-    """One dump as a dict: what its meta says, language, top_k, num_experts and revision among it;
-    part, layers, counts (layers, experts), num_tokens, weights (like counts: the routing weights
-    given, or else the counts), null_counts (draws, layers, experts) or nan; and, for each shard,
-    path, digest, data_sha256.
+    """One dump as a dict: its meta (language, top_k, num_experts, revision, ...); part, num_tokens,
+    layers, counts (layers, experts), weights (like counts: those given, or else the counts),
+    null_counts (draws, layers, experts) or nan; and, for each shard, path, digest, data_sha256.
 
     path  an .npz of capture.py; an .npz with selected_experts (tokens, layers, top_k) and meta; a
           recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
@@ -198,8 +197,8 @@ def load_routing(path, part="all"):
             num_tokens, _, top_k = selected.shape
             weights = counts = grouped_counts(selected, np.zeros(num_tokens, int), 1,
                                               meta["num_experts"])[0]
-        layers = file["layers"]
         require(num_tokens, f"{path} holds no tokens ({part})")
+        layers = file["layers"]
         require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and np.allclose(
             counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
             f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
