@@ -39,15 +39,13 @@ REFERENCE = "en"       # with --scores: the similarity to this language is corre
 TAU = 0.4              # with --contrast: frequencies differ by more (arXiv 2510.04694)
 OUT = "analysis.npz"
 PRINT_LANGUAGES = 12   # tables as wide as the number of languages are printed up to so many
-PLACES = 2**32         # more tokens than a sequence has
 HALVINGS = 20          # random ways to split a language in two, for the floor
 GRID_EXPERTS = (1 / 20, 10 / 128, 15 / 128, 20 / 128, 25 / 128, 1 / 4, 1 / 3)  # --sensitivity
 GRID_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 STABLE = 0.95          # a stable expert stays exclusive, or shared, in so many bootstrap draws
 PERMUTATIONS = 10_000  # of labels or scores, at random; up to 8 languages, all there are
 # ------------------------------------------------------------------------------------------------
-PARTS = {"all": [], "prompt": ["prompt_lengths"], "response": ["prompt_lengths"],
-         "text": ["text_spans"]}  # of a sequence, and what a dump must hold to find them
+PARTS = "all prompt response text".split()  # of a sequence
 ONE_MODEL = "num_experts top_k layers revision".split()  # in which dumps must agree
 MADE_WITH = "dtype chat_template tokenizer max_length".split()  # in which dumps should agree
 ADD_UP = "counts weights null_counts num_tokens path digest data_sha256".split()  # of shards
@@ -162,21 +160,20 @@ def load_languages(paths, part="all"):
     named.
     """
     dumps = [load_routing(path, part) for path in tqdm(paths, "dumps", leave=False, delay=1)]
+    for key in ONE_MODEL:  # IDs from elsewhere name no revision
+        found = {str(dump[key]): dump["path"][0] for dump in dumps if dump[key] is not None}
+        require(len(found) < 2, f"{' and '.join(found.values())} have other {key} "
+                                f"({', '.join(found)}): different models")
     languages = {}
     for dump in dumps:
         languages.setdefault(dump["language"], []).append(dump)
-        for key in ONE_MODEL:
-            found, expected = dump[key], dumps[0][key]
-            require(found is None or expected is None or np.array_equal(found, expected),
-                    f"{dump['path'][0]} and {dumps[0]['path'][0]} have other {key} ({found}, "
-                    f"{expected}): different models")
     return [add_shards(shards) for shards in languages.values()]
 
 
 def load_routing(path, part="all"):
-    """One dump as a dict: language, meta, layers, counts (layers, experts), num_tokens, top_k,
-    num_experts, revision, weights (like counts: the routing weights given, or else the counts),
-    null_counts (draws, layers, experts) or nan, and, for each shard, path, digest, data_sha256.
+    """One dump as a dict: its meta (language, top_k, num_experts, revision, ...); part, num_tokens,
+    layers, counts (layers, experts), weights (like counts: those given, or else the counts),
+    null_counts (draws, layers, experts) or nan; and, for each shard, path, digest, data_sha256.
 
     path  an .npz of capture.py; an .npz with selected_experts (tokens, layers, top_k) and meta; a
           recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
@@ -185,47 +182,39 @@ def load_routing(path, part="all"):
           selected_experts; text is the prompt's own, without chat template and instruction
     """
     label, path = split_label(path)
-    require(not os.path.isdir(path), f"{path} is a folder; name the dumps, as in {path}/*.npz")
-    require(os.path.isfile(path), f"no such dump: {path}; run: python capture.py")
+    require(os.path.isfile(path), f"no such dump: {path}; run: python capture.py; or, if it is a "
+                                  f"folder, name the dumps in it: {path}/*.npz")
     with explained(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json "
                    "of the paper's recorder"):
         file = open_dump(path)
         meta = file["meta"]
         if part == "all" and "counts" in file:
             counts, top_k = file["counts"], meta["top_k"]
-            num_tokens = int(file.get("sequence_offsets", [meta.get("num_tokens")])[-1])
+            num_tokens = int(meta.get("num_tokens") or file["sequence_offsets"][-1])
             weights = file.get("weight_sums", counts)
         else:
-            selected, _ = read_tokens([path], part)
+            selected, *_ = read_tokens({"path": [path], "part": part})
             num_tokens, _, top_k = selected.shape
             weights = counts = grouped_counts(selected, np.zeros(num_tokens, int), 1,
                                               meta["num_experts"])[0]
-        layers = file.get("layers", np.arange(len(counts)))
-        require(num_tokens, f"{path} holds no {'' if part == 'all' else part + ' '}tokens")
+        require(num_tokens, f"{path} holds no tokens ({part})")
+        layers = file["layers"]
         require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and np.allclose(
             counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
             f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
             f"top_k {top_k}; capture it again")
-        say_what_is_missing(file, path)
+        if "left_out" in file:
+            print(f"note: {path}: selections stand for weights;\n"
+                  f"left out {file['left_out']} that are placeholders")
         language = label or meta["language"]
         require(isinstance(language, str) and language,
                 f"{path}: language {language}; name it: de={path}")
-        return {"language": language, "meta": meta, "layers": layers,
-                "counts": counts, "weights": weights, "num_tokens": num_tokens, "top_k": top_k,
-                "num_experts": counts.shape[1], "revision": meta.get("revision"), "path": [path],
-                "null_counts": file.get("null_counts", np.nan),
-                "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
-                "data_sha256": [meta.get("data_sha256")]}
-
-
-def say_what_is_missing(file, path):
-    """Of a dump from elsewhere, as open_dump gives it: placeholders, and all but the IDs."""
-    no_tokens, no_layers = file.get("left_out", (0, 0))
-    if no_tokens or no_layers:
-        print(f"note: {path}: left out {no_tokens} tokens and {no_layers} layers that are "
-              "placeholders")
-    if "left_out" in file and "mean_probs" not in file:
-        print(f"note: {path} holds IDs alone: no --parallel, selections for weights")
+        return {"revision": None} | meta | {
+            "language": language, "layers": layers, "counts": counts, "weights": weights,
+            "num_tokens": num_tokens, "top_k": top_k, "num_experts": counts.shape[1],
+            "null_counts": file.get("null_counts", np.nan), "path": [path], "part": part,
+            "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
+            "data_sha256": [meta.get("data_sha256")]}
 
 
 def split_label(path):
@@ -238,50 +227,48 @@ def read_json(path):
     return json.loads(Path(path).read_bytes())
 
 
-def open_dump(path, *keys):
-    """The arrays of a dump, each read when it is asked for, and meta, as a mapping; InputError if
-    one of the keys is not there. Of a dump without counts, the selected_experts of real layers, -1
-    where a token is a placeholder: see real_ids; left_out, how many tokens and layers are.
+class Dump(ChainMap):
+    """The arrays of a dump, each read when it is asked for, and meta; InputError if one is not
+    there.
     """
+
+    def __missing__(self, key):
+        raise InputError(f"{self['path']} holds no {key}; capture it again with --overwrite, not "
+                         "with --stats-only; of a recorder's or an engine's dump it is not known")
+
+
+def open_dump(path):
+    """A Dump; of a file without counts with what real_ids says."""
     if path.endswith(".json"):
-        file = read_recorder(path)
-    else:
-        file = np.load(path, allow_pickle=False)
-        require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
-        file = ChainMap({"meta": json.loads(str(file["meta"]))}, file)
-    if "counts" not in file:
-        ids, layers = real_ids(file["selected_experts"], file["meta"]["num_experts"], path)
-        file |= {"sequence_offsets": file.get("sequence_offsets", [0, len(ids)]),
-                 "layers": file.get("layers", np.arange(len(layers)))[layers],
-                 "selected_experts": ids[:, layers],
-                 "left_out": ((ids[:, 0, 0] < 0).sum(), (~layers).sum())}
-    for key in keys:
-        require(key in file, f"{path} holds no {key}; capture it again with --overwrite, without "
-                             "--stats-only; of a recorder's or an engine's dump it is not known")
-    return file
+        return Dump(read_recorder(path))
+    file = np.load(path, allow_pickle=False)
+    require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
+    file = Dump({"path": path, "meta": json.loads(str(file["meta"]))}, file)
+    return file if "counts" in file else file | real_ids(file)
 
 
 def read_recorder(path):
     """A recorder's .json as a dump. It summed in bfloat16: its counts are near, and need not add up
     to whole tokens. An expert that a layer lacks was not selected there.
     """
-    record = read_json(path)
-    layers = sorted(record, key=int)
-    num_tokens, = {int(row.pop("total_tokens")) for row in record.values()}
-    experts = range(1 + max(int(expert) for row in record.values() for expert in row))
-    nothing = {"activation_tokens": 0}
-    counts = np.array([[record[layer].get(str(expert), nothing)["activation_tokens"]
-                        for expert in experts] for layer in layers], int)
-    return {"counts": counts, "layers": np.array(layers, np.int32), "meta": {
+    layers, rows = zip(*sorted((int(layer), row) for layer, row in read_json(path).items()))
+    num_tokens, = {int(row.pop("total_tokens")) for row in rows}
+    counts = np.zeros((len(rows), 1 + max(int(expert) for row in rows for expert in row)), int)
+    for counts_of_layer, row in zip(counts, rows):
+        for expert, cell in row.items():
+            counts_of_layer[int(expert)] = cell["activation_tokens"]
+    return {"path": path, "counts": counts, "layers": np.array(layers, np.int32), "meta": {
         "language": Path(path).stem, "num_tokens": num_tokens, "inexact": "summed in bfloat16",
         "top_k": round(counts.sum(1).mean() / max(num_tokens, 1))}}
 
 
-def real_ids(ids, num_experts, path):
-    """ids of a dump from elsewhere, all -1 where its engine filled a token in (with -1, or in every
-    layer with zeros or arange(top_k)); and (layers,), bool: which are not dense (16 tokens or more
-    say the same). InputError where the rest is not top_k different experts.
+def real_ids(file):
+    """Of a dump from elsewhere, without the layers that are dense (16 tokens or more say the same):
+    selected_experts, all -1 where its engine filled a token in (with -1, or in every layer with
+    zeros or arange(top_k)), layers, sequence_offsets, and what is left_out. InputError where the
+    rest is not top_k different experts.
     """
+    ids, num_experts, path = file["selected_experts"], file["meta"]["num_experts"], file["path"]
     require(ids.ndim == 3 and ids.dtype.kind in "iu", f"{path}: selected_experts is {ids.dtype} "
             f"{ids.shape}, not integers (tokens, layers, top_k)")
     ids = ids.astype(np.int64)
@@ -299,33 +286,34 @@ def real_ids(ids, num_experts, path):
                          f"{ids[token, layer].tolist()}: neither {ids.shape[2]} different ones of "
                          f"{num_experts} nor a known placeholder")
     ids[~tokens] = -1
-    return ids, layers
+    return {"selected_experts": ids[:, layers],
+            "layers": file.get("layers", np.arange(len(layers)))[layers],
+            "sequence_offsets": file.get("sequence_offsets", [0, len(ids)]),
+            "left_out": f"{(~tokens).sum()} tokens and {(~layers).sum()} layers"}
 
 
-def read_tokens(paths, part, *keys):
-    """selected_experts and other arrays with a row for each token, of the part and no placeholder,
-    and the sequence of each token (tokens,).
+def read_tokens(dump, *keys):
+    """selected_experts and other arrays with a row for each token, of the dump's part and no
+    placeholder, and each token's sequence and position in it (tokens,).
     """
-    files = [open_dump(path, "selected_experts", "sequence_offsets", *keys, *PARTS[part])
-             for path in paths]
-
-    def joined(key):
-        return np.concatenate([file[key] for file in files])
-
-    arrays = list(map(joined, ("selected_experts", *keys)))
-    lengths = np.concatenate([np.diff(file["sequence_offsets"]) for file in files])
-    require(lengths.dtype.kind in "iu" and lengths.min(initial=0) >= 0
-            and {lengths.sum()} == set(map(len, arrays)),
-            f"{', '.join(paths)}: sequence_offsets do not go from 0 to the number of tokens")
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    position = np.arange(len(sequence)) - (lengths.cumsum() - lengths)[sequence]
-    tokens = arrays[0][:, 0, 0] >= 0
-    if part == "text":
-        start, stop = joined("text_spans")[sequence].T
-        tokens &= (start <= position) & (position < stop)
-    elif part != "all":
-        tokens &= (position < joined("prompt_lengths")[sequence]) == (part == "prompt")
-    return [array[tokens] for array in (*arrays, sequence)]
+    shards, num_sequences, part = [], 0, dump["part"]
+    for file in map(open_dump, dump["path"]):
+        arrays = [file[key] for key in ("selected_experts", *keys)]
+        lengths = np.diff(file["sequence_offsets"])
+        require(lengths.dtype.kind in "iu" and lengths.min(initial=0) >= 0
+                and {lengths.sum()} == set(map(len, arrays)),
+                f"{file['path']}: sequence_offsets do not go from 0 to the number of tokens")
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.arange(len(sequence)) - np.searchsorted(sequence, sequence)
+        tokens = arrays[0][:, 0, 0] >= 0
+        if part == "text":
+            start, stop = file["text_spans"][sequence].T
+            tokens &= (start <= position) & (position < stop)
+        elif part != "all":
+            tokens &= (position < file["prompt_lengths"][sequence]) == (part == "prompt")
+        shards.append([array[tokens] for array in (*arrays, num_sequences + sequence, position)])
+        num_sequences += len(lengths)
+    return list(map(np.concatenate, zip(*shards)))
 
 
 def grouped_counts(selected_experts, group, num_groups, num_experts):
@@ -335,19 +323,18 @@ def grouped_counts(selected_experts, group, num_groups, num_experts):
     """
     require(selected_experts.max(initial=0) < num_experts,
             f"selected_experts has an expert beyond {num_experts - 1}; capture it again")
-    cells = num_groups * num_experts
-    counts = [np.bincount((group[:, None] * num_experts + selected).ravel(), minlength=cells)
-              for selected in selected_experts.swapaxes(0, 1)]
-    return np.stack(counts).reshape(-1, num_groups, num_experts).swapaxes(0, 1)
+    cells = group[:, None] * num_experts
+    return np.stack([np.bincount((cells + selected).ravel(), minlength=num_groups * num_experts)
+                     .reshape(num_groups, num_experts)
+                     for selected in selected_experts.swapaxes(0, 1)], 1)
 
 
 def add_shards(dumps):
     """The dumps of one language as one: a whole, or all shards of it, in order."""
-    shards = {dump["meta"].get("shard", "1/1"): dump for dump in dumps}
+    shards = {dump.get("shard", "1/1"): dump for dump in dumps}
     names = [f"{i + 1}/{len(dumps)}" for i in range(len(dumps))]
     same = ("data_sha256", "limit", "null_router", *MADE_WITH)
-    made = {str([dump["meta"].get(key) for key in same])
-            for dump in dumps}
+    made = {str([dump.get(key) for key in same]) for dump in dumps}
     require(shards.keys() == set(names) and len(made) == 1,
             f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} "
             f"(shards {', '.join(shards)}): not one whole, nor all the shards of one; label=path "
@@ -358,9 +345,9 @@ def add_shards(dumps):
     return whole
 
 
-def sequence_counts(dump, part):
+def sequence_counts(dump):
     """float32 (sequences, layers, experts) of a language, but for sequences without such tokens."""
-    selected, sequence = read_tokens(dump["path"], part)
+    selected, sequence, _ = read_tokens(dump)
     present, group = np.unique(sequence, return_inverse=True)
     require(len(present) > 1, f"'{dump['language']}' has one sequence; --bootstrap resamples "
                               "sequences")
@@ -370,12 +357,13 @@ def sequence_counts(dump, part):
     return counts.astype(np.float32)
 
 
-def read_aligned(dumps, part):
+def read_aligned(dumps):
     """mean_probs of each language, (sequences, layers, experts), as many in all."""
-    require(part == "all", "--parallel takes means over whole sequences; leave out --part")
-    probs = [np.concatenate([open_dump(path, "mean_probs")["mean_probs"] for path in dump["path"]])
+    require(dumps[0]["part"] == "all",
+            "--parallel takes means over whole sequences; leave out --part")
+    probs = [np.concatenate([open_dump(path)["mean_probs"] for path in dump["path"]])
              for dump in dumps]
-    numbers = [len(p) for p in probs]
+    numbers = list(map(len, probs))
     require(len(set(numbers)) == 1, "--parallel takes as many sequences in every language; there "
                                     f"are {numbers}")
     return probs
@@ -572,16 +560,16 @@ def linkage_order(similarity):
     return clusters[0]
 
 
-def vocabulary_control(dumps, part, bands):
+def vocabulary_control(dumps, bands):
     """Is it the words? Similarity over tokens whose ids the other language has, and over others.
 
     -> similarity_own_tokens, similarity_common_tokens (layers, languages, languages), nan without
     such tokens, and their means over pairs, mean_own_tokens, mean_common_tokens (bands,);
     common_tokens (languages, languages), the part of the row's that the column has
     """
-    tokens, both = [read_tokens(dump["path"], part, "token_ids") for dump in dumps], []
-    for selected, ids, _ in tqdm(tokens, "vocabulary", leave=False):
-        in_other = [np.isin(ids, other) for _, other, _ in tokens]
+    tokens, both = [read_tokens(dump, "token_ids") for dump in dumps], []
+    for selected, ids, *_ in tqdm(tokens, "vocabulary", leave=False):
+        in_other = [np.isin(ids, other) for _, other, *_ in tokens]
         # tokens that the same languages have are counted together
         patterns, pattern = np.unique(in_other, axis=1, return_inverse=True)
         by_pattern = grouped_counts(selected, pattern.ravel(), patterns.shape[1],
@@ -822,24 +810,6 @@ def null_routers(dumps, settings, bands):
 
 # ------------------------------------------------------------------------------ two dumps, one text
 
-def same_tokens(paths):
-    """selected_experts of two dumps, of the tokens that both have: a, b, whether token_ids were
-    compared, and how many tokens are in one dump only.
-    """
-    known = all("token_ids" in open_dump(path) for path in paths)
-    tokens = [read_tokens([path], "all", *["token_ids"] * known) for path in paths]
-    places = [sequence * PLACES + np.arange(len(sequence)) - np.searchsorted(sequence, sequence)
-              for *_, sequence in tokens]
-    _, *rows = np.intersect1d(*places, return_indices=True)
-    (a, *ids_a, _), (b, *ids_b, _) = ([array[both] for array in arrays]
-                                      for arrays, both in zip(tokens, rows))
-    for token in np.flatnonzero(np.not_equal(ids_a, ids_b))[:1]:
-        sequence, place = divmod(places[0][rows[0][token]], PLACES)
-        raise InputError(f"other tokens; the first in sequence {sequence} at token {place}: "
-                         f"{ids_a[0][token]} and {ids_b[0][token]}")
-    return a, b, known, sum(map(len, places)) - 2 * len(a)
-
-
 def agreement(a, b, num_experts):
     """How alike two routings of the same tokens are, both (tokens, layers, top_k).
 
@@ -853,16 +823,24 @@ def agreement(a, b, num_experts):
             "similarity": jensen_shannon(*distribution(counts))[0]}, 1 - other.any(1).mean()
 
 
-def run_agreement(args):
-    """--agreement: the table of two dumps of the same tokens."""
-    dumps = load_pair(args.agreement)
-    a, b, known, alone = same_tokens([dump["path"][0] for dump in dumps])
+def run_agreement(dumps):
+    """--agreement: the table of the tokens that two dumps both have."""
+    known = all("token_ids" in open_dump(*dump["path"]) for dump in dumps)
+    tokens = [read_tokens(dump, *["token_ids"] * known) for dump in dumps]
+    # a number for each place, no sequence being as long
+    places = [sequence * 2**32 + position for *_, sequence, position in tokens]
+    both = np.isin(*places), np.isin(*places[::-1])
+    (a, *ids_a, sequence, position), (b, *ids_b, _, _) = (
+        [array[kept] for array in arrays] for arrays, kept in zip(tokens, both))
+    for token in np.flatnonzero(np.not_equal(ids_a, ids_b))[:1]:
+        raise InputError(f"other tokens; the first in sequence {sequence[token]} at token "
+                         f"{position[token]}: {ids_a[0][token]} and {ids_b[0][token]}")
     columns, identical = agreement(a, b, dumps[0]["num_experts"])
-    by_lengths = "" if known else " by the lengths of sequences alone"
-    print(f"{len(a):,} tokens compared{by_lengths}; {alone} are in one dump only; "
-          f"{identical:.1%} have the same experts in all layers\n"
-          "part here: of the tokens, in this layer for the first time")
-    print_table({"layer": dumps[0]["layers"]} | columns)
+    alone, by_lengths = sum(map(len, places)) - 2 * len(a), " by the lengths of sequences alone"
+    print_tables([(f"{len(a):,} tokens compared{by_lengths * (not known)}; {alone} are in one dump "
+                   f"only; {identical:.1%} have the same experts in all layers\n"
+                   "part here: of the tokens, in this layer for the first time",
+                   by_row({"layer": dumps[0]["layers"]} | columns))])
 
 
 # ------------------------------------------------------------------------------ effects of experts
@@ -996,129 +974,104 @@ TABLES = {
 }
 
 
-def table_columns(result, columns):
-    """{title: cells} of the arrays that are there; after a bootstrap, with intervals of parts."""
+def by_row(table):
+    """{heading: cells} -> [{heading: cell}]"""
+    return [dict(zip(table, cells)) for cells in zip(*table.values())]
+
+
+def table_rows(result, columns):
+    """by_row of the arrays that are there; after a bootstrap, with intervals of parts."""
     table = {}
-    for titles, key in (column.split("=") for column in columns.split()):
+    for headings, key in (column.split("=") for column in columns.split()):
         if key in result:
-            value = np.asarray(result[key])
+            value = result[key]
             interval = result.get(f"interval_{key}", ()) if value.dtype == float else ()
-            series = [each.reshape(len(value), -1).T for each in (value, *interval)]
-            names = result[titles] if titles == "LANGUAGES" else titles.split("+")
-            table |= {name: list(zip(*cells)) for name, *cells in zip(names, *series)}
-    return table
+            cells = np.stack([value, *interval], -1).reshape(len(value), -1, 1 + len(interval))
+            names = result[headings] if headings == "LANGUAGES" else headings.split("+")
+            table |= zip(names, cells.swapaxes(0, 1))
+    return by_row(table)
 
 
 def cell_text(cell):
-    """.7761 -> "0.776", and with an interval (.7761, .7722, .781) -> "0.776 [.772 .781]"."""
-    value, *bounds = cell if isinstance(cell, tuple) else (cell,)
+    """.7761 -> "0.776", and with an interval [.7761, .7722, .781] -> "0.776 [.772 .781]"."""
+    value, *bounds = np.atleast_1d(cell)
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     return f"{text} [{' '.join(cell_text(b).lstrip('0') for b in bounds)}]" if bounds else text
 
 
-def print_table(columns):
-    """{title: cells} as wide as their widest entry, right-aligned but for the first column."""
-    rows = [list(map(cell_text, row)) for row in (columns, *zip(*columns.values()))]
-    first, *widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, *cells in rows:
-        print(name.ljust(max(9, first)), *map(str.rjust, cells, widths), sep="  ")
-
-
-def print_rows(rows):
-    """print_table of a list of {title: cell}."""
-    if rows:
-        print_table({title: [row[title] for row in rows] for title in rows[0]})
-
-
-def print_titled(title, columns):
-    print()
-    print_wrapped(title)
-    print_table(columns)
-
-
 def print_tables(tables):
-    """[(title, rows of print_rows)]"""
+    """[(title, [{heading: cell}])]: columns as wide as their widest entry, right-aligned but for
+    the first; without rows, the title alone.
+    """
     for title, rows in tables:
         print(title)
-        print_rows(rows)
-
-
-def print_wrapped(text):
-    print(textwrap.fill(text, 100, break_on_hyphens=False))
+        lines = [list(map(cell_text, line)) for line in (*rows[:1], *map(dict.values, rows))]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        for name, *cells in lines:
+            print(name.ljust(max(9, widths[0])), *map(str.rjust, cells, widths[1:]), sep="  ")
 
 
 def notes(dumps, result, args):
-    """What to know about the tables, line by line."""
-    n = len(dumps)
+    """What was compared, and what to know about the tables, line by line."""
+    n, (layers, experts) = len(dumps), dumps[0]["counts"].shape
+    yield (f"{n} languages  {layers} MoE layers  {experts} experts  top_k {dumps[0]['top_k']}  "
+           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
+    yield "tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps)
     if n > PRINT_LANGUAGES:
-        yield f"with more than {PRINT_LANGUAGES} languages, what is as wide is in {args.out} alone"
+        yield (f"note: with more than {PRINT_LANGUAGES} languages, what is as wide is in "
+               f"{args.out} alone")
     for key in MADE_WITH:
-        made = {str(dump["meta"][key]) for dump in dumps if key in dump["meta"]}
+        made = {str(dump[key]) for dump in dumps if key in dump}
         if len(made) > 1:
-            yield f"the dumps were not made alike; {key}: {', '.join(sorted(made))}"
+            yield f"note: the dumps were not made alike; {key}: {', '.join(sorted(made))}"
     if args.threshold * n <= 1:
-        yield (f"shares add up to 1, so with {n} languages none is shared at a threshold of "
+        yield (f"note: shares add up to 1, so with {n} languages none is shared at a threshold of "
                f"{args.threshold}; raise --threshold")
     without = [d["language"] for d in dumps if np.isnan(d["null_counts"]).any()]
     if 0 < len(without) < n:
-        yield f"no null routers are shown: there are none of {', '.join(without)}"
+        yield f"note: no null routers are shown: there are none of {', '.join(without)}"
     if "common_tokens" in result:
-        yield f"{mean_of_pairs(result['common_tokens']):.1%} of tokens are common to a pair"
+        yield f"note: {mean_of_pairs(result['common_tokens']):.1%} of tokens are common to a pair"
     unknown = result["languages"][result["families"] == ""]
     if len(unknown):
-        yield f"no family known of {', '.join(unknown)}; see --families"
+        yield f"note: no family known of {', '.join(unknown)}; see --families"
 
 
-def report(result, dumps, bands, args):
+def report(result, dumps, args):
     """All tables, and what to know about them."""
-    languages, (layers, experts) = result["languages"], dumps[0]["counts"].shape
-    print(f"{len(dumps)} languages  {layers} MoE layers  {experts} experts  top_k "
-          f"{dumps[0]['top_k']}  experts_per_language {args.experts_per_language}  threshold "
-          f"{args.threshold}")
-    print_wrapped("tokens  " + "  ".join(f"{d['language']} {d['num_tokens']:,}" for d in dumps))
-    for note in notes(dumps, result, args):
-        print_wrapped(f"note: {note}")
-    headings = languages if len(languages) <= PRINT_LANGUAGES else []
-    shown = result | {
-        "bands": list(bands), "LANGUAGES": headings, "layer_entropy": result["mean_entropy"],
-        "band_layers": [describe(result["layers"][rows]) for rows in bands.values()]}
-    for title, columns in TABLES.items():
-        if len(shown.get(columns.split("=")[-1], ())):
-            print_titled(title, table_columns(shown, columns))
-    for band, order, matrix in zip(bands, result["order"], result["band_similarity"]):
-        print_titled(f"similarity, {band}; in order of average linkage: "
-                     f"{' '.join(languages[order])}", {"": languages} | dict(zip(headings, matrix)))
+    languages, wrapped = result["languages"], textwrap.TextWrapper(100, break_on_hyphens=False).fill
+    shown = result | {"LANGUAGES": languages if len(languages) <= PRINT_LANGUAGES else [],
+                      "layer_entropy": result["mean_entropy"]}
+    tables = [(title, table_rows(shown, columns)) for title, columns in TABLES.items()
+              if len(shown.get(columns.split("=")[-1], ()))]
+    for band, matrix in zip(result["bands"], result["band_similarity"]):
+        order = " ".join(languages[linkage_order(matrix)])
+        title = f"similarity, {band}; in order of average linkage: {order}"
+        tables.append((title, table_rows(shown | {"of_pairs": matrix},
+                                         "=languages LANGUAGES=of_pairs")))
+    print(*map(wrapped, notes(dumps, result, args)), sep="\n")
+    print_tables(("\n" + wrapped(title), rows) for title, rows in tables)
 
 
 # --------------------------------------------------------------------------------------- pictures
 
-def draw_matrices(figure, result, matrices, label):
-    """A panel of each of {title: (n, n)}, in the linkage order of the mean similarity."""
-    order, lowest = linkage_order(result["similarity"].mean(0)), np.min(list(matrices.values()))
+def draw_matrices(figure, result, titles, matrices, label):
+    """A panel of each of matrices (panels, languages, languages), in the linkage order of the mean
+    similarity.
+    """
+    order = linkage_order(result["similarity"].mean(0))
     names, side = result["languages"][order], 2.5 + 0.16 * len(order)
     figure.set_size_inches(side * len(matrices) + 1, side + 0.5)
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for axis, (title, matrix) in zip(axes, matrices.items()):
-        image = axis.imshow(matrix[order][:, order], vmin=lowest, vmax=1)
+    for axis, title, matrix in zip(axes, titles, matrices):
+        image = axis.imshow(matrix[order][:, order], vmin=np.min(matrices), vmax=1)
         axis.set_title(title)
         axis.set_xticks(range(len(names)), names, rotation=90)
         axis.set_yticks(range(len(names)), names)
     figure.colorbar(image, ax=axes, label=label)
 
 
-def draw_heatmaps(figure, result, bands):
-    """Similarity of every pair, a panel per band."""
-    draw_matrices(figure, result, dict(zip(bands, result["band_similarity"])), "1 - JSD")
-
-
-def draw_sensitivity(figure, result, bands):
-    """In which part of the settings a language relies more than another on exclusive, on shared."""
-    draw_matrices(figure, result, {
-        "row relies more on exclusive experts": result["exclusive_more"],
-        "on shared experts": result["shared_more"]}, "part of the settings")
-
-
-def draw_layers(figure, result, bands):
+def draw_layers(figure, result):
     """The profile over layers; after a bootstrap with 95 % intervals and the floor."""
     panels = {"similarity, 1 - JSD": "layer_similarity layer_floor null_layer_similarity",
               "routing entropy / log E": "mean_entropy",
@@ -1132,7 +1085,7 @@ def draw_layers(figure, result, bands):
         axis.legend()
 
 
-def draw_effects(figure, result, bands):
+def draw_effects(figure, result):
     """Harm of masking an expert against its use, and by layer; exclusive experts are red."""
     use, depth = figure.subplots(2)
     for kind, color, mean in zip((result["exclusive"], ~result["exclusive"]), ("red", "gray"),
@@ -1143,16 +1096,24 @@ def draw_effects(figure, result, bands):
     depth.set(xlabel="decoder layer", ylabel="mean harm")
 
 
-def save_figures(folder, result, bands):
+def save_figures(folder, result):
     """heatmaps.png, layers.png, with --sensitivity and --effects a picture more, in a folder."""
     from matplotlib.figure import Figure
     os.makedirs(folder, exist_ok=True)
-    for key, draw in {"similarity": draw_heatmaps, "layers": draw_layers, "first": draw_sensitivity,
-                      "harm": draw_effects}.items():
-        if key in result:
-            figure = Figure((8, 7), layout="constrained")
-            draw(figure, result, bands)
-            figure.savefig(f"{folder}/{draw.__name__[5:]}.png", dpi=120)
+
+    def save(name, draw, *what):
+        figure = Figure((8, 7), layout="constrained")
+        draw(figure, result, *what)
+        figure.savefig(f"{folder}/{name}.png", dpi=120)
+
+    save("heatmaps", draw_matrices, result["bands"], result["band_similarity"], "1 - JSD")
+    save("layers", draw_layers)
+    if "first" in result:
+        save("sensitivity", draw_matrices, ["row relies more on exclusive experts",
+             "on shared experts"], [result["exclusive_more"], result["shared_more"]],
+             "part of the settings")
+    if "harm" in result:
+        save("effects", draw_effects)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -1164,9 +1125,10 @@ def parse_bands(texts, layers):
     holds no MoE layer, or if two have one name.
     """
     if texts is None:
-        early = np.arange(len(layers)) < max(1, round(len(layers) / 10))
-        middle = np.roll(early, (len(layers) - early.sum() + 1) // 2)
-        return {"early": early, "middle": middle, "late": early[::-1]}
+        tenth = max(1, round(len(layers) / 10))
+        middle = layers[(len(layers) - tenth + 1) // 2:][:tenth]
+        texts = [f"early={layers[0]}-{layers[tenth - 1]}", f"middle={middle[0]}-{middle[-1]}",
+                 f"late={layers[-tenth]}-{layers[-1]}"]
     bands = {}
     for text in texts:
         with explained(f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, as middle=22-26"):
@@ -1218,7 +1180,6 @@ def write_whole(path, write):
 
 def check_output(path, key):
     """InputError if a file is there that is not an earlier output: one with the key in it."""
-    require(not os.path.isdir(path), f"{path} is a folder; give a file")
     if os.path.exists(path):
         with explained(f"{path} is there, and not what this writes; move it away, or give another"):
             (read_json(path) if key == "experts" else np.load(path, allow_pickle=False))[key]
@@ -1239,31 +1200,22 @@ def rows_of(languages, dumps):
     return [names.index(language) for language in languages]
 
 
-def load_pair(paths, part="all"):
-    """load_languages of two dumps, named A and B, whatever languages they are of."""
-    a, b = (split_label(path)[1] for path in paths)
-    return load_languages([f"A={a}", f"B={b}"], part)
-
-
-def name_languages(dumps, path):
-    """languages, layers, families and scripts, as listed at save_analysis."""
-    names, table = [dump["language"] for dump in dumps], read_families(path)
-    return {"languages": np.array(names), "layers": dumps[0]["layers"],
-            "families": np.array([family_of(name, table) for name in names]),
-            "scripts": np.array(list(map(script_of, names)))}
-
-
-def compute(dumps, bands, args):
+def compute(dumps, args):
     """All arrays of analysis.npz, listed at save_analysis."""
     rng, settings = np.random.default_rng(args.seed), (args.experts_per_language, args.threshold)
-    result = name_languages(dumps, args.families) | analyze(frequencies(dumps), *settings)
+    layers, languages = dumps[0]["layers"], [dump["language"] for dump in dumps]
+    bands, families = parse_bands(args.bands, layers), read_families(args.families)
+    result = {"languages": np.array(languages), "layers": layers, "bands": np.array(list(bands)),
+              "band_layers": np.array([describe(layers[rows]) for rows in bands.values()]),
+              "families": np.array([family_of(language, families) for language in languages]),
+              "scripts": np.array(list(map(script_of, languages)))}
+    result |= analyze(frequencies(dumps), *settings)
     by_sequence = None
     if args.parallel:
-        aligned, by_sequence = aligned_divergence(read_aligned(dumps, args.part))
+        aligned, by_sequence = aligned_divergence(read_aligned(dumps))
         result |= {"divergence_aligned": aligned, "layer_aligned": by_sequence.mean(0)}
     result |= summarize(result, bands)
     result |= family_tests(result, bands, rng) | {
-        "order": np.array(list(map(linkage_order, result["band_similarity"]))),
         "mirror": np.array(rank_correlation(  # whose p would say nothing: see TABLES
             result["mean_reliance"][:, 0], result["similarity"].mean(0).sum(1), rng)[:1])}
     if args.leave_one_out:
@@ -1277,9 +1229,9 @@ def compute(dumps, bands, args):
     if args.effects:
         result |= effects(load_effects(args.effects, dumps), result, dumps, rng)
     if args.vocabulary:
-        result |= vocabulary_control(dumps, args.part, bands)
+        result |= vocabulary_control(dumps, bands)
     if args.bootstrap:
-        counts = [sequence_counts(dump, args.part) for dump in dumps]
+        counts = [sequence_counts(dump) for dump in dumps]
         result |= bootstrap(counts, args.bootstrap, result, settings, bands, rng, by_sequence)
     return result
 
@@ -1289,7 +1241,7 @@ def score_correlation(path, result, dumps, rng):
     {language: score}.
     """
     reference, = rows_of([REFERENCE], dumps)
-    others = np.arange(len(dumps)) != reference
+    others = result["languages"] != REFERENCE
     names = result["languages"][others].tolist()
     with explained(f"{path} is not a JSON object with a score of each of {', '.join(names)}"):
         scores = read_json(path)
@@ -1298,10 +1250,11 @@ def score_correlation(path, result, dumps, rng):
     return {"score_correlation": np.array([rank_correlation(row, scores, rng) for row in similar])}
 
 
-def save_analysis(path, result, dumps, bands, args):
+def save_analysis(result, dumps, args):
     """analysis.npz: with L languages, B bands, and M any of the four measures,
 
     languages, families (L,), layers (layers,)        names, family/branch or "", decoder layers
+    bands, band_layers (B,)                           names, decoder layers as "0-4"
     frequency, share, exclusive (L, layers, experts)  part of the tokens that select the expert; the
                                                       language's share of its use; is it exclusive?
     shared (layers, experts)                          is it shared?
@@ -1314,7 +1267,6 @@ def save_analysis(path, result, dumps, bands, args):
     num_exclusive, num_shared (L,)                    experts exclusive to it; shared ones it keeps
     layer_exclusive, layer_shared (layers,)           experts; exclusive, summed over languages
     each_exclusive (layers, L)                        and of each
-    order (B, L)                                      languages in average-linkage order
     scripts (L,), family_rows (rows,)                 ISO 15924; family, branch or script, and band
     family_tests (rows, 5)                            within, between, p, least p, Holm's p
     num_only (L,), mirror (1,)                        exclusive to no other; Spearman's rho of
@@ -1335,35 +1287,37 @@ def save_analysis(path, result, dumps, bands, args):
     layer_harm (layers, 2), matched_difference (1, 4) of exclusive and of others; see there
     similarity_own_tokens, similarity_common_tokens (layers, L, L), common_tokens (L, L),
     mean_own_tokens, mean_common_tokens (B,)          see vocabulary_control
-    meta                                              JSON: arguments, bands, inputs with digests
+    meta                                              JSON: arguments, inputs with digests
     """
-    meta = vars(args) | {"inputs": inputs_of(dumps), "bands": {
-        band: result["layers"][rows].tolist() for band, rows in bands.items()}}
-    write_whole(path, lambda file: np.savez(file, **result, meta=json.dumps(meta)))
+    meta = json.dumps(vars(args) | {"inputs": inputs_of(dumps)})
+    write_whole(args.out, lambda file: np.savez(file, **result, meta=meta))
 
 
 def inputs_of(dumps):
     return [{key: d[key] for key in ("language", "path", "digest", "num_tokens")} for d in dumps]
 
 
-def run_contrast(args):
+def run_contrast(dumps, args):
     """--contrast: the table of experts that tell two groups of tokens apart, and their file."""
-    dumps = load_pair(args.contrast, args.part)
+    check_output(args.selection, "experts")
     (a, b), layers = frequencies(dumps), dumps[0]["layers"]
     difference, chosen = select_contrast(a, b, args.tau, args.top)
     require(chosen.any(), f"no frequency in A is larger by more than {args.tau} (the most: "
                           f"{difference.max():.3f}); lower --tau, or give --top, and other dumps")
-    experts = {int(layer): {int(expert): round(row[expert], 6) for expert in np.flatnonzero(kept)}
-               for layer, row, kept in zip(layers, difference, chosen) if kept.any()}
+    layer, expert = np.nonzero(chosen)
+    rows = by_row({"layer": layers[layer], "expert": expert, "difference": difference[chosen],
+                   "frequency in A": a[chosen], "frequency in B": b[chosen]})
+    experts = {}
+    for row in rows:
+        of_layer = experts.setdefault(int(row["layer"]), {})
+        of_layer[int(row["expert"])] = round(row["difference"], 6)
     selection = {"experts": experts, "revision": dumps[0]["revision"], "arguments": vars(args),
                  "inputs": inputs_of(dumps)}
     write_whole(args.selection, lambda file: file.write(json.dumps(selection).encode()))
     rule = f"the {args.top} largest differences" if args.top else f"a difference above {args.tau}"
-    print(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}, by {rule}")
-    strongest = np.argsort(-np.abs(difference[chosen]), kind="stable")[:20]
-    row, expert = np.argwhere(chosen)[strongest].T
-    print_table({"layer": layers[row], "expert": expert, "difference": difference[row, expert],
-                 "frequency in A": a[row, expert], "frequency in B": b[row, expert]})
+    rows.sort(key=lambda row: -abs(row["difference"]))
+    print_tables([(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}, by {rule}",
+                   rows[:20])])
     print(f"\n{args.selection}")
 
 
@@ -1403,31 +1357,32 @@ def parse_arguments():
     add("--top", 0, "instead, so many of the largest differences, of either sign")
     add("--selection", "selection.json", "(default: %(default)s)")
     args = p.parse_args()
-    check_output(*(args.selection, "experts") if args.contrast else (args.out, "similarity"))
     require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
     require(not args.figures or find_spec("matplotlib"),
             "--figures needs matplotlib; run: pip install matplotlib")
-    require(min(args.seed, args.top, args.bootstrap) >= 0, "--seed, --top, --bootstrap: from 0 on")
-    require(args.contrast or not args.top, "--top takes a number above 0, and --contrast A B")
-    require(args.bootstrap != 1, "--bootstrap takes 2 draws or more")
+    require(args.seed >= 0 and args.bootstrap >= 0 and args.bootstrap != 1,
+            "--bootstrap takes 2 draws or more, --seed a number from 0 on")
+    require(args.top == 0 or args.top > 0 and args.contrast,
+            "--top takes a number above 0, and --contrast A B")
     return args
 
 
 def main():
     args = parse_arguments()
-    if args.contrast:
-        return run_contrast(args)
-    if args.agreement:
-        return run_agreement(args)
+    pair = args.contrast or args.agreement
+    if pair:  # named A and B, whatever languages they are of
+        named = [f"{name}={split_label(path)[1]}" for name, path in zip("AB", pair)]
+        dumps = load_languages(named, args.part)
+        return run_contrast(dumps, args) if args.contrast else run_agreement(dumps)
+    check_output(args.out, "similarity")
     dumps = load_languages(args.dumps, args.part)
     args.experts_per_language = number_of_experts(args.experts_per_language,
                                                   dumps[0]["num_experts"])
-    bands = parse_bands(args.bands, dumps[0]["layers"])
-    result = compute(dumps, bands, args)
-    save_analysis(args.out, result, dumps, bands, args)
+    result = compute(dumps, args)
+    save_analysis(result, dumps, args)
     if args.figures:
-        save_figures(args.figures, result, bands)
-    report(result, dumps, bands, args)
+        save_figures(args.figures, result)
+    report(result, dumps, args)
     print(f"\n{args.out}", args.figures)
 
 

@@ -1192,7 +1192,7 @@ def check_dumps(dumps, shape, revision):
                 f"{paths} has (num_experts, top_k) {size} in layers {dump['layers'].tolist()}, the "
                 f"model {set(shape.values())} in {list(shape)}: another model, or other layers")
         require(dump["revision"] in (None, revision),  # IDs from elsewhere name no revision
-                f"{paths} was captured on another model ({dump['meta'].get('model')}, "
+                f"{paths} was captured on another model ({dump.get('model')}, "
                 f"{dump['revision']}); capture it again on this one ({revision})")
 
 

@@ -201,13 +201,13 @@ def test_a_language_twice_or_shards_that_are_no_whole_are_refused(tmp_path, shar
 def test_dumps_of_different_models_are_refused(tmp_path, ids, change, other):
     first = write(tmp_path / "a.npz", IDS, "aa", meta={"revision": "r1"})
     second = write(tmp_path / "b.npz", ids, "bb", **change)
-    with pytest.raises(InputError, match=rf"b\.npz and .*a\.npz have other {other}"):
+    with pytest.raises(InputError, match=rf"a\.npz and .*b\.npz have other {other}"):
         load_languages([first, second])
 
 
 def test_counts_that_do_not_add_up_are_refused(tmp_path):
     path = write(tmp_path / "a.npz", IDS, counts=[[3, 2, 0, 2], [1, 1, 3, 1]],
-                 sequence_offsets=[0, 3], meta={"top_k": 2})
+                 sequence_offsets=[0, 3], layers=[0, 1], meta={"top_k": 2})
     with pytest.raises(InputError, match="do not add up"):
         load_routing(path)
 
@@ -249,8 +249,8 @@ def test_analysis_holds_what_is_printed(tmp_path, monkeypatch, capsys):
     shared, exclusive = result["shared"][3].sum(), result["exclusive"][:, 3]
     printed = next(line for line in lines if line.startswith("3  ")).split()
     assert printed[3:] == [str(n) for n in (shared, exclusive.sum(), *exclusive.sum(1))]
+    assert (result["bands"], result["band_layers"]) == (["low"], ["0-1"])
     meta = json.loads(str(result["meta"]))
-    assert meta["bands"] == {"low": [0, 1]}
     assert [i["language"] for i in meta["inputs"]] == names
     assert len(meta["inputs"][0]["digest"][0]) == 16
 

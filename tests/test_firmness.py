@@ -279,14 +279,19 @@ def test_agreement_by_hand():
 def test_agreement_of_dumps_counts_what_one_has_alone_and_names_the_first_other_token(
         monkeypatch, capsys, tmp_path):
     ids, tokens = np.argsort(np.random.default_rng(0).random((10, 3, 8)))[..., :2], np.arange(10)
-    whole = save(tmp_path / "a.npz", ids, token_ids=tokens, sequence_offsets=[0, 4, 10])
+    whole = save(tmp_path / "a.npz", ids, token_ids=tokens, sequence_offsets=[0, 4, 10],
+                 prompt_lengths=[2, 3])
     last = [3, 9]  # an engine leaves them out
     short = save(tmp_path / "b.npz", np.delete(ids, last, 0)[..., ::-1], sequence_offsets=[0, 3, 8],
                  token_ids=np.delete(tokens, last))
     printed = compare(monkeypatch, capsys, whole, short)
     assert "8 tokens compared; 2 are in one dump only; 100.0% have the same" in printed
+    assert "5 tokens compared; 0 are" in compare(monkeypatch, capsys, whole, whole, "--part=prompt")
     blind = save(tmp_path / "c.npz", np.delete(ids, last, 0), sequence_offsets=[0, 3, 8])
     assert "compared by the lengths of sequences alone" in compare(monkeypatch, capsys, whole, blind)
+    ids[[0, 4, 5]] = -1  # as where an engine had the start of a prompt in its cache
+    cached = save(tmp_path / "e.npz", ids, token_ids=tokens, sequence_offsets=[0, 4, 10])
+    assert "7 tokens compared; 3 are in one" in compare(monkeypatch, capsys, whole, cached)
     tokens[6] = 77
     other = save(tmp_path / "d.npz", ids, token_ids=tokens, sequence_offsets=[0, 4, 10])
     with pytest.raises(InputError, match="first in sequence 1 at token 2: 6 and 77"):
