@@ -320,7 +320,7 @@ def main():
     masks = np.concatenate([masks for cell in plan.values() for masks in cell.values()])
     common.require(masks.any(), "no expert to mask in these bands; give other --bands or "
                                 "--targets")
-    print(f"{args.model}  {len(masks)} cells  {args.experts} experts  "
+    print(f"{args.model}  {len(masks)} cells ", args.selection or f"{args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     results = run_cells(experiment, plan, bands, layers)
     tables = effect_tables(experiment, plan, results, bands, layers, shares)

@@ -147,7 +147,7 @@ def explained(message):
     except (InputError, OSError):
         raise
     except Exception as error:
-        missing = f": no {error}" if type(error) is KeyError else ""
+        missing = f": no {error.args[0]}" if type(error) is KeyError else ""
         raise InputError(message + missing) from error
 
 
@@ -171,15 +171,14 @@ def load_languages(paths, part="all"):
 
 
 def load_routing(path, part="all"):
-    """One dump as a dict: its meta (language, top_k, num_experts, revision, ...); part, num_tokens,
-    layers, counts (layers, experts), weights (like counts: those given, or else the counts),
-    null_counts (draws, layers, experts) or nan; and, for each shard, path, digest, data_sha256.
+    """One dump as a dict: its meta; part, num_tokens, layers, counts (layers, experts), weights (as
+    counts: those given, or else the counts), null_counts (draws, layers, experts) or nan; and, for
+    each shard, path, digest, data_sha256.
 
-    path  an .npz of capture.py; an .npz with selected_experts (tokens, layers, top_k) and meta; a
-          recorder's .json {"layer": {"expert": {"activation_tokens": n}, ..., "total_tokens": n}};
-          or any of them as label=path
-    part  "prompt", "response" or "text" counts only those tokens of each sequence, and takes
-          selected_experts; text is the prompt's own, without chat template and instruction
+    path  an .npz of capture.py, or with selected_experts (tokens, layers, top_k) and meta; the
+          .json of a recorder, see read_recorder; or any of them as label=path
+    part  all, or the prompt, response or text of each sequence, which takes selected_experts; text
+          is the prompt's own, without chat template and instruction
     """
     label, path = split_label(path)
     require(os.path.isfile(path), f"no such dump: {path}; run: python capture.py; or, if it is a "
@@ -198,21 +197,22 @@ def load_routing(path, part="all"):
             weights = counts = grouped_counts(selected, np.zeros(num_tokens, int), 1,
                                               meta["num_experts"])[0]
         require(num_tokens, f"{path} holds no tokens ({part})")
-        layers = file["layers"]
-        require(len(layers) == len(counts) and counts.min(initial=0) >= 0 and np.allclose(
-            counts.sum(1), num_tokens * top_k, rtol=0.05 if "inexact" in meta else 0, atol=0),
-            f"{path}: the counts of {len(layers)} layers do not add up to {num_tokens} tokens * "
-            f"top_k {top_k}; capture it again")
+        layers, null_counts = file["layers"], file.get("null_counts", np.nan)
+        require(len({*layers.tolist()}) == len(layers) == len(counts) and counts.min() >= 0
+                and np.isfinite(weights).all() and not np.any(null_counts < 0) and np.allclose(
+                    counts.sum(1), num_tokens * top_k, atol=0,
+                    rtol=0.05 if "inexact" in meta else 0), f"{path}: the counts and weights of "
+                f"{len(layers)} layers do not add up to {num_tokens} tokens * top_k {top_k}; "
+                "capture it again")
         if "left_out" in file:
-            print(f"note: {path}: selections stand for weights;\n"
-                  f"left out {file['left_out']} that are placeholders")
+            print(f"note: {path}: left out {file['left_out']}; selections stand for weights")
         language = label or meta["language"]
         require(isinstance(language, str) and language,
                 f"{path}: language {language}; name it: de={path}")
         return {"revision": None} | meta | {
             "language": language, "layers": layers, "counts": counts, "weights": weights,
             "num_tokens": num_tokens, "top_k": top_k, "num_experts": counts.shape[1],
-            "null_counts": file.get("null_counts", np.nan), "path": [path], "part": part,
+            "null_counts": null_counts, "path": [path], "part": part,
             "digest": [hashlib.sha256(counts.tobytes()).hexdigest()[:16]],
             "data_sha256": [meta.get("data_sha256")]}
 
@@ -243,13 +243,15 @@ def open_dump(path):
         return Dump(read_recorder(path))
     file = np.load(path, allow_pickle=False)
     require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
-    file = Dump({"path": path, "meta": json.loads(str(file["meta"]))}, file)
+    file = Dump({"path": path}, file)
+    file["meta"] = json.loads(str(file["meta"]))
     return file if "counts" in file else file | real_ids(file)
 
 
 def read_recorder(path):
-    """A recorder's .json as a dump. It summed in bfloat16: its counts are near, and need not add up
-    to whole tokens. An expert that a layer lacks was not selected there.
+    """A recorder's .json as a dump: {"layer": {"expert": {"activation_tokens": n}, ...,
+    "total_tokens": n}}. It summed in bfloat16: its counts are near, and need not add up to whole
+    tokens. An expert that a layer lacks was not selected there.
     """
     layers, rows = zip(*sorted((int(layer), row) for layer, row in read_json(path).items()))
     num_tokens, = {int(row.pop("total_tokens")) for row in rows}
@@ -289,7 +291,8 @@ def real_ids(file):
     return {"selected_experts": ids[:, layers],
             "layers": file.get("layers", np.arange(len(layers)))[layers],
             "sequence_offsets": file.get("sequence_offsets", [0, len(ids)]),
-            "left_out": f"{(~tokens).sum()} tokens and {(~layers).sum()} layers"}
+            "left_out": f"{(~tokens).sum()} tokens and {(~layers).sum()} layers that are "
+                        "placeholders"}
 
 
 def read_tokens(dump, *keys):
@@ -1180,6 +1183,7 @@ def write_whole(path, write):
 
 def check_output(path, key):
     """InputError if a file is there that is not an earlier output: one with the key in it."""
+    require(not os.path.isdir(path), f"{path} is a folder; give a file")
     if os.path.exists(path):
         with explained(f"{path} is there, and not what this writes; move it away, or give another"):
             (read_json(path) if key == "experts" else np.load(path, allow_pickle=False))[key]
@@ -1232,6 +1236,8 @@ def compute(dumps, args):
         result |= vocabulary_control(dumps, bands)
     if args.bootstrap:
         counts = [sequence_counts(dump) for dump in dumps]
+        require(by_sequence is None or {len(by_sequence)} == set(map(len, counts)),
+                "--parallel with --bootstrap takes dumps with tokens in every sequence")
         result |= bootstrap(counts, args.bootstrap, result, settings, bands, rng, by_sequence)
     return result
 
@@ -1302,8 +1308,8 @@ def run_contrast(dumps, args):
     check_output(args.selection, "experts")
     (a, b), layers = frequencies(dumps), dumps[0]["layers"]
     difference, chosen = select_contrast(a, b, args.tau, args.top)
-    require(chosen.any(), f"no frequency in A is larger by more than {args.tau} (the most: "
-                          f"{difference.max():.3f}); lower --tau, or give --top, and other dumps")
+    require(chosen.any(), f"no experts to select: A's frequencies are larger by at most "
+                          f"{difference.max():.3f}; give other dumps, a lower --tau, or --top")
     layer, expert = np.nonzero(chosen)
     rows = by_row({"layer": layers[layer], "expert": expert, "difference": difference[chosen],
                    "frequency in A": a[chosen], "frequency in B": b[chosen]})

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import time
 from pathlib import Path
 
@@ -282,6 +283,7 @@ def parse_arguments():
     add_model_arguments(p)
     p.set_defaults(batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
     args = p.parse_args()
+    require(not os.path.isfile(args.out), f"{args.out} is a file; --out takes a folder")
     require(not (args.tokens and (args.limit or args.instruction)),
             "--tokens runs dumps as they are, without --limit and --instruction")
     require(args.engine == "vllm" or not args.max_new_tokens,

@@ -69,7 +69,7 @@ def explained(message):
     try:
         yield
     except Exception as error:  # libraries raise every kind for a broken file
-        what = f"no {error}" if isinstance(error, KeyError) else str(error).strip()
+        what = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).strip()
         raise InputError(f"{message}: " + what.partition("\n")[0]) from error
 
 

@@ -234,8 +234,8 @@ def prepare(args):
 
 
 def choose_lambda(experiment, group):
-    """(the best of the lambdas that move any selection, the examples to report it on): of several,
-    it is chosen on the even ones. Prints what they move, beside what random draws do.
+    """(the best of the lambdas that move any selection, the examples to report it on, lines): of
+    several, it is chosen on the even ones. The lines say what they move, and random draws do.
     """
     args, metric = experiment.args, experiment.args.metrics[0]
     (kind, boosted), *draws = group["arms"][:1 + args.control_seeds]
@@ -244,24 +244,24 @@ def choose_lambda(experiment, group):
     move = functools.partial(moved_selections, experiment.engine or experiment.model, prompts,
                              rule=args.rule, batch_tokens=args.batch_tokens)
     moved = {strength: move(boosted, strength) for strength in args.lambdas}
-    for strength, parts in moved.items():
-        print(f"lambda {strength}: selections moved (%), by layer  "
-              + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in zip(boosted, parts))
-              + "  left out: it moves none" * (not parts.any()))
+    lines = [f"lambda {strength}: selections moved (%), by layer  "
+             + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in zip(boosted, parts))
+             + "  left out: it moves none" * (not parts.any())
+             for strength, parts in moved.items()]
     lambdas = [strength for strength in moved if moved[strength].any()]
     common.require(lambdas, "no lambda moves any selection; take larger ones")
     scores = run_arms(experiment, group, [(kind, strength, boosted) for strength in lambdas])
     gains = lambda_gains(scores, lambdas, metric)
     best = max(gains, key=gains.get)
     shared, others = moved[best].mean(), [move(drawn, best).mean() for _, drawn in draws]
-    print(f"selections moved: {shared:.2%}; by random draws {np.mean(others):.2%} "
-          f"({min(others):.2%} to {max(others):.2%})"
-          + "; less than half as much: no fair control" * bool(np.mean(others) < shared / 2))
+    lines.append(f"selections moved: {shared:.2%}; by random draws {np.mean(others):.2%} "
+                 f"({min(others):.2%} to {max(others):.2%})"
+                 + "; less than half as much: no fair control" * bool(np.mean(others) < shared / 2))
     if len(lambdas) == 1:
-        return best, slice(None)
-    print(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean gain of "
-          f"{metric}: " + ", ".join(f"{l} {gain:+.4f}" for l, gain in gains.items()) + ")")
-    return best, slice(1, None, 2)
+        return best, slice(None), lines
+    lines.append(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean "
+                 f"gain of {metric}: {', '.join(f'{l} {gain:+.4f}' for l, gain in gains.items())})")
+    return best, slice(1, None, 2), lines
 
 
 def effect_tables(experiment, group, best, part):
@@ -323,9 +323,11 @@ def main():
     for group in groups:
         number = sum(map(np.count_nonzero, group["arms"][0][1].values()))
         print(f"{args.model}  {number} experts  "
-              f"{args.selection or 'shared by ' + ','.join(group['sources'])}  rule {args.rule}  "
+              f"rule {args.rule} ", args.selection or f"shared by {','.join(group['sources'])}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-        effects.append(effect_tables(experiment, group, *choose_lambda(experiment, group)))
+        best, part, lines = choose_lambda(experiment, group)
+        print(*lines, sep="\n")
+        effects.append(effect_tables(experiment, group, best, part))
         analyze.print_tables(sum(effects[-1].values(), []))
         print()
     if len(groups) > 1:

@@ -205,11 +205,18 @@ def test_dumps_of_different_models_are_refused(tmp_path, ids, change, other):
         load_languages([first, second])
 
 
-def test_counts_that_do_not_add_up_are_refused(tmp_path):
-    path = write(tmp_path / "a.npz", IDS, counts=[[3, 2, 0, 2], [1, 1, 3, 1]],
-                 sequence_offsets=[0, 3], layers=[0, 1], meta={"top_k": 2})
+WHOLE = dict(counts=[[3, 2, 0, 1], [1, 1, 3, 1]], sequence_offsets=[0, 3], layers=[0, 1],
+             meta={"top_k": 2})
+
+
+@pytest.mark.parametrize("change", [
+    {"counts": [[3, 2, 0, 2], [1, 1, 3, 1]]}, {"counts": [[3, 3, -1, 1], [1, 1, 3, 1]]},
+    {"layers": [0, 0]}, {"layers": [0]}, {"weight_sums": np.full((2, 4), np.nan)},
+    {"null_counts": [[[7, -1, 0, 0], [6, 0, 0, 0]]]}])
+def test_a_dump_whose_figures_do_not_add_up_is_refused(tmp_path, change):
+    assert load_routing(write(tmp_path / "a.npz", IDS, **WHOLE))["num_tokens"] == 3
     with pytest.raises(InputError, match="do not add up"):
-        load_routing(path)
+        load_routing(write(tmp_path / "b.npz", IDS, **WHOLE | change))
 
 
 def test_ids_from_elsewhere_compare_with_captured_ones_and_must_fit(tmp_path):

@@ -75,6 +75,7 @@ def place(tmp_path_factory):
     dump(p / "tiny_old.npz", "en", **TINY | {"revision": "0123", "model": "other/moe"})
     (p / "cut.npz").write_bytes((p / "en.npz").read_bytes()[:900])
     (p / "text.npz").write_text("hello")
+    np.savez(p / "nothing.npz", counts=np.ones((1, 2)))
     np.savez(p / "pickle.npz", counts=np.ones((1, 2)), meta=np.array({"a": 1}, dtype=object))
     same = np.tile(np.array([1, 0], dtype=np.uint8), (15, 2, 1))  # 16 would look like a dense layer
     for language in ("aa", "bb"):
@@ -100,9 +101,13 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "language twice": ("capture", "--languages en,en", "'en,en' names a file twice; .* once"),
     "unsafe label": ("capture", "--languages ../en", "'../en' cannot name a file: .* letters"),
     "no dtype": ("capture", "--dtype float7 --out {}/o", "'float7' is not a dtype; give auto"),
+    "a file for a folder": ("capture", "--out {}/empty.txt", "is a file; --out takes a folder"),
     "unwritable": ("capture", "--out /proc/here", r"\[Errno .*/proc/here"),
     "no npz": ("analyze", "{}/text.npz", "text.npz is not a whole routing dump; give"),
     "pickles": ("analyze", "{}/pickle.npz", "pickle.npz is not a whole routing dump; give"),
+    "no meta": ("analyze", "{}/nothing.npz", "nothing.npz holds no meta"),
+    "equal dumps": ("analyze", "--contrast {}/en.npz {}/en.npz --top 3 --selection {}/new.json",
+                    "no experts to select: A's frequencies are larger by at most 0.000"),
     "a folder": ("analyze", "{}", "no such dump: .*if it is a folder, name the dumps in it: .*npz"),
     "other experts": ("analyze", "{}/en.npz {}/wide.npz", r"num_experts \(8, 16\): different m"),
     "other layers": ("analyze", "{}/en.npz {}/deep.npz", "deep.npz .*layers .*: different models"),

@@ -509,7 +509,7 @@ def test_a_planted_effect_is_found_and_without_it_none(carrier, tmp_path, folder
     boosted = {1: np.eye(8)[5]}
     draws = [(f"random-seed{seed}", steer.random_coefficients(boosted, seed)) for seed in range(7)]
     group = {"sources": [], "languages": ["en"], "arms": [("shared", boosted), *draws]}
-    assert steer.choose_lambda(experiment, group) == (6, slice(None))
+    assert steer.choose_lambda(experiment, group)[:2] == (6, slice(None))
     (_, (row,)), = steer.effect_tables(experiment, group, 6, slice(None))["answer_nll"]
     scores = steer.run_arms(experiment, group, [(name, 6, each) for name, each in draws])
     base, *random = scores["en"]["answer_nll"].mean(1)

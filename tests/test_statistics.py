@@ -459,6 +459,13 @@ def test_parallel_data_are_compared_sequence_by_sequence(planted, monkeypatch, c
     np.savez(tmp_path / "short.npz", **arrays[0] | {"mean_probs": arrays[0]["mean_probs"][:-1]})
     with pytest.raises(InputError, match="--parallel takes as many sequences in every language"):
         run(monkeypatch, capsys, tmp_path, *planted[1:], tmp_path / "short.npz", "--parallel")
+    gap = dict(np.load(planted[0]))  # one more sequence, without tokens and mean_probs
+    np.savez(tmp_path / "gap.npz", **gap | {
+        "mean_probs": np.append(gap["mean_probs"], gap["mean_probs"][:1], 0),
+        "sequence_offsets": np.append(gap["sequence_offsets"], gap["sequence_offsets"][-1])})
+    with pytest.raises(InputError, match="takes dumps with tokens in every sequence"):
+        run(monkeypatch, capsys, tmp_path, tmp_path / "gap.npz", "x=" + str(tmp_path / "gap.npz"),
+            "--parallel", "--bootstrap", 2)
 
 
 # --------------------------------------------------------------------------- reading and writing
@@ -549,7 +556,7 @@ def test_a_contrast_is_printed_and_written(planted, monkeypatch, capsys, tmp_pat
     np.testing.assert_allclose(selection, expected, atol=1e-6)
     assert (selection[:, 30:] > 0.5).all()
     assert f"{(selection > 0).sum()} experts in layers 0-5, by a difference above 0.5" in printed
-    with pytest.raises(InputError, match="no frequency in A is larger by more than 3"):
+    with pytest.raises(InputError, match="no experts to select"):
         contrast(*planted[:2], tau=3, out="t.json")
     assert not (tmp_path / "t.json").exists()
 
