@@ -205,7 +205,7 @@ def load_routing(path, part="all"):
                 f"{len(layers)} layers do not add up to {num_tokens} tokens * top_k {top_k}; "
                 "capture it again")
         if "left_out" in file:
-            print(f"note: {path}: left out {file['left_out']}; selections stand for weights")
+            print(f"note: {path}: selections stand for weights;\nleft out {file['left_out']}")
         language = label or meta["language"]
         require(isinstance(language, str) and language,
                 f"{path}: language {language}; name it: de={path}")
