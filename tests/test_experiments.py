@@ -866,7 +866,7 @@ def test_a_contrast_is_boosted(contrast, dumps, tiny, tmp_path):
     (selection, differences), out = contrast, tmp_path / "r.jsonl"
     printed = run(steer, "--routing", *dumps, "--selection", selection, "--languages", "sw",
                   "--limit", 4, "--control-seeds", 1, "--rule", "soft", "--lambda", 5, "--out", out)
-    assert f"12 experts  {selection}" in printed
+    assert f"12 experts  rule soft  {selection}\n" in printed
     baseline, row, _ = rows_of(out)
     assert row["settings"]["kind"] == "selection"
     boosts = {layer: 5 * np.sign(d) for layer, d in enumerate(differences) if d.any()}
