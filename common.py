@@ -522,10 +522,8 @@ def find_data(pattern, languages=None):
     languages: the wanted ones, as "bn,de"; by default all that have a file. Without {lang} in the
     pattern it is one file, called by the one language given or else by its stem.
     """
-    if languages:
-        wanted = languages.split(",")
-    elif "{lang}" not in pattern:
-        wanted = [Path(pattern).stem]
+    if languages or "{lang}" not in pattern:
+        wanted = (languages or Path(pattern).stem).split(",")
     else:
         named = re.escape(pattern).replace(r"\{lang\}", "([^/]+)", 1).replace(r"\{lang\}", r"\1")
         paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
@@ -560,8 +558,7 @@ def read_examples(path):
     lines = [text] if suffix == ".json" else re.sub(r"\n\s*\Z", "", text).split("\n")
     for number, line in enumerate(lines if text.strip() else [], 1):
         with explained(f"{path}:{number}"):
-            examples += READERS[suffix](line)
-            require(not examples or examples[-1]["prompt"].strip(), "an empty prompt")
+            examples += map(as_example, READERS[suffix](line))
     require(examples, f"{path}: no prompts in it")
     return examples
 
@@ -580,38 +577,19 @@ def read_task(args, language, path):
 def read_tsv_line(line):
     prompt, tab, answer = line.rpartition("\t")
     require(tab, "no tab between question and answer")
-    return [{"prompt": prompt, "answer": [answer], "kind": answer_kind(answer)}]
+    return [{"prompt": prompt, "answer": answer}]
 
 
 def read_json_line(line):
     with explained("not JSON"):
         row = json.loads(line)
-    if "flores_passage" in row:
-        return read_belebele(row)
-    prompt = row.get("prompt") or row.get("question") or row.get("text")
-    require(isinstance(prompt, str), 'no "prompt", "question" or "text" with a string')
-    example, answers = {"prompt": prompt}, row.get("answer")
-    example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
-    if answers is not None:
-        answers = answers if isinstance(answers, list) else [answers]
-        require(set(map(type, answers)) <= {str, int, float},
-                "an answer is a text or a number, or a list of such")
-        answers = list(map(str, answers))
-        kind = row.get("kind") or answer_kind(*answers)
-        letters = set(answers) <= set(string.ascii_uppercase)
-        require(kind in ("number", "span") or kind == "choice" and letters,
-                f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
-        example |= {"answer": answers, "kind": kind}
-    return [example]
-
-
-def read_belebele(row):
-    letters = dict(zip("1234", "ABCD"))
-    answer = letters.get(str(row["correct_answer_num"]))
-    require(answer, "a Belebele row whose correct_answer_num is not 1 to 4")
-    options = "\n".join(f"{letters[i]}. {row['mc_answer' + i]}" for i in letters)
-    return [{"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
-             "answer": [answer], "kind": "choice"}]
+    if "flores_passage" in row:  # of Belebele
+        letters = dict(zip("1234", "ABCD"))
+        options = "\n".join(f"{letters[i]}. {row['mc_answer' + i]}" for i in letters)
+        row = {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
+               "answer": letters.get(str(row["correct_answer_num"])), "kind": "choice"}
+        require(row["answer"], "a Belebele row whose correct_answer_num is not 1 to 4")
+    return [row]
 
 
 def read_squad(text):
@@ -625,6 +603,25 @@ def read_squad(text):
 
 READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".json": read_squad,
            ".txt": lambda line: [{"prompt": line}]}
+
+
+def as_example(row):
+    """An example of read_examples, of what a reader returns or a .jsonl file holds."""
+    prompt = row.get("prompt") or row.get("question") or row.get("text")
+    require(isinstance(prompt, str) and prompt.strip(),
+            'an empty prompt, or no "prompt", "question" or "text" with a string')
+    example, answers = {"prompt": prompt}, row.get("answer")
+    example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
+    if answers is None:
+        return example
+    answers = answers if isinstance(answers, list) else [answers]
+    require(set(map(type, answers)) <= {str, int, float},
+            "an answer is a text or a number, or a list of such")
+    answers = list(map(str, answers))
+    kind, letters = row.get("kind") or answer_kind(*answers), set(string.ascii_uppercase)
+    require(kind in ("number", "span") or kind == "choice" and letters.issuperset(answers),
+            f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
+    return example | {"answer": answers, "kind": kind}
 
 
 def answer_kind(*answers):
@@ -652,7 +649,7 @@ def rendered(tokenizer, prompt, chat_template="auto"):
             before, _, behind = render("\ue000").partition("\ue000")
             text = render(prompt)
             within = text.removeprefix(before).removesuffix(behind)
-            if text == before + within + behind and within.strip() == prompt.strip():
+            if within.strip() == prompt.strip():
                 return before, within, behind
     raise InputError("the chat template does not hold the prompt as it is; mend it, or give "
                      f"--chat-template never (the prompt: {prompt[:40]!r})")
