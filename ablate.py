@@ -22,7 +22,6 @@ model load; three minutes on the tiny model. A stopped run goes on where it stop
 import itertools
 import json
 import math
-import sys
 import zlib
 
 import numpy as np
@@ -286,17 +285,15 @@ def run_each(experiment, shares, rows, layers):
 
 
 def parse_arguments():
-    p = common.argument_parser(__doc__)
-    add = common.add_task_arguments(p)
-    add("--experts", choices=["exclusive", "shared", "random", "each"], default="exclusive",
-        metavar="E", help="exclusive to the target (default); shared by all; random, as many; or "
-        "each, one at a time")
-    add("--how", choices=EDITS, default="reroute", metavar="H",
-        help="reroute: others take their place; zero: they contribute nothing")
-    add("--targets", help="whose experts, as bn,de or bn+sw (default: those of the dumps)")
-    add("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, "
-        "middle and last tenth; those of a selection)")
-    args = common.parse_task_arguments(p, sys.modules[__name__])
+    p = common.argument_parser(__doc__, globals())
+    add = common.add_task_flags(p)
+    add("--experts", "the target's alone, what all share, as many random ones, or each",
+        ("exclusive", "shared", "random", "each"))
+    add("--how", "let others take their place, or zero their contribution", tuple(EDITS))
+    add("--targets", "whose experts, as bn,de or bn+sw (default: those of the dumps)")
+    add("--bands", "layers, as low=0-4 (default: first, middle and last tenth, or those of a "
+        "selection)", nargs="+")
+    args = p.parse_args()
     if args.selection:
         args.experts = "selection"
     common.require(args.experts != "each" or args.bands, "--experts each takes long; say in which "

@@ -844,27 +844,24 @@ def span_scores(prediction, golds, language=None, score="exact"):
     if not golds:
         return not said, float(not said)
     for gold in filter(None, map(units, golds)):
-        right |= said == gold or score == "contains" and gold in (
-            said[i:i + len(gold)] for i in range(len(said)))
+        right |= said == gold or score == "contains" and (
+            f" {' '.join(gold)} " in f" {' '.join(said)} ")
         overlap = (Counter(said) & Counter(gold)).total()
         f1 = max(f1, 2 * overlap / (len(said) + len(gold)))
     return right, f1
 
 
-def import_langdetect(language):
-    """langdetect, and its name of a language. InputError if it is missing, or does not know it."""
+def in_language(responses, language):
+    """Whether each response is in the language, as langdetect finds; Chinese variants are zh.
+
+    InputError if langdetect is missing, or does not know the language.
+    """
     with explained("the metric 'language' needs langdetect; run: pip install langdetect"):
         import langdetect
     langdetect.DetectorFactory.seed = 0
     code = DETECTED.get(base_language(language), base_language(language))
     require(code in DETECTED.values(),
             f"langdetect does not know the language '{language}'; leave out this metric")
-    return langdetect, code
-
-
-def in_language(responses, language):
-    """Whether each response is in the language, as langdetect finds; Chinese variants are zh."""
-    langdetect, code = import_langdetect(language)
 
     def detected(response):
         with contextlib.suppress(langdetect.LangDetectException):  # nothing but digits, say
@@ -916,9 +913,10 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
 
     def run(batch):
         prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
-        ids = pad_sequence(prompts, True, settings["pad_token_id"], "left").to(model.device)
-        mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, "left").to(model.device)
-        return model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].tolist()
+        ids = pad_sequence(prompts, True, -1, "left").to(model.device)
+        padded = ids.masked_fill(ids < 0, settings["pad_token_id"])
+        answers = model.generate(input_ids=padded, attention_mask=(ids >= 0).long())
+        return answers[:, ids.shape[1]:].tolist()
 
     # as few batches as there can be: each takes max_new_tokens steps
     sizes = [len(e["ids"]) + settings["max_new_tokens"] for e in encoded]
@@ -994,7 +992,7 @@ def check_metrics(metrics, encoded, path, language):
     require(len(kinds) == 1 or "accuracy" not in metrics,
             f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
     if "language" in metrics:
-        import_langdetect(language)
+        in_language([], language)
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -1073,69 +1071,77 @@ def save_predictions(path, encoded, responses, scores):
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def positive(text):
+def number(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
 
-NUMBER, REAL = {"type": positive, "metavar": "N"}, {"type": float, "metavar": "X"}
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.MetavarTypeHelpFormatter):
+    """The description as it is, flags with their types."""
 
 
-def argument_parser(description):
-    return argparse.ArgumentParser(usage="%(prog)s [options]", description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+def argument_parser(description, constants={}):
+    """A parser whose flags have a script's constants as their defaults."""
+    p = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=description,
+        formatter_class=functools.partial(HelpFormatter, max_help_position=33))
+    p.set_defaults(**{name.lower(): constants[name] for name in constants if name.isupper()})
+    return p
 
 
-def add_model_arguments(p):
-    """The flags of all scripts that run a model."""
-    add = p.add_argument_group("running the model").add_argument
-    add("--batch-tokens", **NUMBER, help="per forward pass (default: %(default)s)")
-    add("--max-length", **NUMBER, help="tokens of a sequence (default: %(default)s)")
-    add("--chat-template", choices=["auto", "never"], default="auto", metavar="C",
-        help="never: the bare text (default: auto)")
-    add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
-    add("--device", help="cuda, cpu, or auto: all GPUs (default: a GPU)")
-    add("--engine", choices=["transformers", "vllm"], default="transformers", metavar="E",
-        help="vllm: for responses and expert IDs")
-    add("--engine-options", type=lambda text: dict(json.loads(text)), default={}, metavar="JSON",
-        help="""of vllm.LLM, as '{"tensor_parallel_size": 2}'""")
+def flag_group(p, title):
+    """add(flag, text, type or choices, ...): of choices the first is the default."""
+    group = p.add_argument_group(title)
 
+    def add(flag, text, kind=str, **options):
+        if isinstance(kind, tuple):
+            options, kind = {"choices": kind, "default": kind[0]} | options, str
+            text += " (default: %(default)s)"
+        group.add_argument(flag, help=text, type=kind, **options)
 
-def add_task_arguments(p):
-    """The first flags of ablate.py and steer.py; returns what adds theirs, on which experts."""
-    add = p.add_argument_group("what is run").add_argument
-    add("--model", help="folder or hub id (default: %(default)s)")
-    add("--routing", nargs="+", metavar="DUMP", help="to choose experts from: path or label=path")
-    add("--data", help="evaluated (default: %(default)s)")
-    add("--languages", metavar="L", help="as bn,de (default: every file that --data matches)")
-    add("--metrics", nargs="+", choices=METRICS, metavar="M", help=f"of {', '.join(METRICS)}")
-    add("--limit", **NUMBER, help="only the first N examples of each language")
-    add("--instruction", metavar="FILE", help='{"de": "...", ...}: put behind each prompt')
-    add("--out", help="(default: %(default)s)")
-    add = p.add_argument_group("which experts").add_argument
-    add("--experts-per-language", **REAL, help="a number, or a part below 1 (%(default).3g)")
-    add("--threshold", **REAL, help="exclusive above this share (default: %(default)s)")
-    add("--part", choices=PARTS, default="all", metavar="P", help=f"one of {', '.join(PARTS)}")
-    add("--selection", metavar="FILE", help="instead, those that analyze.py --contrast selected")
-    add("--control-seeds", **NUMBER, help="random draws (default: %(default)s)")
     return add
 
 
-def parse_task_arguments(p, script):
-    """The last flags of ablate.py and steer.py, and a script's constants as its flags' defaults."""
-    add = p.add_argument_group("generating answers").add_argument
-    add("--max-new-tokens", **NUMBER, help=f"(default: the checkpoint's, or {MAX_NEW_TOKENS})")
-    add("--score", choices=["exact", "contains"], default="exact", metavar="S",
-        help="of spans: exact, or the paper's contains")
-    add("--temperature", **REAL, help="sample; the paper: 0.7 (default: greedy)")
-    add("--top-p", **REAL, help="with --temperature; the paper: 0.8")
-    add("--top-k-sampling", dest="top_k", **NUMBER, help="with --temperature; the paper: 20")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
-    add_model_arguments(p)
-    p.set_defaults(**{name.lower(): value for name, value in vars(script).items()
-                      if name.isupper()})
-    return p.parse_args()
+def add_model_flags(p):
+    """Those of all scripts that run a model."""
+    add = flag_group(p, "running the model")
+    add("--batch-tokens", "per forward pass (default: %(default)s)", number)
+    add("--max-length", "tokens of a sequence (default: %(default)s)", number)
+    add("--chat-template", "never: the bare text", ("auto", "never"))
+    add("--dtype", "float32, ... (default: the checkpoint's)", default="auto")
+    add("--device", "cuda, cpu, or auto: all GPUs (default: a GPU)")
+    add("--engine", "vllm: responses, IDs", ("transformers", "vllm"))
+    add("--engine-options", "of vllm.LLM, as '{\"max_model_len\": 4096}'",
+        lambda text: dict(json.loads(text)), default={}, metavar="JSON")
+
+
+def add_task_flags(p):
+    """Those of ablate.py and steer.py; returns what adds theirs, on which experts."""
+    add = flag_group(p, "what is run")
+    add("--model", "folder or hub id (default: %(default)s)")
+    add("--routing", "to choose experts from: path or label=path", nargs="+")
+    add("--data", "evaluated (default: %(default)s)")
+    add("--languages", "as bn,de (default: all that --data matches)")
+    add("--metrics", f"of {', '.join(METRICS)}", nargs="+", choices=METRICS, metavar="str")
+    add("--limit", "only the first N examples of each language", number)
+    add("--instruction", '{"de": "...", ...}: put behind each prompt')
+    add("--out", "(default: %(default)s)")
+    add = experts = flag_group(p, "which experts")
+    add("--experts-per-language", "a number, or a part below 1 (%(default).3g)", float)
+    add("--threshold", "exclusive above this share (default: %(default)s)", float)
+    add("--part", "of the dumps' sequences", PARTS)
+    add("--selection", "file of analyze.py --contrast, instead")
+    add("--control-seeds", "random draws (default: %(default)s)", number)
+    add = flag_group(p, "generating answers")
+    add("--max-new-tokens", f"(default: the checkpoint's, or {MAX_NEW_TOKENS})", number)
+    add("--score", "of spans; paper: contains", ("exact", "contains"))
+    add("--temperature", "sample; the paper: 0.7 (default: greedy)", float)
+    add("--top-p", "with --temperature; the paper: 0.8", float)
+    add("--top-k-sampling", "with --temperature; the paper: 20", number, dest="top_k")
+    add("--seed", "of the sampling (default: %(default)s)", int, default=0)
+    add_model_flags(p)
+    return experts
 
 
 def evaluation_settings(args, config, tokenizer, shape):
