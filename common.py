@@ -928,20 +928,16 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
     return tokenizer.batch_decode(responses, skip_special_tokens=True), cut
 
 
-def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=None, top_p=None,
-                        top_k=None):
-    """For generate(), from a checkpoint's GenerationConfig only the tokens that end and pad, and
-    the limit; greedy without a temperature, and with one from all tokens unless top_p or top_k say.
+def generation_settings(checkpoint, tokenizer, max_new_tokens=None):
+    """For generate(), greedy: from a checkpoint's GenerationConfig only the tokens that end and
+    pad, and the limit.
     """
     ends = tokenizer.eos_token_id if checkpoint.eos_token_id is None else checkpoint.eos_token_id
     ends = [] if ends is None else np.ravel(ends).tolist()  # one, several or none
     # for padding one that is not decoded
     pad = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
-    settings = {"max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
-                "eos_token_id": ends or None, "pad_token_id": pad, "do_sample": bool(temperature)}
-    if temperature:
-        settings |= {"temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
-    return settings
+    return {"max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
+            "eos_token_id": ends or None, "pad_token_id": pad, "do_sample": False}
 
 
 def response_metrics(metrics, encoded):
@@ -1054,10 +1050,8 @@ def append_row(path, row):
     with open(path, "a+b") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        if file.read() not in (b"", b"\n"):
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -1146,10 +1140,9 @@ def add_task_flags(p):
 
 def evaluation_settings(args, config, tokenizer, shape):
     """What makes two evaluations of one file the same."""
-    require(args.temperature is None or 0 <= args.temperature < np.inf,
-            f"--temperature {args.temperature} is below 0; 0 is greedy")
-    require(args.temperature or not (args.top_p or args.top_k),
-            "--top-p and --top-k-sampling need a --temperature above 0")
+    require(0 < args.temperature < np.inf if args.temperature else not (args.top_p or args.top_k),
+            "--temperature takes a number above 0, or 0 for greedy; --top-p and --top-k-sampling "
+            "need a --temperature above 0")
     require(0 <= args.seed < 2**63, "--seed takes a whole number from 0 on")
     version = vllm_version(config) if args.engine == "vllm" else transformers.__version__
     generated = {"accuracy", "language"} & set(args.metrics)
@@ -1162,14 +1155,17 @@ def evaluation_settings(args, config, tokenizer, shape):
         checkpoint = GenerationConfig.from_pretrained(args.model)
     except OSError:  # it has none
         checkpoint = GenerationConfig.from_model_config(config)
-    same = ("limit", "metrics", "chat_template", "score", "engine_options")
-    return {key: getattr(args, key) for key in same} | {
+    generation = generation_settings(checkpoint, tokenizer, args.max_new_tokens) | {"seed": 0}
+    if args.temperature:  # from all tokens, unless top_p or top_k say
+        generation |= {"seed": args.seed, "do_sample": True, "temperature": args.temperature,
+                       "top_p": args.top_p or 1.0, "top_k": args.top_k or 0}
+    return {
+        "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
+        "score": args.score, "engine_options": args.engine_options,
         "revision": checkpoint_id(args.model, config, shape),
         "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
         "options": str(MODEL_OPTIONS), "engine": f"{args.engine} {version}",
-        "instruction": args.instruction and file_hash(args.instruction),
-        "generation": {"seed": args.seed if args.temperature else 0} | generation_settings(
-            checkpoint, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.top_k)}
+        "instruction": args.instruction and file_hash(args.instruction), "generation": generation}
 
 
 def file_hash(path):
@@ -1203,6 +1199,25 @@ def check_dumps(dumps, shape, revision):
                 f"{dump['revision']}); capture it again on this one ({revision})")
 
 
+def tried_model(experiment):
+    """An experiment's model, of which try_model has nothing to say."""
+    args, generation = experiment.args, experiment.settings["generation"]
+    model = load_weights(args.model, experiment.config, args.dtype, args.device)
+    encoded, _ = next(iter(experiment.tasks.values()))
+    decode = functools.partial(generate, model, experiment.tokenizer, encoded[:1], 1,
+                               **generation | {"max_new_tokens": 2, "eos_token_id": None})
+    generates = response_metrics(args.metrics, encoded) and not experiment.engine
+    try_model(model, encoded[0]["ids"], decode=generates and decode)
+    return model
+
+
+def started_engine(experiment):
+    """An experiment's VLLMEngine; None where the model generates."""
+    args = experiment.args
+    return None if args.engine == "transformers" else VLLMEngine(
+        args.model, experiment.shape, experiment.settings["dtype"], **args.engine_options)
+
+
 class Experiment:
     """A model, its tasks and a results file, all checked before the weights are read.
 
@@ -1215,19 +1230,15 @@ class Experiment:
         self.config, self.tokenizer, skeleton = load_config(args.model)
         self.shape = routing_shape(skeleton)
         self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
-        chosen_by = ("experts_per_language", "part", "threshold")
-        self.choice = {key: getattr(args, key) for key in chosen_by} | {
+        self.choice = {
+            "experts_per_language": args.experts_per_language, "part": args.part,
+            "threshold": args.threshold,
             "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
 
-    @functools.cached_property
-    def model(self):
-        return tried_model(self)
-
-    @functools.cached_property
-    def engine(self):
-        return started_engine(self)
+    model = functools.cached_property(tried_model)
+    engine = functools.cached_property(started_engine)
 
     def cell(self, language, name="baseline", settings=None, **edit):
         """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited.
@@ -1250,33 +1261,14 @@ class Experiment:
         return json.dumps(settings, sort_keys=True), settings
 
 
-def tried_model(experiment):
-    """An experiment's model, of which try_model has nothing to say."""
-    args, settings = experiment.args, experiment.settings["generation"]
-    model = load_weights(args.model, experiment.config, args.dtype, args.device)
-    encoded, _ = next(iter(experiment.tasks.values()))
-    two = settings | {"max_new_tokens": 2, "eos_token_id": None}
-    decode = functools.partial(generate, model, experiment.tokenizer, encoded[:1], 1, **two)
-    generates = response_metrics(args.metrics, encoded) and args.engine == "transformers"
-    try_model(model, encoded[0]["ids"], True, decode if generates else None)
-    return model
-
-
-def started_engine(experiment):
-    """An experiment's VLLMEngine; None where the model generates."""
-    args = experiment.args
-    return None if args.engine == "transformers" else VLLMEngine(
-        args.model, experiment.shape, experiment.settings["dtype"], **args.engine_options)
-
-
-def evaluate_cell(experiment, language, cell, settings, edit):
+def evaluate_cell(experiment, language, name, settings, edit):
     """A row beyond its settings: scores, mean, edited experts, predictions, how many were cut."""
     args, (encoded, _) = experiment.args, experiment.tasks[language]
-    same = {key: value for key, value in settings.items() if key not in ("language", "data_sha256")}
-    predictions = predictions_folder(args.out) / f"{cell}-{short_hash(same)}/{language}.jsonl"
-    there = read_examples(predictions) if predictions.exists() else encoded
-    require([e["prompt"] for e in there] == [e["prompt"] for e in encoded],
-            f"{predictions} holds the answers to other data; move it away, or give another --out")
+    same = {key: settings[key] for key in settings.keys() - {"language", "data_sha256"}}
+    predictions = predictions_folder(args.out) / f"{name}-{short_hash(same)}/{language}.jsonl"
+    if predictions.exists():
+        require([e["prompt"] for e in read_examples(predictions)] == [e["prompt"] for e in encoded],
+                f"{predictions} holds answers to other data; move it away, or give another --out")
     responding = response_metrics(args.metrics, encoded)
     engine = responding and experiment.engine
     model = None if engine and responding == set(args.metrics) else experiment.model
@@ -1288,8 +1280,8 @@ def evaluate_cell(experiment, language, cell, settings, edit):
             args.score, engine, **settings["generation"])
     row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
            "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
-           "experts": {layer: int(np.count_nonzero(each)) for kind in ("masks", "boosts", "zeroed")
-                       for layer, each in edit.get(kind, {}).items()}}
+           "experts": {layer: int(np.count_nonzero(each)) for kind in edit.keys() - {"rule"}
+                       for layer, each in edit[kind].items()}}
     if responses is not None:
         right = row["scores"].get("accuracy", [None] * len(encoded))
         save_predictions(predictions, encoded, responses, right)
@@ -1299,15 +1291,15 @@ def evaluate_cell(experiment, language, cell, settings, edit):
 
 def print_end(experiment):
     """Where the results are, whether many responses were cut, and whether edits had no object."""
-    rows = list(experiment.used.values())
-    cut = [row["cut_responses"] for row in rows if "cut_responses" in row]
-    responses = len(cut) and sum(len(next(iter(row["scores"].values()))) for row in rows)
-    if any(cut):
-        print(f"\n{sum(cut)} of {responses} responses were cut at the limit; see --max-new-tokens"
-              + ": their scores say little" * (sum(cut) > responses / 10))
-    zeroed = [sum(row["zeroed"].values()) for row in rows if "zeroed" in row]
-    if 0 in zeroed:
-        print(f"\nno prompt selected what was zeroed in {zeroed.count(0)} of {len(zeroed)} cells")
+    rows = experiment.used.values()
+    cut = sum(row.get("cut_responses", 0) for row in rows)
+    responses = sum(len(experiment.tasks[row["settings"]["language"]][0]) for row in rows)
+    if cut:
+        print(f"\n{cut} of {responses} responses were cut at the limit; see --max-new-tokens"
+              + ": their scores say little" * (cut > responses / 10))
+    none = [not any(row["zeroed"].values()) for row in rows if "zeroed" in row]
+    if any(none):
+        print(f"\nno prompt selected what was zeroed in {sum(none)} of {len(none)} cells")
     print(f"\n{experiment.args.out}")
 
 
@@ -1320,7 +1312,7 @@ def run_script(main, *errors):
         try:
             printed(text)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.stdout.write = write

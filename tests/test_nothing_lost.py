@@ -112,7 +112,7 @@ def test_runs_never_overwrite_each_others_predictions_nor_those_to_other_data(du
     assert all(path.read_bytes() == content for path, content in first.items())
     assert len(list((tmp_path / "r").rglob("*.jsonl"))) == 2 * len(first)
     data.write_text("".join(lines[6:12]), encoding="utf-8")
-    with pytest.raises(InputError, match="holds the answers to other data"):
+    with pytest.raises(InputError, match="holds answers to other data"):
         ablation(dumps, *same)
     assert all(path.read_bytes() == content for path, content in first.items())
 
