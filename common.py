@@ -32,6 +32,7 @@ except ImportError:  # not on Windows
     fcntl = None
 from collections import Counter
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -735,17 +736,6 @@ def run_batches(run, batches):
     return [results[i] for i in sorted(results)]
 
 
-@torch.inference_mode()
-def from_logits(read, model, sequences, batch_tokens):
-    """[read(i, logits (tokens, vocabulary))] of every sequence."""
-    def run(batch):
-        ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        return [read(i, logits[:len(sequences[i])].float())
-                for i, logits in zip(batch, logits_of(model, ids))]
-
-    return run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
-
-
 # ----------------------------------------------------------------------------------------- scores
 
 METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
@@ -870,34 +860,36 @@ def in_language(responses, language):
     return [detected(response) == code for response in responses]
 
 
-def negative_log_likelihood(model, encoded, batch_tokens):
-    """Nats per token of each prompt's own text, and of its gold answer given the prompt.
+@torch.inference_mode()
+def from_logits(model, tokenizer, encoded, batch_tokens):
+    """What one forward pass over each prompt and its gold answer tells, nothing is generated:
 
-    -> {"prompt_nll", "answer_nll"}: float64 (examples,), nan if there is no answer; one forward
-    pass gives both. A first token that nothing precedes is not scored.
+    prompt_nll, answer_nll  nats per token of the prompt's own text, without a first token that
+                            nothing precedes, and of the answer; nan if there is none
+    letter                  of A to D, or to the last right answer, the most probable behind the
+                            prompt; "" where answers are no letters
     """
-    sequences = [e["ids"] + e["answer_ids"] for e in encoded]
-
-    def read(i, logits):
-        targets = torch.tensor(sequences[i], device=logits.device)
-        nll = F.cross_entropy(logits[:-1], targets[1:], reduction="none").double().cpu()
-        start, stop = encoded[i]["text_span"]
-        answer = len(encoded[i]["ids"]) - 1  # nll[t - 1] is token t's
-        return nll[max(start - 1, 0):stop - 1].mean().item(), nll[answer:].mean().item()
-
-    found = from_logits(read, model, sequences, batch_tokens)
-    return dict(zip(("prompt_nll", "answer_nll"), np.transpose(found)))
-
-
-def choose_letters(model, tokenizer, encoded, batch_tokens):
-    """The most probable of A to D, or to the last right answer; nothing is generated."""
-    last = max("D", *(answer for e in encoded for answer in e["answer"]))
-    letters = string.ascii_uppercase.partition(last)[0] + last
+    sequences, letters = [e["ids"] + e["answer_ids"] for e in encoded], ""
+    if encoded[0].get("kind") == "choice":
+        last = max("D", *(answer for e in encoded for answer in e["answer"]))
+        letters = string.ascii_uppercase.partition(last)[0] + last
     first = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
     require(len(set(first)) == len(letters),
             f"this tokenizer does not tell {letters} apart by their first token")
-    return from_logits(lambda i, logits: letters[logits[-1, first].argmax()], model,
-                       [e["ids"] for e in encoded], batch_tokens)
+
+    def read(i, logits):
+        end, (start, stop) = len(encoded[i]["ids"]), encoded[i]["text_span"]
+        targets = torch.tensor(sequences[i][1:], device=logits.device)  # nll[t - 1] is token t's
+        nll = F.cross_entropy(logits[:len(targets)], targets, reduction="none").double().cpu()
+        return (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
+                letters and letters[logits[end - 1, first].argmax()])
+
+    def run(batch):
+        ids = right_padded([sequences[i] for i in batch]).to(model.device)
+        return [read(i, logits.float()) for i, logits in zip(batch, logits_of(model, ids))]
+
+    found = run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
+    return dict(zip(("prompt_nll", "answer_nll", "letter"), zip(*found)))
 
 
 @torch.inference_mode()
@@ -953,17 +945,17 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
     engine    a VLLMEngine that generates in the model's stead, which is None if no metric needs it
     accuracy  is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it
     """
-    kind, scores, responses, cut = encoded[0].get("kind"), {}, None, 0
-    if {"prompt_nll", "answer_nll"} & set(metrics):
-        scores = negative_log_likelihood(model, encoded, batch_tokens)
-    if response_metrics(metrics, encoded):
+    kind, responding = encoded[0].get("kind"), response_metrics(metrics, encoded)
+    scores, responses, cut = {}, None, 0
+    if set(metrics) - responding:
+        scores = from_logits(model, tokenizer, encoded, batch_tokens)
+    if responding:
         responses, cut = (engine.generate(encoded, **generation) if engine else
                           generate(model, tokenizer, encoded, batch_tokens, **generation))
     if "language" in metrics:
         scores["language"] = in_language(responses, language)
     if "accuracy" in metrics:
-        answers = responses if kind != "choice" else choose_letters(
-            model, tokenizer, encoded, batch_tokens)
+        answers = scores["letter"] if kind == "choice" else responses
         each = [answer_scores(answer, e["answer"], kind, language, score)
                 for answer, e in zip(answers, encoded)]
         scores |= dict(zip(("accuracy", "f1"), zip(*each)))
@@ -1032,10 +1024,9 @@ def load_rows(path):
     InputError if the file is not one, or if the folder of its predictions cannot be.
     """
     start, folder = b'{"cell": ', predictions_folder(path)
-    require(not os.path.isdir(path), f"{path} is a folder; give a file as results/a.jsonl")
     require(not folder.is_file(), f"{folder}, for the predictions, is a file; give another --out")
-    content = Path(path).read_bytes() if os.path.exists(path) else b""
     with explained(f"{path} is not a results file; move it away or give another --out"):
+        content = Path(path).read_bytes() if os.path.exists(path) else b""
         *lines, rest = content.split(b"\n")
         require(rest[:len(start)] == start[:len(rest)], "its last line is of something else")
         rows = map(json.loads, lines)
@@ -1060,7 +1051,7 @@ def append_row(path, row):
 def save_predictions(path, encoded, responses, scores):
     """JSONL of prompt, response, answer and score, which capture.py reads; whole or not there."""
     rows = [{key: e.get(key) for key in ("prompt", "instruction", "answer", "kind")}
-            | {"response": r, "score": s} for e, r, s in zip(encoded, responses, scores)]
+            | {"response": r, "score": s} for e, r, s in zip_longest(encoded, responses, scores)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(path, lambda file: file.write(text.encode()))
 
@@ -1240,7 +1231,7 @@ class Experiment:
     model = functools.cached_property(tried_model)
     engine = functools.cached_property(started_engine)
 
-    def cell(self, language, name="baseline", settings=None, **edit):
+    def cell(self, language, name="baseline", settings={}, **edit):
         """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited.
 
         settings say how the edit was chosen; name becomes the folder of the predictions.
@@ -1257,7 +1248,7 @@ class Experiment:
         """What the row of a cell is found by among the rows, and its settings."""
         choice = self.choice | {"edit": short_hash(edit)} if edit else {}
         settings = self.settings | {"language": language, "data_sha256": self.tasks[language][1]} \
-            | choice | (settings or {})
+            | choice | settings
         return json.dumps(settings, sort_keys=True), settings
 
 
@@ -1283,8 +1274,7 @@ def evaluate_cell(experiment, language, name, settings, edit):
            "experts": {layer: int(np.count_nonzero(each)) for kind in edit.keys() - {"rule"}
                        for layer, each in edit[kind].items()}}
     if responses is not None:
-        right = row["scores"].get("accuracy", [None] * len(encoded))
-        save_predictions(predictions, encoded, responses, right)
+        save_predictions(predictions, encoded, responses, row["scores"].get("accuracy", []))
         row |= {"predictions": str(predictions), "cut_responses": cut}
     return row | ({"zeroed": changed} if changed else {})
 
