@@ -273,8 +273,8 @@ def run_each(experiment, shares, rows, layers):
             layer, base = int(layers[row]), experiment.cell(language)
             settings = {"layer": layer, "expert": expert, "how": how}
             edit = {EDITS[how]: {layer: np.arange(used.shape[2]) == expert}}
-            if rows[row] or experiment.key(language, settings, edit)[0] in experiment.rows:
-                after = experiment.cell(language, "each", settings, **edit)
+            after = experiment.cell(language, "each", settings, rows[row], **edit)
+            if after:
                 effect[i, row, expert] = np.nanmean(after[metric] - base[metric])
                 progress.update(rows[row])
     path = common.predictions_folder(args.out) / "effects.npz"
@@ -285,8 +285,7 @@ def run_each(experiment, shares, rows, layers):
 
 
 def parse_arguments():
-    p = common.argument_parser(__doc__, globals())
-    add = common.add_task_flags(p)
+    p, add = common.task_parser(globals())
     add("--experts", "the target's alone, what all share, as many random ones, or each",
         ("exclusive", "shared", "random", "each"))
     add("--how", "let others take their place, or zero their contribution", tuple(EDITS))

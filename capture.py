@@ -26,11 +26,11 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from common import (add_model_flags, argument_parser, checkpoint_id, dtype_name, encode_example,
-                    explained, file_hash, find_data, find_routers, flag_group, length_batches,
-                    load_config, load_weights, max_positions, number, read_task, record_routing,
-                    require, right_padded, route, routing_shape, run_batches, run_script,
-                    tokenizer_id, try_model, vllm_version, VLLMEngine, write_whole)
+from common import (argument_parser, checkpoint_id, count, dtype_name, encode_example, explained,
+                    file_hash, find_data, find_routers, length_batches, load_config, load_weights,
+                    max_positions, read_task, record_routing, require, right_padded, route,
+                    routing_shape, run_batches, run_script, tokenizer_id, try_model, vllm_version,
+                    VLLMEngine, write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -266,24 +266,16 @@ def parse_shard(text):
 
 
 def parse_arguments():
-    p = argument_parser(__doc__)
-    add = flag_group(p, "what is captured")
-    add("--model", "folder or hub id (default: %(default)s)", default=MODEL)
-    add("--data", "prompts; {lang} is the language (default: %(default)s)", default=DATA)
-    add("--tokens", "instead, the very tokens of dumps, as 'a/{lang}.npz'")
-    add("--languages", "as bn,de (default: all that --data matches)")
-    add("--limit", "only the first prompts of each language", number)
-    add("--instruction", '{"de": "...", ...}: put behind each prompt')
-    add("--shard", "part I of N of each one", parse_shard, default=(1, 1), metavar="I/N")
-    add = p.add_argument_group("what is written").add_argument
-    add("--out", type=str, default=OUT, help="folder of the dumps (default: %(default)s)")
+    p = argument_parser(__doc__, model=MODEL, data=DATA, out=OUT, batch_tokens=BATCH_TOKENS,
+                        max_length=MAX_LENGTH)
+    add = p.add_argument_group("what is captured").add_argument
+    add("--tokens", metavar="DUMP", help="instead, the very tokens of dumps, as 'a/{lang}.npz'")
+    add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="part I of N of each one")
     add("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
     add("--null-router", action="store_const", const=NULL_DRAWS, default=0,
         help="count what random routers pick, too")
-    add("--max-new-tokens", type=number, help="of responses that vLLM gives, recorded as well")
+    add("--max-new-tokens", type=count, help="of responses that vLLM gives, recorded as well")
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
-    add_model_flags(p)
-    p.set_defaults(batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
     args = p.parse_args()
     require(not (args.tokens and (args.limit or args.instruction)),
             "--tokens runs dumps as they are, without --limit and --instruction")

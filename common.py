@@ -1033,6 +1033,10 @@ def load_rows(path):
         return {json.dumps(row["settings"], sort_keys=True): row for row in rows if row["cell"]}
 
 
+def json_line(row):
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
 def append_row(path, row):
     """Append a line under a lock, so that processes can share the file; half a line that a kill
     left is cut off first.
@@ -1043,36 +1047,15 @@ def append_row(path, row):
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.write(json_line(row))
         file.flush()
         os.fsync(file.fileno())
 
 
-def save_predictions(path, encoded, responses, scores):
-    """JSONL of prompt, response, answer and score, which capture.py reads; whole or not there."""
-    rows = [{key: e.get(key) for key in ("prompt", "instruction", "answer", "kind")}
-            | {"response": r, "score": s} for e, r, s in zip_longest(encoded, responses, scores)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def number(text):
-    if not text.isdecimal() or int(text) < 1:
+def count(text):
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.MetavarTypeHelpFormatter):
-    """The description as it is, flags with their types."""
-
-
-def argument_parser(description, constants={}):
-    """A parser whose flags have a script's constants as their defaults."""
-    p = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=description,
-        formatter_class=functools.partial(HelpFormatter, max_help_position=33))
-    p.set_defaults(**{name.lower(): constants[name] for name in constants if name.isupper()})
-    return p
 
 
 def flag_group(p, title):
@@ -1081,52 +1064,63 @@ def flag_group(p, title):
 
     def add(flag, text, kind=str, **options):
         if isinstance(kind, tuple):
-            options, kind = {"choices": kind, "default": kind[0]} | options, str
+            options |= {"choices": kind, "default": kind[0]}
             text += " (default: %(default)s)"
-        group.add_argument(flag, help=text, type=kind, **options)
+        else:
+            options = {"type": kind, "metavar": kind.__name__} | options
+        group.add_argument(flag, help=text, **options)
 
     return add
 
 
-def add_model_flags(p):
-    """Those of all scripts that run a model."""
+def argument_parser(description, **defaults):
+    """A parser with the flags of all scripts that run a model."""
+    p = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=description,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
+                                          max_help_position=33))
+    add = flag_group(p, "what is run")
+    add("--model", "folder or hub id (default: %(default)s)")
+    add("--data", "a file for each {lang} (default: %(default)s)")
+    add("--languages", "as bn,de (default: all that --data matches)")
+    add("--limit", "only the first prompts of each language", count)
+    add("--instruction", '{"de": "...", ...}: put behind each prompt')
+    add("--out", "(default: %(default)s)")
     add = flag_group(p, "running the model")
-    add("--batch-tokens", "per forward pass (default: %(default)s)", number)
-    add("--max-length", "tokens of a sequence (default: %(default)s)", number)
+    add("--batch-tokens", "per forward pass (default: %(default)s)", count)
+    add("--max-length", "tokens of a sequence (default: %(default)s)", count)
     add("--chat-template", "never: the bare text", ("auto", "never"))
     add("--dtype", "float32, ... (default: the checkpoint's)", default="auto")
     add("--device", "cuda, cpu, or auto: all GPUs (default: a GPU)")
     add("--engine", "vllm: responses, IDs", ("transformers", "vllm"))
     add("--engine-options", "of vllm.LLM, as '{\"max_model_len\": 4096}'",
         lambda text: dict(json.loads(text)), default={}, metavar="JSON")
+    p.set_defaults(**defaults)
+    return p
 
 
-def add_task_flags(p):
-    """Those of ablate.py and steer.py; returns what adds theirs, on which experts."""
-    add = flag_group(p, "what is run")
-    add("--model", "folder or hub id (default: %(default)s)")
-    add("--routing", "to choose experts from: path or label=path", nargs="+")
-    add("--data", "evaluated (default: %(default)s)")
-    add("--languages", "as bn,de (default: all that --data matches)")
-    add("--metrics", f"of {', '.join(METRICS)}", nargs="+", choices=METRICS, metavar="str")
-    add("--limit", "only the first N examples of each language", number)
-    add("--instruction", '{"de": "...", ...}: put behind each prompt')
-    add("--out", "(default: %(default)s)")
-    add = experts = flag_group(p, "which experts")
-    add("--experts-per-language", "a number, or a part below 1 (%(default).3g)", float)
-    add("--threshold", "exclusive above this share (default: %(default)s)", float)
-    add("--part", "of the dumps' sequences", PARTS)
-    add("--selection", "file of analyze.py --contrast, instead")
-    add("--control-seeds", "random draws (default: %(default)s)", number)
-    add = flag_group(p, "generating answers")
-    add("--max-new-tokens", f"(default: the checkpoint's, or {MAX_NEW_TOKENS})", number)
+def task_parser(script):
+    """The parser of ablate.py or steer.py, with the constants in its globals as flags' defaults; and
+    what adds the last flags, on which experts.
+    """
+    p = argument_parser(script["__doc__"], **{
+        name.lower(): value for name, value in script.items() if name.isupper()})
+    add = flag_group(p, "what is scored")
+    add("--metrics", f"of {', '.join(METRICS)}", nargs="+", choices=METRICS)
     add("--score", "of spans; paper: contains", ("exact", "contains"))
+    add("--max-new-tokens", f"(default: the checkpoint's, or {MAX_NEW_TOKENS})", count)
     add("--temperature", "sample; the paper: 0.7 (default: greedy)", float)
     add("--top-p", "with --temperature; the paper: 0.8", float)
-    add("--top-k-sampling", "with --temperature; the paper: 20", number, dest="top_k")
+    add("--top-k-sampling", "with --temperature; the paper: 20", count, dest="top_k")
     add("--seed", "of the sampling (default: %(default)s)", int, default=0)
-    add_model_flags(p)
-    return experts
+    add = flag_group(p, "which experts")
+    add("--routing", "to choose experts from: path or label=path", nargs="+")
+    add("--part", "of the dumps' sequences", PARTS)
+    add("--experts-per-language", "a number, or a part below 1 (%(default).3g)", float)
+    add("--threshold", "exclusive above this share (default: %(default)s)", float)
+    add("--selection", "file of analyze.py --contrast, instead")
+    add("--control-seeds", "random draws (default: %(default)s)", count)
+    return p, add
 
 
 def evaluation_settings(args, config, tokenizer, shape):
@@ -1231,32 +1225,32 @@ class Experiment:
     model = functools.cached_property(tried_model)
     engine = functools.cached_property(started_engine)
 
-    def cell(self, language, name="baseline", settings={}, **edit):
-        """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited.
+    def cell(self, language, name="baseline", settings={}, run=True, **edit):
+        """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited; None
+        of a cell that is not there and not to be run.
 
         settings say how the edit was chosen; name becomes the folder of the predictions.
         """
-        key, settings = self.key(language, settings, edit)
+        choice = self.choice | {"edit": short_hash(edit)} if edit else {}
+        settings = self.settings | choice | settings
+        data = {"language": language, "data_sha256": self.tasks[language][1]}
+        key = json.dumps(settings | data, sort_keys=True)
         if key not in self.rows:
-            self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(
-                self, language, name, settings, edit)
+            if not run:
+                return None
+            self.rows[key] = {"cell": name, "settings": settings | data} | evaluate_cell(
+                self, language, f"{name}-{short_hash(settings)}", edit)
             append_row(self.args.out, self.rows[key])
         self.used[key] = self.rows[key]
         return {metric: np.array(x) for metric, x in self.rows[key]["scores"].items()}
 
-    def key(self, language, settings, edit):
-        """What the row of a cell is found by among the rows, and its settings."""
-        choice = self.choice | {"edit": short_hash(edit)} if edit else {}
-        settings = self.settings | {"language": language, "data_sha256": self.tasks[language][1]} \
-            | choice | settings
-        return json.dumps(settings, sort_keys=True), settings
 
-
-def evaluate_cell(experiment, language, name, settings, edit):
-    """A row beyond its settings: scores, mean, edited experts, predictions, how many were cut."""
+def evaluate_cell(experiment, language, folder, edit):
+    """A row beyond its settings: scores, mean, edited experts, how many responses were cut, and the
+    predictions: JSONL of prompt, response, answer and score, which capture.py reads.
+    """
     args, (encoded, _) = experiment.args, experiment.tasks[language]
-    same = {key: settings[key] for key in settings.keys() - {"language", "data_sha256"}}
-    predictions = predictions_folder(args.out) / f"{name}-{short_hash(same)}/{language}.jsonl"
+    predictions = predictions_folder(args.out) / folder / f"{language}.jsonl"
     if predictions.exists():
         require([e["prompt"] for e in read_examples(predictions)] == [e["prompt"] for e in encoded],
                 f"{predictions} holds answers to other data; move it away, or give another --out")
@@ -1268,13 +1262,17 @@ def evaluate_cell(experiment, language, name, settings, edit):
                        for each in (model, engine) if each]
         scores, responses, cut = evaluate(
             model, experiment.tokenizer, encoded, args.metrics, language, args.batch_tokens,
-            args.score, engine, **settings["generation"])
+            args.score, engine, **experiment.settings["generation"])
     row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
            "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
            "experts": {layer: int(np.count_nonzero(each)) for kind in edit.keys() - {"rule"}
                        for layer, each in edit[kind].items()}}
     if responses is not None:
-        save_predictions(predictions, encoded, responses, row["scores"].get("accuracy", []))
+        right = row["scores"].get("accuracy", [])
+        rows = [{key: e.get(key) for key in ("prompt", "instruction", "answer", "kind")}
+                | {"response": response, "score": score}
+                for e, response, score in zip_longest(encoded, responses, right)]
+        write_whole(predictions, lambda file: file.writelines(map(json_line, rows)))
         row |= {"predictions": str(predictions), "cut_responses": cut}
     return row | ({"zeroed": changed} if changed else {})
 

@@ -218,14 +218,13 @@ def run_all(experiment, group, lambdas):
 
 
 def parse_arguments():
-    p = common.argument_parser(__doc__, globals())
-    add = common.add_task_flags(p)
+    p, add = common.task_parser(globals())
     add("--sources", "whose shared experts, or several groups, each for itself (%(default)s)",
         nargs="+")
     add("--band", "layers, as 10-39 (default: the paper's part)")
     add("--control-bands", "steer these, too: 0-7 40-47", nargs="+", default=[])
     add("--lambda", "strengths (default: %(default)s)", float, nargs="+", dest="lambdas")
-    add("--rule", "of the boost (default: %(default)s)", choices=common.RULES)
+    add("--rule", f"of {', '.join(common.RULES)} (default: %(default)s)", choices=common.RULES)
     args = p.parse_args()
     args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
     common.require(np.isfinite(args.lambdas).all(),
