@@ -1100,8 +1100,8 @@ def argument_parser(description, **defaults):
 
 
 def task_parser(script):
-    """The parser of ablate.py or steer.py, with the constants in its globals as flags' defaults; and
-    what adds the last flags, on which experts.
+    """The parser of ablate.py or steer.py, with the constants in its globals as flags' defaults,
+    and what adds the last flags, on which experts.
     """
     p = argument_parser(script["__doc__"], **{
         name.lower(): value for name, value in script.items() if name.isupper()})
@@ -1165,8 +1165,9 @@ def load_tasks(args, tokenizer, config, dumps):
         encoded = encode_examples(tokenizer, read_task(args, language, path), args.chat_template,
                                   min(args.max_length, max_positions(config)))
         check_metrics(args.metrics, encoded, path, language)
-        tasks[language] = encoded, file_hash(path)
-        if any(tasks[language][1] in dump["data_sha256"] for dump in dumps):
+        digest = file_hash(path)
+        tasks[language] = encoded, digest
+        if any(digest in dump["data_sha256"] for dump in dumps):
             print(f"warning: {path} is what the routing was captured on: experts are chosen on "
                   "what they are judged by")
     return tasks
@@ -1274,7 +1275,9 @@ def evaluate_cell(experiment, language, folder, edit):
                 for e, response, score in zip_longest(encoded, responses, right)]
         write_whole(predictions, lambda file: file.writelines(map(json_line, rows)))
         row |= {"predictions": str(predictions), "cut_responses": cut}
-    return row | ({"zeroed": changed} if changed else {})
+    if changed:
+        row["zeroed"] = changed
+    return row
 
 
 def print_end(experiment):
