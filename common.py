@@ -915,9 +915,8 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
     ours = GenerationConfig(disable_compile=True, **settings)
     with patch.object(model, "generation_config", ours):
         responses = run_batches(run, length_batches(sizes, batch_tokens, fill=0))
-    ends = set(settings["eos_token_id"] or [])
-    cut = sum(map(ends.isdisjoint, responses))
-    return tokenizer.batch_decode(responses, skip_special_tokens=True), cut
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return texts, sum(map(set(settings["eos_token_id"] or []).isdisjoint, responses))
 
 
 def generation_settings(checkpoint, tokenizer, max_new_tokens=None):
