@@ -22,7 +22,6 @@ model load; three minutes on the tiny model. A stopped run goes on where it stop
 import itertools
 import json
 import math
-import sys
 import zlib
 
 import numpy as np
@@ -247,10 +246,11 @@ def run_each(experiment, shares, rows, layers):
         mask = np.zeros(used.shape[1:], bool)
         mask[row, expert] = True
         settings = {"layer": int(layers[row]), "expert": expert, "how": args.how}
-        edit = as_edit(mask, layers, args.how)
-        if rows[row] or experiment.key(languages[i], settings, edit)[0] in experiment.rows:
-            after = experiment.cell(languages[i], "each", settings, **edit)[metric]
-            effect[i, row, expert] = np.nanmean(after - experiment.cell(languages[i])[metric])
+        after = experiment.cell(languages[i], "each", settings, rows[row],
+                                **as_edit(mask, layers, args.how))
+        if after:
+            change = after[metric] - experiment.cell(languages[i])[metric]
+            effect[i, row, expert] = np.nanmean(change)
     path = common.predictions_folder(args.out) / "effects.npz"
     meta = json.dumps(experiment.settings | {"harm": -common.better(metric), "how": args.how})
     common.write_whole(path, lambda file: np.savez(
@@ -259,16 +259,14 @@ def run_each(experiment, shares, rows, layers):
 
 
 def parse_arguments():
-    p = common.argument_parser(__doc__)
-    add = common.add_task_arguments(p)
-    add("--experts", choices=["exclusive", "shared", "each"], default="exclusive", metavar="E",
-        help="exclusive to the target (default); shared by all; or each, one at a time")
-    add("--how", choices=EDITS, default="reroute", metavar="H",
-        help="reroute: others take their place; zero: they contribute nothing")
-    add("--targets", help="whose experts, as bn,de or bn+sw (default: those of the dumps)")
-    add("--bands", nargs="+", metavar="NAME=A-B", help="decoder layers, inclusive (default: first, "
-        "middle and last tenth; those of a selection)")
-    args = common.parse_task_arguments(p, sys.modules[__name__])
+    p, add = common.task_parser(globals())
+    add("--experts", "the target's alone, what all share, or each, one at a time",
+        ("exclusive", "shared", "each"))
+    add("--how", "let others take their place, or zero their contribution", tuple(EDITS))
+    add("--targets", "whose experts, as bn,de or bn+sw (default: those of the dumps)")
+    add("--bands", "layers, as low=0-4 (default: first, middle and last tenth, or those of a "
+        "selection)", nargs="+")
+    args = p.parse_args()
     if args.selection:
         args.experts = "selection"
     common.require(args.experts != "each" or args.bands, "--experts each takes long; say in which "

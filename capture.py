@@ -28,11 +28,11 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from common import (NUMBER, add_model_arguments, argument_parser, checkpoint_id, dtype_name,
-                    encode_example, explained, file_hash, find_data, find_routers, length_batches,
-                    load_config, load_weights, max_positions, read_task, record_routing, require,
-                    right_padded, route, routing_shape, run_batches, run_script, tokenizer_id,
-                    try_model, vllm_version, VLLMEngine, write_whole)
+from common import (argument_parser, checkpoint_id, count, dtype_name, encode_example, explained,
+                    file_hash, find_data, find_routers, length_batches, load_config, load_weights,
+                    max_positions, read_task, record_routing, require, right_padded, route,
+                    routing_shape, run_batches, run_script, tokenizer_id, try_model, vllm_version,
+                    VLLMEngine, write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -264,24 +264,16 @@ def parse_shard(text):
 
 
 def parse_arguments():
-    p = argument_parser(__doc__)
+    p = argument_parser(__doc__, model=MODEL, data=DATA, out=OUT, batch_tokens=BATCH_TOKENS,
+                        max_length=MAX_LENGTH)
     add = p.add_argument_group("what is captured").add_argument
-    add("--model", default=MODEL, help="folder or hub id (default: %(default)s)")
-    add("--data", default=DATA, help="prompts; {lang} is the language (default: %(default)s)")
     add("--tokens", metavar="DUMP", help="instead, the very tokens of dumps, as 'a/{lang}.npz'")
-    add("--languages", help="as bn,de (default: every file that --data matches)")
-    add("--limit", **NUMBER, help="only the first N prompts of each language")
-    add("--instruction", metavar="FILE", help='{"de": "...", ...}: put behind each prompt')
     add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="part I of N of each one")
-    add = p.add_argument_group("what is written").add_argument
-    add("--out", default=OUT, help="folder of the dumps (default: %(default)s)")
     add("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
     add("--null-router", action="store_const", const=NULL_DRAWS, default=0,
         help="count what random routers pick, too")
-    add("--max-new-tokens", **NUMBER, help="of responses that vLLM gives, recorded as well")
+    add("--max-new-tokens", type=count, help="of responses that vLLM gives, recorded as well")
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
-    add_model_arguments(p)
-    p.set_defaults(batch_tokens=BATCH_TOKENS, max_length=MAX_LENGTH)
     args = p.parse_args()
     require(not os.path.isfile(args.out), f"{args.out} is a file; --out takes a folder")
     require(not (args.tokens and (args.limit or args.instruction)),

@@ -32,6 +32,7 @@ except ImportError:  # not on Windows
     fcntl = None
 from collections import Counter
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -518,10 +519,8 @@ def find_data(pattern, languages=None):
     languages: the wanted ones, as "bn,de"; by default all that have a file. Without {lang} in the
     pattern it is one file, called by the one language given or else by its stem.
     """
-    if languages:
-        wanted = languages.split(",")
-    elif "{lang}" not in pattern:
-        wanted = [Path(pattern).stem]
+    if languages or "{lang}" not in pattern:
+        wanted = (languages or Path(pattern).stem).split(",")
     else:
         named = re.escape(pattern).replace(r"\{lang\}", "([^/]+)", 1).replace(r"\{lang\}", r"\1")
         paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
@@ -556,8 +555,7 @@ def read_examples(path):
     lines = [text] if suffix == ".json" else re.sub(r"\n\s*\Z", "", text).split("\n")
     for number, line in enumerate(lines if text.strip() else [], 1):
         with explained(f"{path}:{number}"):
-            examples += READERS[suffix](line)
-            require(not examples or examples[-1]["prompt"].strip(), "an empty prompt")
+            examples += map(as_example, READERS[suffix](line))
     require(examples, f"{path}: no prompts in it")
     return examples
 
@@ -576,38 +574,19 @@ def read_task(args, language, path):
 def read_tsv_line(line):
     prompt, tab, answer = line.rpartition("\t")
     require(tab, "no tab between question and answer")
-    return [{"prompt": prompt, "answer": [answer], "kind": answer_kind(answer)}]
+    return [{"prompt": prompt, "answer": answer}]
 
 
 def read_json_line(line):
     with explained("not JSON"):
         row = json.loads(line)
-    if "flores_passage" in row:
-        return read_belebele(row)
-    prompt = row.get("prompt") or row.get("question") or row.get("text")
-    require(isinstance(prompt, str), 'no "prompt", "question" or "text" with a string')
-    example, answers = {"prompt": prompt}, row.get("answer")
-    example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
-    if answers is not None:
-        answers = answers if isinstance(answers, list) else [answers]
-        require(set(map(type, answers)) <= {str, int, float},
-                "an answer is a text or a number, or a list of such")
-        answers = list(map(str, answers))
-        kind = row.get("kind") or answer_kind(*answers)
-        letters = set(answers) <= set(string.ascii_uppercase)
-        require(kind in ("number", "span") or kind == "choice" and letters,
-                f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
-        example |= {"answer": answers, "kind": kind}
-    return [example]
-
-
-def read_belebele(row):
-    letters = dict(zip("1234", "ABCD"))
-    answer = letters.get(str(row["correct_answer_num"]))
-    require(answer, "a Belebele row whose correct_answer_num is not 1 to 4")
-    options = "\n".join(f"{letters[i]}. {row['mc_answer' + i]}" for i in letters)
-    return [{"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
-             "answer": [answer], "kind": "choice"}]
+    if "flores_passage" in row:  # of Belebele
+        letters = dict(zip("1234", "ABCD"))
+        options = "\n".join(f"{letters[i]}. {row['mc_answer' + i]}" for i in letters)
+        row = {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
+               "answer": letters.get(str(row["correct_answer_num"])), "kind": "choice"}
+        require(row["answer"], "a Belebele row whose correct_answer_num is not 1 to 4")
+    return [row]
 
 
 def read_squad(text):
@@ -621,6 +600,25 @@ def read_squad(text):
 
 READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".json": read_squad,
            ".txt": lambda line: [{"prompt": line}]}
+
+
+def as_example(row):
+    """An example of read_examples, of what a reader returns or a .jsonl file holds."""
+    prompt = row.get("prompt") or row.get("question") or row.get("text")
+    require(isinstance(prompt, str) and prompt.strip(),
+            'an empty prompt, or no "prompt", "question" or "text" with a string')
+    example, answers = {"prompt": prompt}, row.get("answer")
+    example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
+    if answers is None:
+        return example
+    answers = answers if isinstance(answers, list) else [answers]
+    require(set(map(type, answers)) <= {str, int, float},
+            "an answer is a text or a number, or a list of such")
+    answers = list(map(str, answers))
+    kind, letters = row.get("kind") or answer_kind(*answers), set(string.ascii_uppercase)
+    require(kind in ("number", "span") or kind == "choice" and letters.issuperset(answers),
+            f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
+    return example | {"answer": answers, "kind": kind}
 
 
 def answer_kind(*answers):
@@ -648,7 +646,7 @@ def rendered(tokenizer, prompt, chat_template="auto"):
             before, _, behind = render("\ue000").partition("\ue000")
             text = render(prompt)
             within = text.removeprefix(before).removesuffix(behind)
-            if text == before + within + behind and within.strip() == prompt.strip():
+            if within.strip() == prompt.strip():
                 return before, within, behind
     raise InputError("the chat template does not hold the prompt as it is; mend it, or give "
                      f"--chat-template never (the prompt: {prompt[:40]!r})")
@@ -732,17 +730,6 @@ def run_batches(run, batches):
                 f"out of memory on {len(batch)} sequences at once: halved; see --batch-tokens")
             todo[:0] = batch[:half], batch[half:]
     return [results[i] for i in sorted(results)]
-
-
-@torch.inference_mode()
-def from_logits(read, model, sequences, batch_tokens):
-    """[read(i, logits (tokens, vocabulary))] of every sequence."""
-    def run(batch):
-        ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        return [read(i, logits[:len(sequences[i])].float())
-                for i, logits in zip(batch, logits_of(model, ids))]
-
-    return run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
 
 
 # ----------------------------------------------------------------------------------------- scores
@@ -843,27 +830,24 @@ def span_scores(prediction, golds, language=None, score="exact"):
     if not golds:
         return not said, float(not said)
     for gold in filter(None, map(units, golds)):
-        right |= said == gold or score == "contains" and gold in (
-            said[i:i + len(gold)] for i in range(len(said)))
+        right |= said == gold or score == "contains" and (
+            f" {' '.join(gold)} " in f" {' '.join(said)} ")
         overlap = (Counter(said) & Counter(gold)).total()
         f1 = max(f1, 2 * overlap / (len(said) + len(gold)))
     return right, f1
 
 
-def import_langdetect(language):
-    """langdetect, and its name of a language. InputError if it is missing, or does not know it."""
+def in_language(responses, language):
+    """Whether each response is in the language, as langdetect finds; Chinese variants are zh.
+
+    InputError if langdetect is missing, or does not know the language.
+    """
     with explained("the metric 'language' needs langdetect; run: pip install langdetect"):
         import langdetect
     langdetect.DetectorFactory.seed = 0
     code = DETECTED.get(base_language(language), base_language(language))
     require(code in DETECTED.values(),
             f"langdetect does not know the language '{language}'; leave out this metric")
-    return langdetect, code
-
-
-def in_language(responses, language):
-    """Whether each response is in the language, as langdetect finds; Chinese variants are zh."""
-    langdetect, code = import_langdetect(language)
 
     def detected(response):
         with contextlib.suppress(langdetect.LangDetectException):  # nothing but digits, say
@@ -872,34 +856,36 @@ def in_language(responses, language):
     return [detected(response) == code for response in responses]
 
 
-def negative_log_likelihood(model, encoded, batch_tokens):
-    """Nats per token of each prompt's own text, and of its gold answer given the prompt.
+@torch.inference_mode()
+def from_logits(model, tokenizer, encoded, batch_tokens):
+    """What one forward pass over each prompt and its gold answer tells, nothing is generated:
 
-    -> {"prompt_nll", "answer_nll"}: float64 (examples,), nan if there is no answer; one forward
-    pass gives both. A first token that nothing precedes is not scored.
+    prompt_nll, answer_nll  nats per token of the prompt's own text, without a first token that
+                            nothing precedes, and of the answer; nan if there is none
+    letter                  of A to D, or to the last right answer, the most probable behind the
+                            prompt; "" where answers are no letters
     """
-    sequences = [e["ids"] + e["answer_ids"] for e in encoded]
-
-    def read(i, logits):
-        targets = torch.tensor(sequences[i], device=logits.device)
-        nll = F.cross_entropy(logits[:-1], targets[1:], reduction="none").double().cpu()
-        start, stop = encoded[i]["text_span"]
-        answer = len(encoded[i]["ids"]) - 1  # nll[t - 1] is token t's
-        return nll[max(start - 1, 0):stop - 1].mean().item(), nll[answer:].mean().item()
-
-    found = from_logits(read, model, sequences, batch_tokens)
-    return dict(zip(("prompt_nll", "answer_nll"), np.transpose(found)))
-
-
-def choose_letters(model, tokenizer, encoded, batch_tokens):
-    """The most probable of A to D, or to the last right answer; nothing is generated."""
-    last = max("D", *(answer for e in encoded for answer in e["answer"]))
-    letters = string.ascii_uppercase.partition(last)[0] + last
+    sequences, letters = [e["ids"] + e["answer_ids"] for e in encoded], ""
+    if encoded[0].get("kind") == "choice":
+        last = max("D", *(answer for e in encoded for answer in e["answer"]))
+        letters = string.ascii_uppercase.partition(last)[0] + last
     first = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
     require(len(set(first)) == len(letters),
             f"this tokenizer does not tell {letters} apart by their first token")
-    return from_logits(lambda i, logits: letters[logits[-1, first].argmax()], model,
-                       [e["ids"] for e in encoded], batch_tokens)
+
+    def read(i, logits):
+        end, (start, stop) = len(encoded[i]["ids"]), encoded[i]["text_span"]
+        targets = torch.tensor(sequences[i][1:], device=logits.device)  # nll[t - 1] is token t's
+        nll = F.cross_entropy(logits[:len(targets)], targets, reduction="none").double().cpu()
+        return (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
+                letters and letters[logits[end - 1, first].argmax()])
+
+    def run(batch):
+        ids = right_padded([sequences[i] for i in batch]).to(model.device)
+        return [read(i, logits.float()) for i, logits in zip(batch, logits_of(model, ids))]
+
+    found = run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
+    return dict(zip(("prompt_nll", "answer_nll", "letter"), zip(*found)))
 
 
 @torch.inference_mode()
@@ -915,34 +901,30 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
 
     def run(batch):
         prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
-        ids = pad_sequence(prompts, True, settings["pad_token_id"], "left").to(model.device)
-        mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, "left").to(model.device)
-        return model.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1]:].tolist()
+        ids = pad_sequence(prompts, True, -1, "left").to(model.device)
+        padded = ids.masked_fill(ids < 0, settings["pad_token_id"])
+        answers = model.generate(input_ids=padded, attention_mask=(ids >= 0).long())
+        return answers[:, ids.shape[1]:].tolist()
 
     # as few batches as there can be: each takes max_new_tokens steps
     sizes = [len(e["ids"]) + settings["max_new_tokens"] for e in encoded]
     ours = GenerationConfig(disable_compile=True, **settings)
     with patch.object(model, "generation_config", ours):
         responses = run_batches(run, length_batches(sizes, batch_tokens, fill=0))
-    ends = set(settings["eos_token_id"] or [])
-    cut = sum(map(ends.isdisjoint, responses))
-    return tokenizer.batch_decode(responses, skip_special_tokens=True), cut
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return texts, sum(map(set(settings["eos_token_id"] or []).isdisjoint, responses))
 
 
-def generation_settings(checkpoint, tokenizer, max_new_tokens=None, temperature=None, top_p=None,
-                        top_k=None):
-    """For generate(), from a checkpoint's GenerationConfig only the tokens that end and pad, and
-    the limit; greedy without a temperature, and with one from all tokens unless top_p or top_k say.
+def generation_settings(checkpoint, tokenizer, max_new_tokens=None):
+    """For generate(), greedy: from a checkpoint's GenerationConfig only the tokens that end and
+    pad, and the limit.
     """
     ends = tokenizer.eos_token_id if checkpoint.eos_token_id is None else checkpoint.eos_token_id
     ends = [] if ends is None else np.ravel(ends).tolist()  # one, several or none
     # for padding one that is not decoded
     pad = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
-    settings = {"max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
-                "eos_token_id": ends or None, "pad_token_id": pad, "do_sample": bool(temperature)}
-    if temperature:
-        settings |= {"temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
-    return settings
+    return {"max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
+            "eos_token_id": ends or None, "pad_token_id": pad, "do_sample": False}
 
 
 def response_metrics(metrics, encoded):
@@ -958,17 +940,17 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
     engine    a VLLMEngine that generates in the model's stead, which is None if no metric needs it
     accuracy  is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it
     """
-    kind, scores, responses, cut = encoded[0].get("kind"), {}, None, 0
-    if {"prompt_nll", "answer_nll"} & set(metrics):
-        scores = negative_log_likelihood(model, encoded, batch_tokens)
-    if response_metrics(metrics, encoded):
+    kind, responding = encoded[0].get("kind"), response_metrics(metrics, encoded)
+    scores, responses, cut = {}, None, 0
+    if set(metrics) - responding:
+        scores = from_logits(model, tokenizer, encoded, batch_tokens)
+    if responding:
         responses, cut = (engine.generate(encoded, **generation) if engine else
                           generate(model, tokenizer, encoded, batch_tokens, **generation))
     if "language" in metrics:
         scores["language"] = in_language(responses, language)
     if "accuracy" in metrics:
-        answers = responses if kind != "choice" else choose_letters(
-            model, tokenizer, encoded, batch_tokens)
+        answers = scores["letter"] if kind == "choice" else responses
         each = [answer_scores(answer, e["answer"], kind, language, score)
                 for answer, e in zip(answers, encoded)]
         scores |= dict(zip(("accuracy", "f1"), zip(*each)))
@@ -993,7 +975,7 @@ def check_metrics(metrics, encoded, path, language):
     require(len(kinds) == 1 or "accuracy" not in metrics,
             f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
     if "language" in metrics:
-        import_langdetect(language)
+        in_language([], language)
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -1037,14 +1019,17 @@ def load_rows(path):
     InputError if the file is not one, or if the folder of its predictions cannot be.
     """
     start, folder = b'{"cell": ', predictions_folder(path)
-    require(not os.path.isdir(path), f"{path} is a folder; give a file as results/a.jsonl")
     require(not folder.is_file(), f"{folder}, for the predictions, is a file; give another --out")
-    content = Path(path).read_bytes() if os.path.exists(path) else b""
     with explained(f"{path} is not a results file; move it away or give another --out"):
+        content = Path(path).read_bytes() if os.path.exists(path) else b""
         *lines, rest = content.split(b"\n")
         require(rest[:len(start)] == start[:len(rest)], "its last line is of something else")
         rows = map(json.loads, lines)
         return {json.dumps(row["settings"], sort_keys=True): row for row in rows if row["cell"]}
+
+
+def json_line(row):
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def append_row(path, row):
@@ -1055,94 +1040,89 @@ def append_row(path, row):
     with open(path, "a+b") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        if file.read() not in (b"", b"\n"):
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json_line(row))
         file.flush()
         os.fsync(file.fileno())
 
 
-def save_predictions(path, encoded, responses, scores):
-    """JSONL of prompt, response, answer and score, which capture.py reads; whole or not there."""
-    rows = [{key: e.get(key) for key in ("prompt", "instruction", "answer", "kind")}
-            | {"response": r, "score": s} for e, r, s in zip(encoded, responses, scores)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def positive(text):
-    if not text.isdecimal() or int(text) < 1:
+def count(text):
+    if int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
 
-NUMBER, REAL = {"type": positive, "metavar": "N"}, {"type": float, "metavar": "X"}
+def flag_group(p, title):
+    """add(flag, text, type or choices, ...): of choices the first is the default."""
+    group = p.add_argument_group(title)
 
+    def add(flag, text, kind=str, **options):
+        if isinstance(kind, tuple):
+            options |= {"choices": kind, "default": kind[0]}
+            text += " (default: %(default)s)"
+        else:
+            options = {"type": kind, "metavar": kind.__name__} | options
+        group.add_argument(flag, help=text, **options)
 
-def argument_parser(description):
-    return argparse.ArgumentParser(usage="%(prog)s [options]", description=description,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def add_model_arguments(p):
-    """The flags of all scripts that run a model."""
-    add = p.add_argument_group("running the model").add_argument
-    add("--batch-tokens", **NUMBER, help="per forward pass (default: %(default)s)")
-    add("--max-length", **NUMBER, help="tokens of a sequence (default: %(default)s)")
-    add("--chat-template", choices=["auto", "never"], default="auto", metavar="C",
-        help="never: the bare text (default: auto)")
-    add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
-    add("--device", help="cuda, cpu, or auto: all GPUs (default: a GPU)")
-    add("--engine", choices=["transformers", "vllm"], default="transformers", metavar="E",
-        help="vllm: for responses and expert IDs")
-    add("--engine-options", type=lambda text: dict(json.loads(text)), default={}, metavar="JSON",
-        help="""of vllm.LLM, as '{"tensor_parallel_size": 2}'""")
-
-
-def add_task_arguments(p):
-    """The first flags of ablate.py and steer.py; returns what adds theirs, on which experts."""
-    add = p.add_argument_group("what is run").add_argument
-    add("--model", help="folder or hub id (default: %(default)s)")
-    add("--routing", nargs="+", metavar="DUMP", help="to choose experts from: path or label=path")
-    add("--data", help="evaluated (default: %(default)s)")
-    add("--languages", metavar="L", help="as bn,de (default: every file that --data matches)")
-    add("--metrics", nargs="+", choices=METRICS, metavar="M", help=f"of {', '.join(METRICS)}")
-    add("--limit", **NUMBER, help="only the first N examples of each language")
-    add("--instruction", metavar="FILE", help='{"de": "...", ...}: put behind each prompt')
-    add("--out", help="(default: %(default)s)")
-    add = p.add_argument_group("which experts").add_argument
-    add("--experts-per-language", **REAL, help="a number, or a part below 1 (%(default).3g)")
-    add("--threshold", **REAL, help="exclusive above this share (default: %(default)s)")
-    add("--part", choices=PARTS, default="all", metavar="P", help=f"one of {', '.join(PARTS)}")
-    add("--selection", metavar="FILE", help="instead, those that analyze.py --contrast selected")
-    add("--control-seeds", **NUMBER, help="random draws (default: %(default)s)")
     return add
 
 
-def parse_task_arguments(p, script):
-    """The last flags of ablate.py and steer.py, and a script's constants as its flags' defaults."""
-    add = p.add_argument_group("generating answers").add_argument
-    add("--max-new-tokens", **NUMBER, help=f"(default: the checkpoint's, or {MAX_NEW_TOKENS})")
-    add("--score", choices=["exact", "contains"], default="exact", metavar="S",
-        help="of spans: exact, or the paper's contains")
-    add("--temperature", **REAL, help="sample; the paper: 0.7 (default: greedy)")
-    add("--top-p", **REAL, help="with --temperature; the paper: 0.8")
-    add("--top-k-sampling", dest="top_k", **NUMBER, help="with --temperature; the paper: 20")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
-    add_model_arguments(p)
-    p.set_defaults(**{name.lower(): value for name, value in vars(script).items()
-                      if name.isupper()})
-    return p.parse_args()
+def argument_parser(description, **defaults):
+    """A parser with the flags of all scripts that run a model."""
+    p = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=description,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
+                                          max_help_position=33))
+    add = flag_group(p, "what is run")
+    add("--model", "folder or hub id (default: %(default)s)")
+    add("--data", "a file for each {lang} (default: %(default)s)")
+    add("--languages", "as bn,de (default: all that --data matches)")
+    add("--limit", "only the first prompts of each language", count)
+    add("--instruction", '{"de": "...", ...}: put behind each prompt')
+    add("--out", "(default: %(default)s)")
+    add = flag_group(p, "running the model")
+    add("--batch-tokens", "per forward pass (default: %(default)s)", count)
+    add("--max-length", "tokens of a sequence (default: %(default)s)", count)
+    add("--chat-template", "never: the bare text", ("auto", "never"))
+    add("--dtype", "float32, ... (default: the checkpoint's)", default="auto")
+    add("--device", "cuda, cpu, or auto: all GPUs (default: a GPU)")
+    add("--engine", "vllm: responses, IDs", ("transformers", "vllm"))
+    add("--engine-options", "of vllm.LLM, as '{\"max_model_len\": 4096}'",
+        lambda text: dict(json.loads(text)), default={}, metavar="JSON")
+    p.set_defaults(**defaults)
+    return p
+
+
+def task_parser(script):
+    """The parser of ablate.py or steer.py, with the constants in its globals as flags' defaults,
+    and what adds the last flags, on which experts.
+    """
+    p = argument_parser(script["__doc__"], **{
+        name.lower(): value for name, value in script.items() if name.isupper()})
+    add = flag_group(p, "what is scored")
+    add("--metrics", f"of {', '.join(METRICS)}", nargs="+", choices=METRICS)
+    add("--score", "of spans; paper: contains", ("exact", "contains"))
+    add("--max-new-tokens", f"(default: the checkpoint's, or {MAX_NEW_TOKENS})", count)
+    add("--temperature", "sample; the paper: 0.7 (default: greedy)", float)
+    add("--top-p", "with --temperature; the paper: 0.8", float)
+    add("--top-k-sampling", "with --temperature; the paper: 20", count, dest="top_k")
+    add("--seed", "of the sampling (default: %(default)s)", int, default=0)
+    add = flag_group(p, "which experts")
+    add("--routing", "to choose experts from: path or label=path", nargs="+")
+    add("--part", "of the dumps' sequences", PARTS)
+    add("--experts-per-language", "a number, or a part below 1 (%(default).3g)", float)
+    add("--threshold", "exclusive above this share (default: %(default)s)", float)
+    add("--selection", "file of analyze.py --contrast, instead")
+    add("--control-seeds", "random draws (default: %(default)s)", count)
+    return p, add
 
 
 def evaluation_settings(args, config, tokenizer, shape):
     """What makes two evaluations of one file the same."""
-    require(args.temperature is None or 0 <= args.temperature < np.inf,
-            f"--temperature {args.temperature} is below 0; 0 is greedy")
-    require(args.temperature or not (args.top_p or args.top_k),
-            "--top-p and --top-k-sampling need a --temperature above 0")
+    require(0 < args.temperature < np.inf if args.temperature else not (args.top_p or args.top_k),
+            "--temperature takes a number above 0, or 0 for greedy; --top-p and --top-k-sampling "
+            "need a --temperature above 0")
     require(0 <= args.seed < 2**63, "--seed takes a whole number from 0 on")
     version = vllm_version(config) if args.engine == "vllm" else transformers.__version__
     generated = {"accuracy", "language"} & set(args.metrics)
@@ -1155,14 +1135,17 @@ def evaluation_settings(args, config, tokenizer, shape):
         checkpoint = GenerationConfig.from_pretrained(args.model)
     except OSError:  # it has none
         checkpoint = GenerationConfig.from_model_config(config)
-    same = ("limit", "metrics", "chat_template", "score", "engine_options")
-    return {key: getattr(args, key) for key in same} | {
+    generation = generation_settings(checkpoint, tokenizer, args.max_new_tokens) | {"seed": 0}
+    if args.temperature:  # from all tokens, unless top_p or top_k say
+        generation |= {"seed": args.seed, "do_sample": True, "temperature": args.temperature,
+                       "top_p": args.top_p or 1.0, "top_k": args.top_k or 0}
+    return {
+        "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
+        "score": args.score, "engine_options": args.engine_options,
         "revision": checkpoint_id(args.model, config, shape),
         "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
         "options": str(MODEL_OPTIONS), "engine": f"{args.engine} {version}",
-        "instruction": args.instruction and file_hash(args.instruction),
-        "generation": {"seed": args.seed if args.temperature else 0} | generation_settings(
-            checkpoint, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.top_k)}
+        "instruction": args.instruction and file_hash(args.instruction), "generation": generation}
 
 
 def file_hash(path):
@@ -1177,8 +1160,9 @@ def load_tasks(args, tokenizer, config, dumps):
         encoded = encode_examples(tokenizer, read_task(args, language, path), args.chat_template,
                                   min(args.max_length, max_positions(config)))
         check_metrics(args.metrics, encoded, path, language)
-        tasks[language] = encoded, file_hash(path)
-        if any(tasks[language][1] in dump["data_sha256"] for dump in dumps):
+        digest = file_hash(path)
+        tasks[language] = encoded, digest
+        if any(digest in dump["data_sha256"] for dump in dumps):
             print(f"warning: {path} is what the routing was captured on: experts are chosen on "
                   "what they are judged by")
     return tasks
@@ -1196,6 +1180,25 @@ def check_dumps(dumps, shape, revision):
                 f"{dump['revision']}); capture it again on this one ({revision})")
 
 
+def tried_model(experiment):
+    """An experiment's model, of which try_model has nothing to say."""
+    args, generation = experiment.args, experiment.settings["generation"]
+    model = load_weights(args.model, experiment.config, args.dtype, args.device)
+    encoded, _ = next(iter(experiment.tasks.values()))
+    decode = functools.partial(generate, model, experiment.tokenizer, encoded[:1], 1,
+                               **generation | {"max_new_tokens": 2, "eos_token_id": None})
+    generates = response_metrics(args.metrics, encoded) and not experiment.engine
+    try_model(model, encoded[0]["ids"], decode=generates and decode)
+    return model
+
+
+def started_engine(experiment):
+    """An experiment's VLLMEngine; None where the model generates."""
+    args = experiment.args
+    return None if args.engine == "transformers" else VLLMEngine(
+        args.model, experiment.shape, experiment.settings["dtype"], **args.engine_options)
+
+
 class Experiment:
     """A model, its tasks and a results file, all checked before the weights are read.
 
@@ -1208,68 +1211,45 @@ class Experiment:
         self.config, self.tokenizer, skeleton = load_config(args.model)
         self.shape = routing_shape(skeleton)
         self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
-        chosen_by = ("experts_per_language", "part", "threshold")
-        self.choice = {key: getattr(args, key) for key in chosen_by} | {
+        self.choice = {
+            "experts_per_language": args.experts_per_language, "part": args.part,
+            "threshold": args.threshold,
             "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
 
-    @functools.cached_property
-    def model(self):
-        return tried_model(self)
+    model = functools.cached_property(tried_model)
+    engine = functools.cached_property(started_engine)
 
-    @functools.cached_property
-    def engine(self):
-        return started_engine(self)
-
-    def cell(self, language, name="baseline", settings=None, **edit):
-        """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited.
+    def cell(self, language, name="baseline", settings={}, run=True, **edit):
+        """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited; None
+        of a cell that is not there and not to be run.
 
         settings say how the edit was chosen; name becomes the folder of the predictions.
         """
-        key, settings = self.key(language, settings, edit)
+        choice = self.choice | {"edit": short_hash(edit)} if edit else {}
+        settings = self.settings | choice | settings
+        data = {"language": language, "data_sha256": self.tasks[language][1]}
+        key = json.dumps(settings | data, sort_keys=True)
         if key not in self.rows:
-            self.rows[key] = {"cell": name, "settings": settings} | evaluate_cell(
-                self, language, name, settings, edit)
+            if not run:
+                return None
+            self.rows[key] = {"cell": name, "settings": settings | data} | evaluate_cell(
+                self, language, f"{name}-{short_hash(settings)}", edit)
             append_row(self.args.out, self.rows[key])
         self.used[key] = self.rows[key]
         return {metric: np.array(x) for metric, x in self.rows[key]["scores"].items()}
 
-    def key(self, language, settings, edit):
-        """What the row of a cell is found by among the rows, and its settings."""
-        choice = self.choice | {"edit": short_hash(edit)} if edit else {}
-        settings = self.settings | {"language": language, "data_sha256": self.tasks[language][1]} \
-            | choice | (settings or {})
-        return json.dumps(settings, sort_keys=True), settings
 
-
-def tried_model(experiment):
-    """An experiment's model, of which try_model has nothing to say."""
-    args, settings = experiment.args, experiment.settings["generation"]
-    model = load_weights(args.model, experiment.config, args.dtype, args.device)
-    encoded, _ = next(iter(experiment.tasks.values()))
-    two = settings | {"max_new_tokens": 2, "eos_token_id": None}
-    decode = functools.partial(generate, model, experiment.tokenizer, encoded[:1], 1, **two)
-    generates = response_metrics(args.metrics, encoded) and args.engine == "transformers"
-    try_model(model, encoded[0]["ids"], True, decode if generates else None)
-    return model
-
-
-def started_engine(experiment):
-    """An experiment's VLLMEngine; None where the model generates."""
-    args = experiment.args
-    return None if args.engine == "transformers" else VLLMEngine(
-        args.model, experiment.shape, experiment.settings["dtype"], **args.engine_options)
-
-
-def evaluate_cell(experiment, language, cell, settings, edit):
-    """A row beyond its settings: scores, mean, edited experts, predictions, how many were cut."""
+def evaluate_cell(experiment, language, folder, edit):
+    """A row beyond its settings: scores, mean, edited experts, how many responses were cut, and the
+    predictions: JSONL of prompt, response, answer and score, which capture.py reads.
+    """
     args, (encoded, _) = experiment.args, experiment.tasks[language]
-    same = {key: value for key, value in settings.items() if key not in ("language", "data_sha256")}
-    predictions = predictions_folder(args.out) / f"{cell}-{short_hash(same)}/{language}.jsonl"
-    there = read_examples(predictions) if predictions.exists() else encoded
-    require([e["prompt"] for e in there] == [e["prompt"] for e in encoded],
-            f"{predictions} holds the answers to other data; move it away, or give another --out")
+    predictions = predictions_folder(args.out) / folder / f"{language}.jsonl"
+    if predictions.exists():
+        require([e["prompt"] for e in read_examples(predictions)] == [e["prompt"] for e in encoded],
+                f"{predictions} holds answers to other data; move it away, or give another --out")
     responding = response_metrics(args.metrics, encoded)
     engine = responding and experiment.engine
     model = None if engine and responding == set(args.metrics) else experiment.model
@@ -1278,29 +1258,34 @@ def evaluate_cell(experiment, language, cell, settings, edit):
                        for each in (model, engine) if each]
         scores, responses, cut = evaluate(
             model, experiment.tokenizer, encoded, args.metrics, language, args.batch_tokens,
-            args.score, engine, **settings["generation"])
+            args.score, engine, **experiment.settings["generation"])
     row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
            "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
-           "experts": {layer: int(np.count_nonzero(each)) for kind in ("masks", "boosts", "zeroed")
-                       for layer, each in edit.get(kind, {}).items()}}
+           "experts": {layer: int(np.count_nonzero(each)) for kind in edit.keys() - {"rule"}
+                       for layer, each in edit[kind].items()}}
     if responses is not None:
-        right = row["scores"].get("accuracy", [None] * len(encoded))
-        save_predictions(predictions, encoded, responses, right)
+        right = row["scores"].get("accuracy", [])
+        rows = [{key: e.get(key) for key in ("prompt", "instruction", "answer", "kind")}
+                | {"response": response, "score": score}
+                for e, response, score in zip_longest(encoded, responses, right)]
+        write_whole(predictions, lambda file: file.writelines(map(json_line, rows)))
         row |= {"predictions": str(predictions), "cut_responses": cut}
-    return row | ({"zeroed": changed} if changed else {})
+    if changed:
+        row["zeroed"] = changed
+    return row
 
 
 def print_end(experiment):
     """Where the results are, whether many responses were cut, and whether edits had no object."""
-    rows = list(experiment.used.values())
-    cut = [row["cut_responses"] for row in rows if "cut_responses" in row]
-    responses = len(cut) and sum(len(next(iter(row["scores"].values()))) for row in rows)
-    if any(cut):
-        print(f"\n{sum(cut)} of {responses} responses were cut at the limit; see --max-new-tokens"
-              + ": their scores say little" * (sum(cut) > responses / 10))
-    zeroed = [sum(row["zeroed"].values()) for row in rows if "zeroed" in row]
-    if 0 in zeroed:
-        print(f"\nno prompt selected what was zeroed in {zeroed.count(0)} of {len(zeroed)} cells")
+    rows = experiment.used.values()
+    cut = sum(row.get("cut_responses", 0) for row in rows)
+    responses = sum(len(experiment.tasks[row["settings"]["language"]][0]) for row in rows)
+    if cut:
+        print(f"\n{cut} of {responses} responses were cut at the limit; see --max-new-tokens"
+              + ": their scores say little" * (cut > responses / 10))
+    none = [not any(row["zeroed"].values()) for row in rows if "zeroed" in row]
+    if any(none):
+        print(f"\nno prompt selected what was zeroed in {sum(none)} of {len(none)} cells")
     print(f"\n{experiment.args.out}")
 
 
@@ -1313,7 +1298,7 @@ def run_script(main, *errors):
         try:
             printed(text)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.stdout.write = write

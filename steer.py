@@ -23,7 +23,6 @@ goes on where it stopped. In a notebook, with model, tokenizer = common.load_mod
 import functools
 import itertools
 import math
-import sys
 
 import numpy as np
 from tqdm import tqdm
@@ -188,16 +187,14 @@ def run_arms(experiment, group, arms):
 
 
 def parse_arguments():
-    p = common.argument_parser(__doc__)
-    add = common.add_task_arguments(p)
-    add("--sources", nargs="+", metavar="A,B", help="whose shared experts, or several groups, each "
-        "for itself (%(default)s)")
-    add("--band", metavar="A-B", help="decoder layers (default: the paper's part of the depth)")
-    add("--control-bands", nargs="+", default=[], metavar="B", help="steer these, too: 0-7 40-47")
-    add("--lambda", dest="lambdas", type=float, nargs="+", metavar="L",
-        help="strengths (default: %(default)s)")
-    add("--rule", choices=common.RULES, metavar="R", help=f"one of {', '.join(common.RULES)}")
-    args = common.parse_task_arguments(p, sys.modules[__name__])
+    p, add = common.task_parser(globals())
+    add("--sources", "whose shared experts, or several groups, each for itself (%(default)s)",
+        nargs="+")
+    add("--band", "layers, as 10-39 (default: the paper's part)")
+    add("--control-bands", "steer these, too: 0-7 40-47", nargs="+", default=[])
+    add("--lambda", "strengths (default: %(default)s)", float, nargs="+", dest="lambdas")
+    add("--rule", f"of {', '.join(common.RULES)} (default: %(default)s)", choices=common.RULES)
+    args = p.parse_args()
     args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
     common.require(np.isfinite(args.lambdas).all(),
                    f"lambda must be a finite number, not {args.lambdas}")

@@ -48,7 +48,7 @@ def test_spaces_at_the_edges_of_a_line_stay_on_the_last_line_too(tmp_path, end):
     ("a.txt", "", r"a\.txt: no prompts"),
     ("a.txt", b"\xff\xfe", r"a\.txt: not UTF-8"),
     ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not JSON"),
-    ("a.jsonl", '{"words": "a"}\n', r'a\.jsonl:1: no "prompt"'),
+    ("a.jsonl", '{"words": "a"}\n', r'a\.jsonl:1: an empty prompt, or no "prompt"'),
     ("a.csv", "a,b\n", r"a\.csv: cannot read '\.csv'"),
 ])
 def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, text, message):

@@ -110,8 +110,7 @@ def test_nll_is_what_one_sequence_at_a_time_gives(tiny):
     examples = [example for language in ("de", "bn")
                 for example in read_examples(f"tests/data/eval_{language}.tsv")[:3]]
     encoded = encode_examples(tokenizer, examples)
-    result = common.negative_log_likelihood(model, encoded, batch_tokens=150)
-    assert result.keys() == {"prompt_nll", "answer_nll"}
+    result = common.from_logits(model, tokenizer, encoded, batch_tokens=150)
     for i, e in enumerate(examples):
         prompt = tokenizer(f"<bos><|user|>{e['prompt']}<|assistant|>")["input_ids"]
         each = nats(model, prompt + tokenizer(e["answer"][0])["input_ids"])
@@ -128,7 +127,7 @@ def test_logits_that_are_no_numbers_stop_the_run(tiny):
         weight.data.fill_(float("nan"))
         with pytest.raises(InputError, match="logits are NaN"):
             encoded = encode_examples(tokenizer, [{"prompt": "Anna has 14 apples."}])
-            common.negative_log_likelihood(model, encoded, 100)
+            common.from_logits(model, tokenizer, encoded, 100)
     finally:
         weight.data.copy_(before)
 
@@ -136,7 +135,7 @@ def test_logits_that_are_no_numbers_stop_the_run(tiny):
 def test_nll_without_a_chat_template_skips_what_nothing_precedes(tiny):
     model, tokenizer = tiny
     encoded = encode_examples(tokenizer, [{"prompt": "Anna has 14 apples."}], chat_template="never")
-    result = common.negative_log_likelihood(model, encoded, 100)
+    result = common.from_logits(model, tokenizer, encoded, 100)
     each = nats(model, tokenizer("Anna has 14 apples.")["input_ids"])
     assert result["prompt_nll"][0] == pytest.approx(np.mean(each))
     assert np.isnan(result["answer_nll"][0])
@@ -175,7 +174,7 @@ def test_a_letter_is_chosen_by_its_probability(tiny):
         with torch.no_grad():
             logits = model(torch.tensor([e["ids"]])).logits[0, -1]
         expected.append("ABCD"[logits[letters].argmax()])
-    assert common.choose_letters(model, tokenizer, encoded, 20) == expected
+    assert common.from_logits(model, tokenizer, encoded, 20)["letter"] == tuple(expected)
     scores, responses, _ = common.evaluate(model, tokenizer, encoded, ["accuracy"], "en")
     assert scores["accuracy"].tolist() == [float(c == "A") for c in expected] and responses is None
 
