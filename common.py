@@ -1040,8 +1040,10 @@ def append_row(path, row):
     with open(path, "a+b") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json_line(row))
         file.flush()
         os.fsync(file.fileno())
