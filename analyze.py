@@ -171,9 +171,8 @@ def load_languages(paths, part="all"):
 
 
 def load_routing(path, part="all"):
-    """One dump as a dict: its meta; part, num_tokens, layers, counts (layers, experts), weights (as
-    counts: those given, or else the counts), null_counts (draws, layers, experts) or nan; and, for
-    each shard, path, digest, data_sha256.
+    """One dump as a dict: its meta; part, num_tokens, layers, counts and weights (layers, experts),
+    null_counts (draws, layers, experts) or nan; and, for each shard, path, digest, data_sha256.
 
     path  an .npz of capture.py, or with selected_experts (tokens, layers, top_k) and meta; the
           .json of a recorder, see read_recorder; or any of them as label=path
@@ -197,7 +196,8 @@ def load_routing(path, part="all"):
             weights = counts = grouped_counts(selected, np.zeros(num_tokens, int), 1,
                                               meta["num_experts"])[0]
         require(num_tokens, f"{path} holds no tokens ({part})")
-        layers, null_counts = file["layers"], file.get("null_counts", np.nan)
+        layers = file.get("layers", np.arange(len(counts)))
+        null_counts = file.get("null_counts", np.nan)
         require(len({*layers.tolist()}) == len(layers) == len(counts) and counts.min() >= 0
                 and np.isfinite(weights).all() and not np.any(null_counts < 0) and np.allclose(
                     counts.sum(1), num_tokens * top_k, atol=0,
@@ -1047,9 +1047,8 @@ def report(result, dumps, args):
                       "layer_entropy": result["mean_entropy"]}
     tables = [(title, table_rows(shown, columns)) for title, columns in TABLES.items()
               if len(shown.get(columns.split("=")[-1], ()))]
-    for band, matrix in zip(result["bands"], result["band_similarity"]):
-        order = " ".join(languages[linkage_order(matrix)])
-        title = f"similarity, {band}; in order of average linkage: {order}"
+    for band, order, matrix in zip(result["bands"], result["order"], result["band_similarity"]):
+        title = f"similarity, {band}; in order of average linkage: {' '.join(languages[order])}"
         tables.append((title, table_rows(shown | {"of_pairs": matrix},
                                          "=languages LANGUAGES=of_pairs")))
     print(*map(wrapped, notes(dumps, result, args)), sep="\n")
@@ -1220,6 +1219,7 @@ def compute(dumps, args):
         result |= {"divergence_aligned": aligned, "layer_aligned": by_sequence.mean(0)}
     result |= summarize(result, bands)
     result |= family_tests(result, bands, rng) | {
+        "order": np.array(list(map(linkage_order, result["band_similarity"]))),
         "mirror": np.array(rank_correlation(  # whose p would say nothing: see TABLES
             result["mean_reliance"][:, 0], result["similarity"].mean(0).sum(1), rng)[:1])}
     if args.leave_one_out:
@@ -1273,6 +1273,7 @@ def save_analysis(result, dumps, args):
     num_exclusive, num_shared (L,)                    experts exclusive to it; shared ones it keeps
     layer_exclusive, layer_shared (layers,)           experts; exclusive, summed over languages
     each_exclusive (layers, L)                        and of each
+    order (B, L)                                      languages in average-linkage order
     scripts (L,), family_rows (rows,)                 ISO 15924; family, branch or script, and band
     family_tests (rows, 5)                            within, between, p, least p, Holm's p
     num_only (L,), mirror (1,)                        exclusive to no other; Spearman's rho of

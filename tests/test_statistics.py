@@ -348,8 +348,7 @@ def test_planted_structure_is_found(planted, monkeypatch, capsys, tmp_path):
     assert p[0] == p[2] == pytest.approx(72 / 720) and p[1] > 0.1
     assert within[0] > between[0] + 0.1 and abs(within[1] - between[1]) < 0.02
     for band in (0, 2):  # families stand together
-        order = [FAMILY_OF[languages[i]] for i in
-                 analyze.linkage_order(result["band_similarity"][band])]
+        order = [FAMILY_OF[languages[i]] for i in result["order"][band]]
         assert order in (list("gggrrr"), list("rrrggg"))
     it = languages.index("it")
     assert result["exclusive"][it, :, 30:].all()
@@ -487,7 +486,7 @@ def test_the_plain_tables_read_no_more_than_they_need(planted, monkeypatch, tmp_
 def test_a_digest_tells_counts_apart(tmp_path):
     digests = []
     for name, counts in (("a", [[3, 1]]), ("same", [[3, 1]]), ("other", [[1, 3]])):
-        np.savez(tmp_path / f"{name}.npz", counts=counts, sequence_offsets=[0, 4], layers=[0],
+        np.savez(tmp_path / f"{name}.npz", counts=counts, sequence_offsets=[0, 4],
                  meta=json.dumps({"language": name, "top_k": 1, "num_experts": 2}))
         digests += analyze.load_routing(str(tmp_path / f"{name}.npz"))["digest"]
     assert digests[0] == digests[1] != digests[2]
