@@ -251,7 +251,7 @@ def run_each(experiment, shares, rows, layers):
         if after:
             change = after[metric] - experiment.cell(languages[i])[metric]
             effect[i, row, expert] = np.nanmean(change)
-    path = common.predictions_folder(args.out) / "effects.npz"
+    path = experiment.folder / "effects.npz"
     meta = json.dumps(experiment.settings | {"harm": -common.better(metric), "how": args.how})
     common.write_whole(path, lambda file: np.savez(
         file, effect=effect, languages=languages, layers=layers, metric=metric, meta=meta))

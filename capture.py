@@ -287,8 +287,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    config, tokenizer, skeleton = load_config(args.model)
-    shape = routing_shape(skeleton)
+    config, tokenizer, shape = load_config(args.model)
     layers, num_experts, top_k = one_shape(shape)
     plan = plan_dumps(args, config, tokenizer, shape)
     if not plan:

@@ -372,7 +372,7 @@ def as_mask(mask, num_experts):
 # -------------------------------------------------------------------------------------- the model
 
 def load_config(name):
-    """A checkpoint's config and tokenizer, and its model on the meta device, without weights.
+    """A checkpoint's config, tokenizer and routing_shape, of its model on the meta device.
 
     name is a folder or a hub id. InputError if it is neither, if the model is dense, or if its
     routers are unknown.
@@ -385,8 +385,7 @@ def load_config(name):
         require(tokenizer("a")["input_ids"] != tokenizer("1")["input_ids"], "it is empty")
     with explained(f"model '{name}' is no causal language model"), torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    find_routers(skeleton)
-    return config, tokenizer, skeleton
+    return config, tokenizer, routing_shape(skeleton)
 
 
 def load_model(name, dtype="auto", device=None, **options):
@@ -1008,22 +1007,14 @@ def write_whole(path, write):
         Path(temporary).unlink(missing_ok=True)
 
 
-def predictions_folder(out):
-    """results/ablate of results/ablate.jsonl; of a name without a suffix, name.predictions."""
-    return Path(out).with_suffix("" if Path(out).suffix else ".predictions")
-
-
 def load_rows(path):
     """{settings as JSON: row} of a results file, but for a last line that a kill cut short.
-
-    InputError if the file is not one, or if the folder of its predictions cannot be.
+    InputError if the file is something else.
     """
-    start, folder = b'{"cell": ', predictions_folder(path)
-    require(not folder.is_file(), f"{folder}, for the predictions, is a file; give another --out")
     with explained(f"{path} is not a results file; move it away or give another --out"):
         content = Path(path).read_bytes() if os.path.exists(path) else b""
         *lines, rest = content.split(b"\n")
-        require(rest[:len(start)] == start[:len(rest)], "its last line is of something else")
+        require(b'{"cell": '.startswith(rest[:9]), "its last line is of something else")
         rows = map(json.loads, lines)
         return {json.dumps(row["settings"], sort_keys=True): row for row in rows if row["cell"]}
 
@@ -1045,8 +1036,6 @@ def append_row(path, row):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json_line(row))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def count(text):
@@ -1184,34 +1173,29 @@ def check_dumps(dumps, shape, revision):
 
 def tried_model(experiment):
     """An experiment's model, of which try_model has nothing to say."""
-    args, generation = experiment.args, experiment.settings["generation"]
+    args = experiment.args
     model = load_weights(args.model, experiment.config, args.dtype, args.device)
     encoded, _ = next(iter(experiment.tasks.values()))
-    decode = functools.partial(generate, model, experiment.tokenizer, encoded[:1], 1,
-                               **generation | {"max_new_tokens": 2, "eos_token_id": None})
+    decode = functools.partial(
+        generate, model, experiment.tokenizer, encoded[:1], 1,
+        **experiment.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None})
     generates = response_metrics(args.metrics, encoded) and not experiment.engine
     try_model(model, encoded[0]["ids"], decode=generates and decode)
     return model
 
 
-def started_engine(experiment):
-    """An experiment's VLLMEngine; None where the model generates."""
-    args = experiment.args
-    return None if args.engine == "transformers" else VLLMEngine(
-        args.model, experiment.shape, experiment.settings["dtype"], **args.engine_options)
-
-
 class Experiment:
-    """A model, its tasks and a results file, all checked before the weights are read.
-
-    The weights are read when the first cell needs them; a cell that the results file holds with the
-    same settings is not run again.
+    """A model, its tasks and a results file, all checked before the first cell reads the weights.
+    A cell that the file holds with the same settings is not run again, and needs none.
     """
 
     def __init__(self, args, dumps):
         self.args, self.rows, self.used = args, load_rows(args.out), {}  # used: those of this run
-        self.config, self.tokenizer, skeleton = load_config(args.model)
-        self.shape = routing_shape(skeleton)
+        # results/ablate of results/ablate.jsonl; of a name without a suffix, name.predictions
+        self.folder = Path(args.out).with_suffix("" if Path(args.out).suffix else ".predictions")
+        require(not self.folder.is_file(),
+                f"{self.folder}, for the predictions, is a file; give another --out")
+        self.config, self.tokenizer, self.shape = load_config(args.model)
         self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
         self.choice = {
             "experts_per_language": args.experts_per_language, "part": args.part,
@@ -1221,26 +1205,30 @@ class Experiment:
         self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
 
     model = functools.cached_property(tried_model)
-    engine = functools.cached_property(started_engine)
+
+    @functools.cached_property
+    def engine(self):  # None: the model generates
+        args = self.args
+        return None if args.engine == "transformers" else VLLMEngine(
+            args.model, self.shape, self.settings["dtype"], **args.engine_options)
 
     def cell(self, language, name="baseline", settings={}, run=True, **edit):
         """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited; None
-        of a cell that is not there and not to be run.
-
-        settings say how the edit was chosen; name becomes the folder of the predictions.
+        of a cell that is not there and not to be run. settings say how the edit was chosen; name
+        becomes the folder of the predictions.
         """
         choice = self.choice | {"edit": short_hash(edit)} if edit else {}
         settings = self.settings | choice | settings
         data = {"language": language, "data_sha256": self.tasks[language][1]}
         key = json.dumps(settings | data, sort_keys=True)
-        if key not in self.rows:
-            if not run:
-                return None
-            self.rows[key] = {"cell": name, "settings": settings | data} | evaluate_cell(
+        row = self.rows.get(key)
+        if not row and run:
+            row = {"cell": name, "settings": settings | data} | evaluate_cell(
                 self, language, f"{name}-{short_hash(settings)}", edit)
-            append_row(self.args.out, self.rows[key])
-        self.used[key] = self.rows[key]
-        return {metric: np.array(x) for metric, x in self.rows[key]["scores"].items()}
+            append_row(self.args.out, row)
+        if row:
+            self.used[key] = self.rows[key] = row
+            return {metric: np.array(x) for metric, x in row["scores"].items()}
 
 
 def evaluate_cell(experiment, language, folder, edit):
@@ -1248,7 +1236,7 @@ def evaluate_cell(experiment, language, folder, edit):
     predictions: JSONL of prompt, response, answer and score, which capture.py reads.
     """
     args, (encoded, _) = experiment.args, experiment.tasks[language]
-    predictions = predictions_folder(args.out) / folder / f"{language}.jsonl"
+    predictions = experiment.folder / folder / f"{language}.jsonl"
     if predictions.exists():
         require([e["prompt"] for e in read_examples(predictions)] == [e["prompt"] for e in encoded],
                 f"{predictions} holds answers to other data; move it away, or give another --out")

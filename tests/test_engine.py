@@ -107,8 +107,7 @@ def model(wide):
 
 @pytest.fixture(scope="module")
 def engine(wide):
-    _, _, skeleton = common.load_config(str(wide))
-    return common.VLLMEngine(str(wide), common.routing_shape(skeleton), "float32", **OPTIONS)
+    return common.VLLMEngine(str(wide), common.load_config(str(wide))[2], "float32", **OPTIONS)
 
 
 @pytest.fixture(scope="module")

@@ -157,9 +157,8 @@ def change_weights(folder, change):
 
 
 def identity(folder):
-    config, tokenizer, skeleton = common.load_config(str(folder))
-    return (common.checkpoint_id(str(folder), config, common.routing_shape(skeleton)),
-            common.tokenizer_id(tokenizer))
+    config, tokenizer, shape = common.load_config(str(folder))
+    return common.checkpoint_id(str(folder), config, shape), common.tokenizer_id(tokenizer)
 
 
 def test_a_change_of_config_or_of_one_routing_weight_is_another_checkpoint(checkpoint):
@@ -292,8 +291,7 @@ def settings_of(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ablate.py", *map(str, arguments)])
         args = ablate.parse_arguments()
-    config, tokenizer, skeleton = common.load_config(TINY)
-    return common.evaluation_settings(args, config, tokenizer, common.routing_shape(skeleton))
+    return common.evaluation_settings(args, *common.load_config(TINY))
 
 
 def test_a_temperature_of_0_is_greedy_and_one_alone_samples_from_everything():
