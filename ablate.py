@@ -290,7 +290,7 @@ def effect_tables(experiment, plan, results, bands, layers, shares):
                                  metric)
                     for (target, language), cell in cells.items() if len(cell) > 1]
         tokens = [[scored_tokens(example, metric) for example in encoded]
-                  for encoded, _ in tasks.values()]
+                  for encoded in tasks.values()]
         tables += [
             (f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
              "experts are masked, of", changes),

@@ -734,7 +734,6 @@ def run_batches(run, batches):
 # ----------------------------------------------------------------------------------------- scores
 
 METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
-PARTS = ("all", "prompt", "response", "text")  # of a sequence; text: without template, instruction
 RIGHT_OR_WRONG = ("accuracy", "language")  # 1 or 0 for each example
 COMMA_DECIMAL = set("cs da de el es fi fr id it nb nl pl pt ru sv tr uk vi ces dan deu ell spa fin "
                     "fra ind ita nob nld pol por rus swe tur ukr vie".split())
@@ -1101,7 +1100,8 @@ def task_parser(script):
     add("--seed", "of the sampling (default: %(default)s)", int, default=0)
     add = flag_group(p, "which experts")
     add("--routing", "to choose experts from: path or label=path", nargs="+")
-    add("--part", "of the dumps' sequences", PARTS)
+    # text: the prompt without template and instruction
+    add("--part", "of the dumps' sequences", ("all", "prompt", "response", "text"))
     add("--experts-per-language", "a number, or a part below 1 (%(default).3g)", float)
     add("--threshold", "exclusive above this share (default: %(default)s)", float)
     add("--selection", "file of analyze.py --contrast, instead")
@@ -1115,13 +1115,14 @@ def evaluation_settings(args, config, tokenizer, shape):
             "--temperature takes a number above 0, or 0 for greedy; --top-p and --top-k-sampling "
             "need a --temperature above 0")
     require(0 <= args.seed < 2**63, "--seed takes a whole number from 0 on")
-    version = vllm_version(config) if args.engine == "vllm" else transformers.__version__
-    generated = {"accuracy", "language"} & set(args.metrics)
-    require(args.engine != "vllm" or generated and (
-        generated == set(args.metrics) or "gpu_memory_utilization" in args.engine_options),
-            "--engine vllm gives accuracy and language; give other metrics a run of their own, or "
-            "leave memory to the model beside it: --engine-options "
-            """'{"gpu_memory_utilization": 0.45}'""")
+    version, generated = transformers.__version__, {"accuracy", "language"} & {*args.metrics}
+    if args.engine == "vllm":
+        version = vllm_version(config)
+        require(generated == {*args.metrics}
+                or generated and "gpu_memory_utilization" in args.engine_options,
+                "--engine vllm gives accuracy and language; give other metrics a run of their own, "
+                "or leave memory to the model beside it: --engine-options "
+                """'{"gpu_memory_utilization": 0.45}'""")
     try:
         checkpoint = GenerationConfig.from_pretrained(args.model)
     except OSError:  # it has none
@@ -1145,18 +1146,19 @@ def file_hash(path):
 
 
 def load_tasks(args, tokenizer, config, dumps):
-    """{language: (encoded examples, their file's sha256)}; a warning if dumps are of the same."""
-    tasks = {}
+    """{language: encoded examples} and {language: sha256} of files; a warning if dumps are of one.
+    """
+    tasks, digests = {}, {}
     for language, path in find_data(args.data, args.languages).items():
-        encoded = encode_examples(tokenizer, read_task(args, language, path), args.chat_template,
-                                  min(args.max_length, max_positions(config)))
-        check_metrics(args.metrics, encoded, path, language)
-        digest = file_hash(path)
-        tasks[language] = encoded, digest
-        if any(digest in dump["data_sha256"] for dump in dumps):
+        digests[language] = file_hash(path)
+        tasks[language] = encode_examples(
+            tokenizer, read_task(args, language, path), args.chat_template,
+            min(args.max_length, max_positions(config)))
+        check_metrics(args.metrics, tasks[language], path, language)
+        if any(digests[language] in dump["data_sha256"] for dump in dumps):
             print(f"warning: {path} is what the routing was captured on: experts are chosen on "
                   "what they are judged by")
-    return tasks
+    return tasks, digests
 
 
 def check_dumps(dumps, shape, revision):
@@ -1175,7 +1177,7 @@ def tried_model(experiment):
     """An experiment's model, of which try_model has nothing to say."""
     args = experiment.args
     model = load_weights(args.model, experiment.config, args.dtype, args.device)
-    encoded, _ = next(iter(experiment.tasks.values()))
+    encoded = next(iter(experiment.tasks.values()))
     decode = functools.partial(
         generate, model, experiment.tokenizer, encoded[:1], 1,
         **experiment.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None})
@@ -1202,7 +1204,7 @@ class Experiment:
             "threshold": args.threshold,
             "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
         check_dumps(dumps, self.shape, self.settings["revision"])
-        self.tasks = load_tasks(args, self.tokenizer, self.config, dumps)
+        self.tasks, self.digests = load_tasks(args, self.tokenizer, self.config, dumps)
 
     model = functools.cached_property(tried_model)
 
@@ -1219,7 +1221,7 @@ class Experiment:
         """
         choice = self.choice | {"edit": short_hash(edit)} if edit else {}
         settings = self.settings | choice | settings
-        data = {"language": language, "data_sha256": self.tasks[language][1]}
+        data = {"language": language, "data_sha256": self.digests[language]}
         key = json.dumps(settings | data, sort_keys=True)
         row = self.rows.get(key)
         if not row and run:
@@ -1235,7 +1237,7 @@ def evaluate_cell(experiment, language, folder, edit):
     """A row beyond its settings: scores, mean, edited experts, how many responses were cut, and the
     predictions: JSONL of prompt, response, answer and score, which capture.py reads.
     """
-    args, (encoded, _) = experiment.args, experiment.tasks[language]
+    args, encoded = experiment.args, experiment.tasks[language]
     predictions = experiment.folder / folder / f"{language}.jsonl"
     if predictions.exists():
         require([e["prompt"] for e in read_examples(predictions)] == [e["prompt"] for e in encoded],
@@ -1269,7 +1271,7 @@ def print_end(experiment):
     """Where the results are, whether many responses were cut, and whether edits had no object."""
     rows = experiment.used.values()
     cut = sum(row.get("cut_responses", 0) for row in rows)
-    responses = sum(len(experiment.tasks[row["settings"]["language"]][0]) for row in rows)
+    responses = sum(len(experiment.tasks[row["settings"]["language"]]) for row in rows)
     if cut:
         print(f"\n{cut} of {responses} responses were cut at the limit; see --max-new-tokens"
               + ": their scores say little" * (cut > responses / 10))

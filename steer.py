@@ -224,7 +224,7 @@ def prepare(args):
         own = [] if args.languages and len(args.sources) == 1 else sources
         languages = [l for l in experiment.tasks if l not in own] or list(experiment.tasks)
         groups.append({"sources": sources, "languages": languages, "arms": arms})
-    fewest = min(len(encoded) for encoded, _ in experiment.tasks.values())
+    fewest = min(map(len, experiment.tasks.values()))
     common.require(len(args.lambdas) == 1 or fewest >= 4, "choosing among several lambdas takes 4 "
                    "examples or more; raise --limit or give one --lambda")
     return experiment, groups
@@ -237,7 +237,7 @@ def choose_lambda(experiment, group):
     args, metric = experiment.args, experiment.args.metrics[0]
     (kind, boosted), *draws = group["arms"][:1 + args.control_seeds]
     prompts = [e["ids"] for language in group["languages"]
-               for e in experiment.tasks[language][0][:20]]
+               for e in experiment.tasks[language][:20]]
     move = functools.partial(moved_selections, experiment.engine or experiment.model, prompts,
                              rule=args.rule, batch_tokens=args.batch_tokens)
     moved = {strength: move(boosted, strength) for strength in args.lambdas}
