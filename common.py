@@ -1164,12 +1164,12 @@ def load_tasks(args, tokenizer, config, dumps):
 def check_dumps(dumps, shape, revision):
     """InputError if dumps, analyze.load_languages' answer, were not captured on this model."""
     for dump in dumps:
-        paths, size = ", ".join(dump["path"]), (dump["num_experts"], dump["top_k"])
-        require(dict.fromkeys(dump["layers"].tolist(), size) == shape,
-                f"{paths} has (num_experts, top_k) {size} in layers {dump['layers'].tolist()}, the "
-                f"model {set(shape.values())} in {list(shape)}: another model, or other layers")
+        size, layers = (dump["num_experts"], dump["top_k"]), dump["layers"].tolist()
+        require(dict.fromkeys(layers, size) == shape,
+                f"{dump['path']} has (num_experts, top_k) {size} in layers {layers}, the model "
+                f"{set(shape.values())} in {list(shape)}: another model, or other layers")
         require(dump["revision"] in (None, revision),  # IDs from elsewhere name no revision
-                f"{paths} was captured on another model ({dump.get('model')}, "
+                f"{dump['path']} was captured on another model ({dump.get('model')}, "
                 f"{dump['revision']}); capture it again on this one ({revision})")
 
 
@@ -1178,11 +1178,10 @@ def tried_model(experiment):
     args = experiment.args
     model = load_weights(args.model, experiment.config, args.dtype, args.device)
     encoded = next(iter(experiment.tasks.values()))
-    decode = functools.partial(
-        generate, model, experiment.tokenizer, encoded[:1], 1,
-        **experiment.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None})
     generates = response_metrics(args.metrics, encoded) and not experiment.engine
-    try_model(model, encoded[0]["ids"], decode=generates and decode)
+    try_model(model, encoded[0]["ids"], decode=generates and functools.partial(
+        generate, model, experiment.tokenizer, encoded[:1], 1,
+        **experiment.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None}))
     return model
 
 
