@@ -147,8 +147,7 @@ def explained(message):
     except (InputError, OSError):
         raise
     except Exception as error:
-        missing = f": no {error.args[0]}" if type(error) is KeyError else ""
-        raise InputError(message + missing) from error
+        raise InputError(message) from error
 
 
 # ---------------------------------------------------------------------------------- reading dumps
@@ -228,8 +227,8 @@ def read_json(path):
 
 
 class Dump(ChainMap):
-    """The arrays of a dump, each read when it is asked for, and meta; InputError if one is not
-    there.
+    """The arrays of a dump, each read when it is asked for, and meta, or meta's; InputError if one
+    is not there.
     """
 
     def __missing__(self, key):
@@ -244,7 +243,7 @@ def open_dump(path):
     file = np.load(path, allow_pickle=False)
     require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
     file = Dump({"path": path}, file)
-    file["meta"] = json.loads(str(file["meta"]))
+    file["meta"] = Dump({"path": path}, json.loads(str(file["meta"])))
     return file if "counts" in file else file | real_ids(file)
 
 
@@ -276,11 +275,11 @@ def real_ids(file):
     ids = ids.astype(np.int64)
     # with one layer, or one expert a token, zeros and arange may be meant
     fillings = [[-1], [0], np.arange(ids.shape[2])][:3 if min(ids.shape[1:]) > 1 else 1]
-    tokens, layers = (np.ones(number, bool) for number in ids.shape[:2])
+    layers = np.ones(ids.shape[1], bool)
     for _ in range(2):  # a dense layer may say something else of a placeholder
-        tokens &= ~np.any([(ids[:, layers] == filling).all((1, 2)) for filling in fillings], 0)
+        tokens = ~np.any([(ids[:, layers] == filling).all((1, 2)) for filling in fillings], 0)
         if tokens.sum() >= 16:
-            layers &= (ids[tokens] != ids[tokens][:1]).any((0, 2))
+            layers = (ids[tokens] != ids[tokens][0]).any((0, 2))
     # in order, different experts rise from above -1 to below num_experts
     bad = (np.diff(np.sort(ids), prepend=-1, append=num_experts) < 1).any(-1)
     for token, layer in np.argwhere(bad & tokens[:, None] & layers)[:1]:
@@ -577,16 +576,16 @@ def vocabulary_control(dumps, bands):
         patterns, pattern = np.unique(in_other, axis=1, return_inverse=True)
         by_pattern = grouped_counts(selected, pattern.ravel(), patterns.shape[1],
                                     dumps[0]["num_experts"])
-        both.append([np.tensordot(kind, by_pattern, 1) for kind in (~patterns, patterns)])
-    own, common = np.stack(both, 1)  # (languages, languages, layers, experts), the row's selections
-    result = {"common_tokens": common.sum((2, 3)) / (own + common).sum((2, 3))}
-    for name, counts in (("own", own), ("common", common)):
-        with np.errstate(invalid="ignore"):  # 0 / 0 is nan
-            p = distribution(counts)
-            similarity = jensen_shannon(p, p.swapaxes(0, 1))[0].transpose(2, 0, 1)
-        result |= {f"similarity_{name}_tokens": similarity,
-                   f"mean_{name}_tokens": band_means(mean_of_pairs(similarity), bands)}
-    return result
+        both.append(np.tensordot([~patterns, patterns], by_pattern, 1))
+    both = np.stack(both, 1)  # (2, languages, languages, layers, experts), the row's selections
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        p = distribution(both)
+        own, common = jensen_shannon(p, p.swapaxes(1, 2))[0].transpose(0, 3, 1, 2)
+    numbers = both.sum((3, 4))
+    return {"similarity_own_tokens": own, "mean_own_tokens": band_means(mean_of_pairs(own), bands),
+            "similarity_common_tokens": common,
+            "mean_common_tokens": band_means(mean_of_pairs(common), bands),
+            "common_tokens": numbers[1] / numbers.sum(0)}
 
 
 def select_contrast(frequency_a, frequency_b, tau=TAU, top=0):
