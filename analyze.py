@@ -373,13 +373,12 @@ def read_aligned(dumps):
 
 # ---------------------------------------------------------------- definitions (arXiv 2601.14050)
 
-def activation_frequency(counts, num_tokens):
-    """Part of the tokens that select each expert; a row sums to top_k.
+def frequencies(dumps):
+    """Part of each language's tokens that select each expert; a row sums to top_k.
 
-    counts (..., layers, experts), num_tokens a number or (...) -> float64 (..., layers, experts)
-    [[3, 1]] of 4 tokens -> [[.75, .25]]
+    -> float64 (languages, layers, experts); counts [[3, 1]] of 4 tokens -> [[.75, .25]]
     """
-    return np.asarray(counts) / np.asarray(num_tokens)[..., None, None]
+    return np.stack([dump["counts"] / dump["num_tokens"] for dump in dumps])
 
 
 def number_of_experts(experts_per_language, num_experts):
@@ -705,10 +704,10 @@ def label_test(values, first, second, labels, rng):
     # with same as values themselves, only the labelling as it is has the largest gap
     values = np.concatenate([values, same[None]])
     for dealt in np.array_split(groups[permutations(len(groups), rng)], 50):
-        alike = dealt[:, first] == dealt[:, second]
-        alike = alike[alike.any(1) & ~alike.all(1)]
-        gap = alike / alike.sum(1, keepdims=True) - ~alike / (~alike).sum(1, keepdims=True)
-        gaps.append(gap @ values.T)
+        alike = 1.0 * (dealt[:, first] == dealt[:, second])
+        alike -= alike.mean(1, keepdims=True)
+        alike = alike[alike.any(1)]  # the slope on it is the difference of the means
+        gaps.append(alike @ values.T / (alike ** 2).sum(1, keepdims=True))
     gaps = np.concatenate(gaps)
     p = (gaps >= gaps[0] - 1e-12).mean(0)
     return np.stack([values[:, same].mean(1), values[:, ~same].mean(1), p, p * 0 + p[-1]], 1)[:-1]
@@ -1185,11 +1184,6 @@ def check_output(path, key):
     if os.path.exists(path):
         with explained(f"{path} is there, and not what this writes; move it away, or give another"):
             (read_json(path) if key == "experts" else np.load(path, allow_pickle=False))[key]
-
-
-def frequencies(dumps):
-    """activation_frequency of each language: (languages, layers, experts)."""
-    return activation_frequency([d["counts"] for d in dumps], [d["num_tokens"] for d in dumps])
 
 
 def rows_of(languages, dumps):
