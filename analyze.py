@@ -830,7 +830,7 @@ def run_agreement(dumps):
     tokens = [read_tokens(dump, *["token_ids"] * known) for dump in dumps]
     # a number for each place, no sequence being as long
     places = [sequence * 2**32 + position for *_, sequence, position in tokens]
-    both = np.isin(*places), np.isin(*places[::-1])
+    _, *both = np.intersect1d(*places, assume_unique=True, return_indices=True)
     (a, *ids_a, sequence, position), (b, *ids_b, _, _) = (
         [array[kept] for array in arrays] for arrays, kept in zip(tokens, both))
     for token in np.flatnonzero(np.not_equal(ids_a, ids_b))[:1]:
@@ -889,23 +889,17 @@ def matched_difference(harm, exclusive, weight, rng, permutations=2000):
     blocks = [block for block in blocks_of_equal_use(weight, tried) if len(block) > 1]
     if not blocks:
         return np.full(4, np.nan)
-    y, label, x = (values.ravel()[np.concatenate(blocks)].astype(float)
-                   for values in (harm, exclusive, weight))
-    block = np.repeat(np.arange(len(blocks)), list(map(len, blocks)))
-
-    def within(values):
-        return values - (np.bincount(block, values) / np.bincount(block))[block]
-
-    def unexplained(values):
-        return within(values) - x * (values @ x) / (x @ x)
-
-    x = within(x)
-    y, slopes = unexplained(y), []
+    alone = exclusive[tried].sum() - exclusive.flat[np.concatenate(blocks)].sum()
+    # less the mean of the block
+    y, label, x = (np.concatenate([values.flat[block] - values.flat[block].mean()
+                                   for block in blocks]) for values in (harm, exclusive, weight))
+    block = np.repeat(range(len(blocks)), list(map(len, blocks)))
+    y, slopes = y - x * (y @ x) / (x @ x), []
     for draw in range(permutations + 1):
-        dealt = unexplained(label[np.lexsort((rng.random(len(label)), block))] if draw else label)
-        slopes.append(dealt @ y / max(dealt @ dealt, 1e-300))
+        dealt = label[np.lexsort((rng.random(len(label)), block))] if draw else label
+        slopes.append(dealt @ y / max(label @ label - (dealt @ x) ** 2 / (x @ x), 1e-9))
     return np.array([slopes[0], np.mean(np.array(slopes) >= slopes[0] - 1e-15),
-                     2.49 * np.std(slopes[1:]), (exclusive & tried).sum() - label.sum()])
+                     2.49 * np.std(slopes[1:]), alone])
 
 
 def effects(harm, result, dumps, rng):
