@@ -951,8 +951,10 @@ TABLES = {
         "=languages LANGUAGES=exclusive_more",
     "part of the settings in which the row relies more on shared experts than the column":
         "=languages LANGUAGES=shared_more",
-    "similarity over tokens whose ids":
+    "similarity over any tokens, over those whose ids a pair has in common, and over their own":
         "band=bands any=mean_similarity common=mean_common_tokens own=mean_own_tokens",
+    "part of the row's tokens whose ids the column has":
+        "=languages LANGUAGES=common_tokens",
     "similarity within the same family, and to others; p: labels dealt out at random; least: p "
     "that so many languages allow; Holm: p among all of these rows; branch and script overlap":
         "=family_rows same+other+p+least+Holm=family_tests",
@@ -1025,8 +1027,6 @@ def notes(dumps, result, args):
     without = [d["language"] for d in dumps if np.isnan(d["null_counts"]).any()]
     if 0 < len(without) < n:
         yield f"note: no null routers are shown: there are none of {', '.join(without)}"
-    if "common_tokens" in result:
-        yield f"note: {mean_of_pairs(result['common_tokens']):.1%} of tokens are common to a pair"
     unknown = result["languages"][result["families"] == ""]
     if len(unknown):
         yield f"note: no family known of {', '.join(unknown)}; see --families"
@@ -1363,13 +1363,12 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    pair = args.contrast or args.agreement
-    if pair:  # named A and B, whatever languages they are of
-        named = [f"{name}={split_label(path)[1]}" for name, path in zip("AB", pair)]
-        dumps = load_languages(named, args.part)
+    pair = args.contrast or args.agreement or []  # named A and B, whatever languages they are of
+    named = [f"{name}={split_label(path)[1]}" for name, path in zip("AB", pair)]
+    dumps = load_languages(named or args.dumps, args.part)
+    if pair:
         return run_contrast(dumps, args) if args.contrast else run_agreement(dumps)
     check_output(args.out, "similarity")
-    dumps = load_languages(args.dumps, args.part)
     args.experts_per_language = number_of_experts(args.experts_per_language,
                                                   dumps[0]["num_experts"])
     result = compute(dumps, args)
