@@ -24,7 +24,6 @@ import re
 import sys
 import textwrap
 from collections import ChainMap
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -846,21 +845,6 @@ def run_agreement(dumps):
 
 # ------------------------------------------------------------------------------ effects of experts
 
-def load_effects(path, dumps):
-    """Harm, float64 (languages, layers, experts) like the dumps, of ablate.py --experts each: how
-    much worse it gets without the expert; nan where that was not tried.
-    """
-    with explained(f"{path} is not what ablate.py --experts each writes"):
-        file = np.load(path, allow_pickle=False)
-        meta, effects = json.loads(str(file["meta"])), dict(zip(file["languages"], file["effect"]))
-        require(np.array_equal(file["layers"], dumps[0]["layers"]) and dumps[0]["revision"] in (
-            None, meta["revision"]), f"{path} is of another model than the dumps")
-    require(any(dump["language"] in effects for dump in dumps), f"{path} is of other languages "
-            f"than the dumps: {', '.join(effects)}; label=path renames a dump")
-    nothing = np.full(dumps[0]["counts"].shape, np.nan)
-    return meta["harm"] * np.stack([effects.get(dump["language"], nothing) for dump in dumps])
-
-
 def blocks_of_equal_use(weight, tried):
     """The tried experts in blocks: up to four neighbours in weight, of one layer and language, the
     largest at most 1.25 times the smallest. Both (languages, layers, experts) -> indices into them,
@@ -902,10 +886,24 @@ def matched_difference(harm, exclusive, weight, rng, permutations=2000):
                      2.49 * np.std(slopes[1:]), alone])
 
 
-def effects(harm, result, dumps, rng):
-    """What --effects adds to a result; harm is load_effects'. See save_analysis."""
-    weight, tried = distribution(np.stack([dump["weights"] for dump in dumps])), np.isfinite(harm)
-    columns, exclusive = np.stack([harm, weight, result["share"]]), result["exclusive"]
+def effects(path, result, dumps, rng):
+    """What a file of ablate.py --experts each adds to a result: see save_analysis.
+
+    harm is how much worse it gets without the expert, nan where that was not tried.
+    """
+    with explained(f"{path} is not what ablate.py --experts each writes"):
+        file = np.load(path, allow_pickle=False)
+        meta, effect = json.loads(str(file["meta"])), dict(zip(file["languages"], file["effect"]))
+        require(np.array_equal(file["layers"], result["layers"]) and dumps[0]["revision"] in (
+            None, meta["revision"]), f"{path} is of another model than the dumps")
+    share, exclusive = result["share"], result["exclusive"]
+    harm = meta["harm"] * np.stack([effect.get(language, share[0] * np.nan)
+                                    for language in result["languages"]])
+    tried = np.isfinite(harm)
+    require(tried.any(), f"{path} is of other languages than the dumps: {', '.join(effect)}; "
+                         "label=path renames a dump")
+    weight = distribution(np.stack([dump["weights"] for dump in dumps]))
+    columns = np.stack([harm, weight, share])
     correlation = [np.corrcoef(list(map(ranks, columns[:, k, each])))[0, 1:]
                    if each.any() else [np.nan, np.nan] for k, each in enumerate(tried)]
     layer_harm = mean_of_known(np.where([exclusive, ~exclusive], harm, np.nan), (1, 3))
@@ -1093,7 +1091,6 @@ def draw_effects(figure, result):
 def save_figures(folder, result):
     """heatmaps.png, layers.png, with --sensitivity and --effects a picture more, in a folder."""
     from matplotlib.figure import Figure
-    os.makedirs(folder, exist_ok=True)
 
     def save(name, draw, *what):
         figure = Figure((8, 7), layout="constrained")
@@ -1218,7 +1215,7 @@ def compute(dumps, args):
     if args.scores:
         result |= score_correlation(args.scores, result, dumps, rng)
     if args.effects:
-        result |= effects(load_effects(args.effects, dumps), result, dumps, rng)
+        result |= effects(args.effects, result, dumps, rng)
     if args.vocabulary:
         result |= vocabulary_control(dumps, bands)
     if args.bootstrap:
@@ -1351,9 +1348,10 @@ def parse_arguments():
     add("--top", 0, "instead, so many of the largest differences, of either sign")
     add("--selection", "selection.json", "(default: %(default)s)")
     args = p.parse_args()
-    require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
-    require(not args.figures or find_spec("matplotlib"),
-            "--figures needs matplotlib; run: pip install matplotlib")
+    if args.figures:
+        os.makedirs(args.figures, exist_ok=True)
+        with explained("--figures needs matplotlib; run: pip install matplotlib"):
+            import matplotlib.figure  # only to see that it is there
     require(args.seed >= 0 and args.bootstrap >= 0 and args.bootstrap != 1,
             "--bootstrap takes 2 draws or more, --seed a number from 0 on")
     require(args.top == 0 or args.top > 0 and args.contrast,
