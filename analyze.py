@@ -643,8 +643,11 @@ def bootstrap(counts, draws, result, settings, bands, rng, by_sequence=None):
     -> interval_... (low and high, ...), exclusive_stability, shared_stability, num_stable,
     stable_reliance, floor_similarity, layer_floor, band_floor: see save_analysis
     """
+    def kinds(found):  # bool (2, languages, layers, experts)
+        return np.array(np.broadcast_arrays(found["exclusive"], found["shared"]))
+
     floor = np.array([split_half_floor(c, rng) for c in counts])
-    drawn, stays = [], {"exclusive": 0, "shared": 0}
+    drawn, stays = [], 0
     for _ in tqdm(range(draws), "bootstrap", leave=False):
         # of each language, how often its sequences are in
         weights = [rng.multinomial(len(c), np.ones(len(c)) / len(c)) for c in counts]
@@ -655,14 +658,13 @@ def bootstrap(counts, draws, result, settings, bands, rng, by_sequence=None):
         if by_sequence is not None:
             draw["layer_aligned"] = np.average(by_sequence, 0, weights[0])
         drawn.append(summarize(draw, bands))
-        stays = {kind: times + draw[kind] for kind, times in stays.items()}
-    stable = np.stack([result[kind] & (result["share"] > 0) & (times >= STABLE * draws)
-                       for kind, times in stays.items()], 1)
-    p = distribution(result["frequency"])
+        stays += kinds(draw)
+    stable = kinds(result) & (result["share"] > 0) & (stays >= STABLE * draws)
+    reliance = (distribution(result["frequency"]) * stable).sum(-1).mean(2)
     return {"floor_similarity": floor, "layer_floor": floor.mean(0),
-            "band_floor": band_means(floor.mean(0), bands), "num_stable": stable.sum((2, 3)),
-            "stable_reliance": (p[:, None] * stable).sum(-1).mean(2)} | {
-        f"{kind}_stability": times / draws for kind, times in stays.items()} | {
+            "band_floor": band_means(floor.mean(0), bands), "num_stable": stable.sum((2, 3)).T,
+            "stable_reliance": reliance.T, "exclusive_stability": stays[0] / draws,
+            "shared_stability": stays[1, 0] / draws} | {
         f"interval_{key}": interval(key, result[key], values)
         for key, values in stacked(drawn).items()}
 
