@@ -1144,8 +1144,8 @@ def read_families(path=None):
     """{code: family/branch}: FAMILIES, and over them a file's: code, tab, family, maybe /branch."""
     with explained(f"{path} is not lines of a code, a tab and a family, as "
                    "'de<tab>Indo-European/Germanic', in UTF-8"):
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines() if path else []
-        return FAMILIES | dict(map(str.strip, line.split("\t")) for line in lines if line.strip())
+        return FAMILIES | dict(np.genfromtxt(path, str, delimiter="\t", autostrip=True, ndmin=2,
+                                             encoding="utf-8-sig") if path else ())
 
 
 def family_of(language, table):

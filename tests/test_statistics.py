@@ -498,7 +498,7 @@ def test_a_digest_tells_counts_apart(tmp_path):
     (["--scores", "README.md"], "README.md is not a JSON object"),
     (["--figures", "README.md"], "File exists: .README.md"),
     (["--top", "3"], "--top takes a number above 0, and --contrast A B"),
-    (["--families", "none.tsv"], "No such file"),
+    (["--families", "none.tsv"], "none.tsv not found"),
     (["--parallel", "--part", "prompt"], "leave out --part"),
     (["--experts-per-language", "4.5"], "neither a number from 1 to the 32 experts nor a part"),
     (["--threshold", "1.5"], "threshold 1.5 is not between 0 and 1"),
