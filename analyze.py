@@ -170,7 +170,7 @@ def load_languages(paths, part="all"):
 
 def load_routing(path, part="all"):
     """One dump as a dict: its meta; part, num_tokens, layers, counts and weights (layers, experts),
-    null_counts (draws, layers, experts) or nan; and, for each shard, path, digest, data_sha256.
+    null_counts (draws, layers, experts); and, for each shard, path, digest, data_sha256.
 
     path  an .npz of capture.py, or with selected_experts (tokens, layers, top_k) and meta; the
           .json of a recorder, see read_recorder; or any of them as label=path
@@ -195,7 +195,7 @@ def load_routing(path, part="all"):
                                               meta["num_experts"])[0]
         require(num_tokens, f"{path} holds no tokens ({part})")
         layers = file.get("layers", np.arange(len(counts)))
-        null_counts = file.get("null_counts", np.nan)
+        null_counts = file.get("null_counts", np.empty(0))
         require(len({*layers.tolist()}) == len(layers) == len(counts) and counts.min() >= 0
                 and np.isfinite(weights).all() and not np.any(null_counts < 0) and np.allclose(
                     counts.sum(1), num_tokens * top_k, atol=0,
@@ -802,12 +802,9 @@ def null_routers(dumps, settings, bands):
     """summarize()'s figures of what random routers pick for the same hidden states (null_counts of
     capture.py --null-router, arXiv 2604.09780), means over draws; {} where a dump lacks them.
     """
-    counts = [dump["null_counts"] for dump in dumps]
-    if len(set(map(np.shape, counts))) > 1 or np.isnan(counts).any():
-        return {}
-    drawn = [summarize(analyze(distribution(draw), *settings), bands)
-             for draw in np.stack(counts, 1)]
-    return {f"null_{key}": values.mean(0) for key, values in stacked(drawn).items()}
+    drawn = [summarize(analyze(distribution(np.stack(draw)), *settings), bands)
+             for draw in zip(*(dump["null_counts"] for dump in dumps))]
+    return {f"null_{key}": values.mean(0) for key, values in stacked(drawn or [{}]).items()}
 
 
 # ------------------------------------------------------------------------------ two dumps, one text
@@ -1024,7 +1021,7 @@ def notes(dumps, result, args):
     if args.threshold * n <= 1:
         yield (f"note: shares add up to 1, so with {n} languages none is shared at a threshold of "
                f"{args.threshold}; raise --threshold")
-    without = [d["language"] for d in dumps if np.isnan(d["null_counts"]).any()]
+    without = [d["language"] for d in dumps if len(d["null_counts"]) == 0]
     if 0 < len(without) < n:
         yield f"note: no null routers are shown: there are none of {', '.join(without)}"
     unknown = result["languages"][result["families"] == ""]
