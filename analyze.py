@@ -800,7 +800,7 @@ def sensitivity(frequency):
 
 def null_routers(dumps, settings, bands):
     """summarize()'s figures of what random routers pick for the same hidden states (null_counts of
-    capture.py --null-router, arXiv 2604.09780), means over draws; {} where a dump lacks them.
+    capture.py --null-router, arXiv 2604.09780), means over draws; {} where a dump has none.
     """
     drawn = [summarize(analyze(distribution(np.stack(draw)), *settings), bands)
              for draw in zip(*(dump["null_counts"] for dump in dumps))]
