@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def place(tmp_path_factory):
                 vocab_size=64).save_pretrained(p / "dense")
     AutoTokenizer.from_pretrained("tests/tiny_moe").save_pretrained(p / "dense")
     (p / "bare").mkdir()
-    (p / "bare/config.json").write_text(open("tests/tiny_moe/config.json").read())
+    (p / "bare/config.json").write_text(Path("tests/tiny_moe/config.json").read_text())
     (p / "empty.txt").write_text("")
     (p / "latin.txt").write_bytes("Übung\n".encode("latin-1"))
     (p / "malformed.tsv").write_text("How many?\t3\nno answer here\n")
