@@ -178,8 +178,8 @@ def load_routing(path, part="all"):
           is the prompt's own, without chat template and instruction
     """
     label, path = split_label(path)
-    require(os.path.isfile(path), f"no such dump: {path}; run: python capture.py; or, if it is a "
-                                  f"folder, name the dumps in it: {path}/*.npz")
+    require(os.path.isfile(path), f"no such dump: {path}; run: python capture.py (of a folder, "
+                                  "name the dumps: routing/*.npz)")
     with explained(f"{path} is not a whole routing dump; give an .npz of capture.py or the .json "
                    "of the paper's recorder"):
         file = open_dump(path)
@@ -204,7 +204,7 @@ def load_routing(path, part="all"):
                 "capture it again")
         if "left_out" in file:
             print(f"note: {path}: selections stand for weights;\nleft out {file['left_out']}")
-        language = label or meta["language"]
+        language = label or meta.get("language")
         require(isinstance(language, str) and language,
                 f"{path}: language {language}; name it: de={path}")
         return {"revision": None} | meta | {
@@ -372,12 +372,18 @@ def read_aligned(dumps):
 
 # ---------------------------------------------------------------- definitions (arXiv 2601.14050)
 
-def frequencies(dumps):
-    """Part of each language's tokens that select each expert; a row sums to top_k.
+def activation_frequency(counts, num_tokens):
+    """Part of the tokens that select each expert; a row sums to top_k.
 
-    -> float64 (languages, layers, experts); counts [[3, 1]] of 4 tokens -> [[.75, .25]]
+    counts (..., layers, experts), num_tokens a number or (...) -> float64 (..., layers, experts)
+    [[3, 1]] of 4 tokens -> [[.75, .25]]
     """
-    return np.stack([dump["counts"] / dump["num_tokens"] for dump in dumps])
+    return np.asarray(counts) / np.asarray(num_tokens)[..., None, None]
+
+
+def frequencies(dumps):
+    """activation_frequency of each language: (languages, layers, experts)."""
+    return activation_frequency([d["counts"] for d in dumps], [d["num_tokens"] for d in dumps])
 
 
 def number_of_experts(experts_per_language, num_experts):
@@ -1122,7 +1128,7 @@ def parse_bands(texts, layers):
     bands = {}
     for text in texts:
         with explained(f"band '{text}' is neither FIRST-LAST nor NAME=FIRST-LAST, as middle=22-26"):
-            name, first, last = re.fullmatch(r"(?:(.+)=)?(\d+)(?:-(\d+))?", text).groups()
+            name, first, last = re.fullmatch(r"(?:([^=,]+)=)?(\d+)(?:-(\d+))?", text).groups()
         name, first, last = name or text, int(first), int(last or first)
         require(name not in bands, f"two bands are named '{name}'")
         bands[name] = (layers >= first) & (layers <= last)

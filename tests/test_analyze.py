@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 
 import analyze
-from analyze import (InputError, entropy_bits, exclusive_experts, frequencies, jensen_shannon,
-                     language_shares, load_languages, load_routing,
+from analyze import (InputError, activation_frequency, entropy_bits, exclusive_experts,
+                     jensen_shannon, language_shares, load_languages, load_routing,
                      mean_of_pairs, number_of_experts, parse_bands, shared_experts)
 
 
 def test_frequency_is_the_part_of_tokens_and_rows_sum_to_top_k():
-    one = {"counts": np.array([[3, 1, 4]]), "num_tokens": 4}  # top_k 2
-    assert frequencies([one]).tolist() == [[[0.75, 0.25, 1.0]]]
-    two = [{"counts": np.array([[3, 1]]), "num_tokens": 4},
-           {"counts": np.array([[1, 9]]), "num_tokens": 10}]
-    assert frequencies(two).tolist() == [[[0.75, 0.25]], [[0.1, 0.9]]]
+    assert activation_frequency([[3, 1, 4]], 4).tolist() == [[0.75, 0.25, 1.0]]  # top_k 2
+    two = activation_frequency([[[3, 1]], [[1, 9]]], [4, 10])
+    assert two.tolist() == [[[0.75, 0.25]], [[0.1, 0.9]]]
 
 
 def test_shares_keep_only_the_most_frequent_experts():

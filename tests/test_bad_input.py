@@ -109,7 +109,7 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "no meta": ("analyze", "{}/nothing.npz", "nothing.npz holds no meta"),
     "equal dumps": ("analyze", "--contrast {}/en.npz {}/en.npz --top 3 --selection {}/new.json",
                     "no experts to select: A's frequencies are larger by at most 0.000"),
-    "a folder": ("analyze", "{}", "no such dump: .*if it is a folder, name the dumps in it: .*npz"),
+    "a folder": ("analyze", "{}", "no such dump: .*of a folder, name the dumps: .*npz"),
     "other experts": ("analyze", "{}/en.npz {}/wide.npz", r"num_experts \(8, 16\): different m"),
     "other layers": ("analyze", "{}/en.npz {}/deep.npz", "deep.npz .*layers .*: different models"),
     "other top_k": ("analyze", "{}/en.npz {}/top1.npz", r"top_k \(2, 1\): different models"),
