@@ -548,14 +548,15 @@ def read_examples(path):
     "span". Prompts keep their spaces. InputError names the file and line that cannot be read.
     """
     suffix, examples = Path(path).suffix, []
-    require(suffix in READERS, f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
+    require(suffix in (".tsv", ".jsonl", ".json", ".txt"),
+            f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
     with explained(f"{path}: not UTF-8; convert it first"):
         text = Path(path).read_text(encoding="utf-8-sig")
     # no splitlines: strings hold other line ends
     lines = [text] if suffix == ".json" else re.sub(r"\n\s*\Z", "", text).split("\n")
-    for number, line in enumerate(lines if text.strip() else [], 1):
+    for number, line in enumerate(lines, 1):
         with explained(f"{path}:{number}"):
-            examples += map(as_example, READERS[suffix](line))
+            examples += map(as_example, rows_of(line, suffix))
     require(examples, f"{path}: no prompts in it")
     return examples
 
@@ -571,39 +572,32 @@ def read_task(args, language, path):
     return [example | {"instruction": instruction} for example in examples]
 
 
-def read_tsv_line(line):
-    prompt, tab, answer = line.rpartition("\t")
-    require(tab, "no tab between question and answer")
-    return [{"prompt": prompt, "answer": answer}]
-
-
-def read_json_line(line):
+def rows_of(text, suffix):
+    """What a line, or all of a .json file, holds, as rows of .jsonl."""
+    if suffix == ".txt":
+        return [{"prompt": text}]
+    if suffix == ".tsv":
+        prompt, tab, answer = text.rpartition("\t")
+        require(tab, "no tab between question and answer")
+        return [{"prompt": prompt, "answer": answer}]
     with explained("not JSON"):
-        row = json.loads(line)
-    if "flores_passage" in row:  # of Belebele
-        letters = dict(zip("1234", "ABCD"))
-        options = "\n".join(f"{letters[i]}. {row['mc_answer' + i]}" for i in letters)
+        row = json.loads(text)
+    if suffix == ".json":  # SQuAD's: every question stands behind its paragraph
+        with explained("not in SQuAD's layout"):
+            return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
+                     "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
+                    for article in row["data"] for paragraph in article["paragraphs"]
+                    for qa in paragraph["qas"]]
+    if "flores_passage" in row:  # Belebele's
+        letters = {f"mc_answer{i}": letter for i, letter in enumerate("ABCD", 1)}
+        options = "\n".join(f"{letter}. {row[key]}" for key, letter in letters.items())
         row = {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
-               "answer": letters.get(str(row["correct_answer_num"])), "kind": "choice"}
-        require(row["answer"], "a Belebele row whose correct_answer_num is not 1 to 4")
+               "answer": letters[f"mc_answer{row['correct_answer_num']}"], "kind": "choice"}
     return [row]
 
 
-def read_squad(text):
-    """Every question of SQuAD's data, paragraphs and qas becomes a prompt behind its paragraph."""
-    with explained("not JSON in SQuAD's layout"):
-        return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
-                 "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
-                for article in json.loads(text)["data"] for paragraph in article["paragraphs"]
-                for qa in paragraph["qas"]]
-
-
-READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".json": read_squad,
-           ".txt": lambda line: [{"prompt": line}]}
-
-
 def as_example(row):
-    """An example of read_examples, of what a reader returns or a .jsonl file holds."""
+    """An example of read_examples, of a row of a .jsonl file."""
     prompt = row.get("prompt") or row.get("question") or row.get("text")
     require(isinstance(prompt, str) and prompt.strip(),
             'an empty prompt, or no "prompt", "question" or "text" with a string')

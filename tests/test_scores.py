@@ -65,7 +65,7 @@ def test_belebele_rows_become_a_question_with_options(tmp_path):
     assert example["prompt"] == "P.\n\nQ?\nA. w\nB. x\nC. y\nD. z"
     assert (example["answer"], example["kind"]) == (["C"], "choice")
     (tmp_path / "b.jsonl").write_text(json.dumps(row | {"correct_answer_num": "5"}))
-    with pytest.raises(InputError, match=r"b\.jsonl:1: a Belebele row"):
+    with pytest.raises(InputError, match=r"b\.jsonl:1: no mc_answer5"):
         read_examples(str(tmp_path / "b.jsonl"))
 
 
