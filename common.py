@@ -622,26 +622,23 @@ def answer_kind(*answers):
 
 
 def rendered(tokenizer, prompt, chat_template="auto"):
-    """(what stands before a prompt, the prompt, what stands behind it) in the text that the model
-    reads: a user's turn, thinking off, up to where its answer starts. InputError if the chat
-    template does not hold the prompt as it is, edge spaces aside.
+    """(the text that the model reads, where in it the prompt starts, edge spaces aside): a user's
+    turn, thinking off, up to where its answer starts. InputError if the chat template does not hold
+    the prompt as it is.
 
     Without a chat template in the tokenizer, or with chat_template "never": the bare prompt.
     """
-    if chat_template == "never" or not tokenizer.chat_template:
-        return "", prompt, ""
+    own, bare = prompt.strip(), chat_template == "never" or not tokenizer.chat_template
     for content in (str, lambda text: [{"type": "text", "text": text}]):  # some want parts
         def render(text):
-            return tokenizer.apply_chat_template(
+            return text if bare else tokenizer.apply_chat_template(
                 [{"role": "user", "content": content(text)}], tokenize=False,
                 add_generation_prompt=True, enable_thinking=False)
 
         with contextlib.suppress(Exception):  # templates raise every kind
-            before, _, behind = render("\ue000").partition("\ue000")
-            text = render(prompt)
-            within = text.removeprefix(before).removesuffix(behind)
-            if within.strip() == prompt.strip():
-                return before, within, behind
+            before, _, behind = render(prompt.replace(own, "\ue000")).partition("\ue000")
+            if before + own + behind == render(prompt):
+                return before + own + behind, len(before)
     raise InputError("the chat template does not hold the prompt as it is; mend it, or give "
                      f"--chat-template never (the prompt: {prompt[:40]!r})")
 
@@ -652,10 +649,10 @@ def encode_example(tokenizer, example, chat_template="auto"):
     """
     own = example["prompt"].strip()
     prompt = "\n\n".join(example[key] for key in ("prompt", "instruction") if example.get(key))
-    before, within, behind = rendered(tokenizer, prompt, chat_template)
-    encode = functools.partial(tokenizer, add_special_tokens=not before + behind)
-    text, start = before + within + behind, len(before) + within.index(own)
+    text, start = rendered(tokenizer, prompt, chat_template)
     stop = start + len(own)
+    # a template brings its own special tokens, unless it adds nothing to the prompt
+    encode = functools.partial(tokenizer, add_special_tokens=text in prompt)
     encoding = encode(text, return_offsets_mapping=tokenizer.is_fast)
     ids = encoding["input_ids"]
     if tokenizer.is_fast:

@@ -256,8 +256,8 @@ def test_a_template_that_loses_the_prompt_is_refused_before_weights(checkpoint, 
 def test_a_template_may_trim_and_a_prompt_may_occur_in_it():
     tokenizer = with_template("<|user|>user: {{ messages[0]['content'] | trim }}<|assistant|>")
     for prompt in ("user", ": ", "  two \n", "<|assistant|>", "user: user"):
-        before, within, behind = common.rendered(tokenizer, prompt)
-        assert (before, behind) == ("<|user|>user: ", "<|assistant|>") and within == prompt.strip()
+        text, start = common.rendered(tokenizer, prompt)
+        assert text[:start] == "<|user|>user: " and text[start:] == prompt.strip() + "<|assistant|>"
 
 
 def test_a_prompt_without_tokens_is_refused():
