@@ -707,11 +707,10 @@ def length_batches(lengths, batch_tokens, fill=0.9):
 def run_batches(run, batches):
     """What run(batch) returns, a list for each batch, as a list in the order of indices.
 
-    A batch that does not fit into memory is halved, which is said.
+    A batch that does not fit into memory is halved, which is said, and batches grows by the halves.
     """
-    todo, results = list(batches), {}
-    while todo:
-        batch = todo.pop(0)
+    results = {}
+    for batch in batches:
         try:
             results.update(zip(batch, run(batch)))
         except torch.OutOfMemoryError:  # what it holds is freed behind this block
@@ -719,7 +718,7 @@ def run_batches(run, batches):
             require(half, "out of memory on a single sequence; lower --max-length")
             tqdm.write(
                 f"out of memory on {len(batch)} sequences at once: halved; see --batch-tokens")
-            todo[:0] = batch[:half], batch[half:]
+            batches += batch[:half], batch[half:]  # the loop comes to them
     return [results[i] for i in sorted(results)]
 
 
@@ -728,15 +727,14 @@ def run_batches(run, batches):
 METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
 PARTS = ("all", "prompt", "response", "text")  # of a sequence; text: without template, instruction
 RIGHT_OR_WRONG = ("accuracy", "language")  # 1 or 0 for each example
-COMMA_DECIMAL = set("cs da de el es fi fr id it nb nl pl pt ru sv tr uk vi ces dan deu ell spa fin "
-                    "fra ind ita nob nld pol por rus swe tur ukr vie".split())
+COMMA_DECIMAL = "cs da de el es fi fr id it nb no nl pl pt ru sv tr uk vi".split()
 # langdetect's languages, and those of FLORES that it knows
 DETECTED = dict(pair.split(":") for pair in """\
 afr:af arb:ar bul:bg ben:bn cat:ca ces:cs cym:cy dan:da deu:de ell:el eng:en spa:es est:et pes:fa \
 fin:fi fra:fr guj:gu heb:he hin:hi hrv:hr hun:hu ind:id ita:it jpn:ja kan:kn kor:ko lit:lt lvs:lv \
 mkd:mk mal:ml mar:mr npi:ne nld:nl nob:no pan:pa pol:pl por:pt ron:ro rus:ru slk:sk slv:sl som:so \
 als:sq swe:sv swh:sw tam:ta tel:te tha:th tgl:tl tur:tr ukr:uk urd:ur vie:vi zho:zh""".split())
-NO_SPACES = set("ja km lo my th yue zh jpn khm lao mya tha zho".split())
+NO_SPACES = "ja km lo my th yue zh khm lao mya".split()
 
 
 def better(metric):
@@ -745,29 +743,30 @@ def better(metric):
 
 
 def base_language(language):
-    """"zh-Hans" -> "zh", "ben_Beng" -> "ben"."""
-    return re.split("[-_]", language or "")[0]
+    """"zh-Hans" -> "zh", "ben_Beng" -> "bn"."""
+    code = re.split("[-_]", language or "")[0]
+    return DETECTED.get(code, code)
 
 
 # an answer in a box: the last one that holds anything; {x} within it are unwrapped before
 BOX = r"\\boxed\s*{\s*([^{}]*[^{}\s])\s*}"
 # \frac{1}{2}, \dfrac{36}{2}, which then are 1/2 and 36/2
 FRACTION = r"\\[dt]?frac\s*{([^{}]*)}\s*{([^{}]*)}"
-# 18, -5, 2,125.50, 1,00,000, 1e5, 3/4; not the minus of 14-9. A language says what is THOUSANDS
+# 18, -5, 2,125.50, 1,00,000, 1e5, 3/4; not the minus of 14-9. %s: separators of a language
 NUMBER_IN_TEXT = r"""
     ( (?<![0-9A-Za-z)]) (?<![0-9]\ ) -\ ? )?                   # -5
-    ( [1-9]\d{0,2} (THOUSANDS) \d{3} (?:\3\d{3})* (?!\d)            # 2,125
+    ( [1-9]\d{0,2} (%s) \d{3} (?:\3\d{3})* (?!\d)                # 2,125
     | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                         # 1,00,000
     | \d+ )
-    (?: DECIMAL (\d+) )? (?: e([+-]?\d{1,3}) )?                # .50 e5
+    (?: %s (\d+) )?      (?: e([+-]?\d{1,3}) )?                # .50 e5
     (?: \ ?/\ ? (\d+) )?                                      # / 4 """
 
 
 def number_pattern(language=None):
     """NUMBER_IN_TEXT with a language's separators."""
-    comma = base_language(language) in COMMA_DECIMAL
-    return re.compile(NUMBER_IN_TEXT.replace("DECIMAL", "[.,]" if comma else "[.]").replace(
-        "THOUSANDS", r"[.,'\ \x1f]" if comma else r"[,'\x1f]"), re.VERBOSE)
+    separators = (r"[.,'\ \x1f]", "[.,]") if base_language(language) in COMMA_DECIMAL else (
+        r"[,'\x1f]", "[.]")
+    return re.compile(NUMBER_IN_TEXT % separators, re.VERBOSE)
 
 
 def plain_digits(text):
@@ -836,7 +835,7 @@ def in_language(responses, language):
     with explained("the metric 'language' needs langdetect; run: pip install langdetect"):
         import langdetect
     langdetect.DetectorFactory.seed = 0
-    code = DETECTED.get(base_language(language), base_language(language))
+    code = base_language(language)
     require(code in DETECTED.values(),
             f"langdetect does not know the language '{language}'; leave out this metric")
 
