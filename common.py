@@ -852,8 +852,8 @@ def from_logits(model, tokenizer, encoded, batch_tokens):
 
     prompt_nll, answer_nll  nats per token of the prompt's own text, without a first token that
                             nothing precedes, and of the answer; nan if there is none
-    letter                  of A to D, or to the last right answer, the most probable behind the
-                            prompt; "" where answers are no letters
+    accuracy                where answers are letters: is the one that is most probable behind the
+                            prompt, of A to D or to the last right answer, right
     """
     sequences, letters = [e["ids"] + e["answer_ids"] for e in encoded], ""
     if encoded[0].get("kind") == "choice":
@@ -868,14 +868,14 @@ def from_logits(model, tokenizer, encoded, batch_tokens):
         targets = torch.tensor(sequences[i][1:], device=logits.device)  # nll[t - 1] is token t's
         nll = F.cross_entropy(logits[:len(targets)], targets, reduction="none").double().cpu()
         return (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
-                letters and letters[logits[end - 1, first].argmax()])
+                letters and letters[logits[end - 1, first].argmax()] in encoded[i]["answer"])
 
     def run(batch):
         ids = right_padded([sequences[i] for i in batch]).to(model.device)
         return [read(i, logits.float()) for i, logits in zip(batch, logits_of(model, ids))]
 
     found = run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
-    return dict(zip(("prompt_nll", "answer_nll", "letter"), zip(*found)))
+    return dict(zip(("prompt_nll", "answer_nll", "accuracy"), zip(*found)))
 
 
 @torch.inference_mode()
@@ -939,22 +939,15 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
                           generate(model, tokenizer, encoded, batch_tokens, **generation))
     if "language" in metrics:
         scores["language"] = in_language(responses, language)
-    if "accuracy" in metrics:
-        answers = scores["letter"] if kind == "choice" else responses
-        each = [answer_scores(answer, e["answer"], kind, language, score)
-                for answer, e in zip(answers, encoded)]
-        scores |= dict(zip(("accuracy", "f1"), zip(*each)))
+    if "accuracy" in responding and kind == "span":
+        scores["accuracy"], scores["f1"] = zip(*(
+            span_scores(response, e["answer"], language, score)
+            for response, e in zip(responses, encoded)))
+    elif "accuracy" in responding:
+        scores["accuracy"] = [last_number(response, language) in map(last_number, e["answer"])
+                              for response, e in zip(responses, encoded)]
     return {metric: np.array(scores[metric], float)
             for metric in (*metrics, "f1") if metric in scores}, responses, cut
-
-
-def answer_scores(answer, golds, kind, language, score):
-    """(right,) of an answer, given all that are right; of a span (right, F1)."""
-    if kind == "span":
-        return span_scores(answer, golds, language, score)
-    if kind == "number":
-        answer, golds = last_number(answer, language), list(map(last_number, golds))
-    return answer in golds,
 
 
 def check_metrics(metrics, encoded, path, language):
