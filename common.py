@@ -683,9 +683,12 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
 
 # ---------------------------------------------------------------------------------------- batches
 
-def right_padded(sequences):
-    """int64 (sequences, longest). It needs no mask: attention is causal, and padding comes last."""
-    return pad_sequence([torch.as_tensor(s).long() for s in sequences], batch_first=True)
+def padded_batch(model, sequences, batch, fill=0, side="right"):
+    """(batch, longest) ids on the model's device. On the right padding needs no mask: attention is
+    causal, so it reaches no real token.
+    """
+    ids = [torch.as_tensor(sequences[i]) for i in batch]
+    return pad_sequence(ids, True, fill, side).to(model.device)
 
 
 def length_batches(lengths, batch_tokens, fill=0.9):
@@ -856,23 +859,21 @@ def from_logits(model, tokenizer, encoded, batch_tokens):
                             prompt, of A to D or to the last right answer, right
     """
     sequences, letters = [e["ids"] + e["answer_ids"] for e in encoded], ""
-    if encoded[0].get("kind") == "choice":
+    if {e.get("kind") for e in encoded} == {"choice"}:
         last = max("D", *(answer for e in encoded for answer in e["answer"]))
         letters = string.ascii_uppercase.partition(last)[0] + last
     first = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
     require(len(set(first)) == len(letters),
             f"this tokenizer does not tell {letters} apart by their first token")
 
-    def read(i, logits):
-        end, (start, stop) = len(encoded[i]["ids"]), encoded[i]["text_span"]
-        targets = torch.tensor(sequences[i][1:], device=logits.device)  # nll[t - 1] is token t's
-        nll = F.cross_entropy(logits[:len(targets)], targets, reduction="none").double().cpu()
-        return (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
-                letters and letters[logits[end - 1, first].argmax()] in encoded[i]["answer"])
-
     def run(batch):
-        ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        return [read(i, logits.float()) for i, logits in zip(batch, logits_of(model, ids))]
+        for i, logits in zip(batch, logits_of(model, padded_batch(model, sequences, batch))):
+            end, (start, stop) = len(encoded[i]["ids"]), encoded[i]["text_span"]
+            targets = torch.tensor(sequences[i][1:], device=logits.device)
+            nll = F.cross_entropy(  # nll[t - 1] is token t's
+                logits[:len(targets)].float(), targets, reduction="none").double().cpu()
+            yield (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
+                   letters and letters[logits[end - 1, first].argmax()] in encoded[i]["answer"])
 
     found = run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
     return dict(zip(("prompt_nll", "answer_nll", "accuracy"), zip(*found)))
@@ -884,20 +885,19 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
 
     settings  of a GenerationConfig, see generation_settings; nothing else counts, the checkpoint's
               own sampling, penalties, beams or caches neither. The same seed draws the same.
-    Padding stands on the left.
     """
     torch.manual_seed(seed)
     settings = generation_settings(model.generation_config, tokenizer) | settings
+    prompts = [e["ids"] for e in encoded]
 
     def run(batch):
-        prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
-        ids = pad_sequence(prompts, True, -1, "left").to(model.device)
-        padded = ids.masked_fill(ids < 0, settings["pad_token_id"])
-        answers = model.generate(input_ids=padded, attention_mask=(ids >= 0).long())
+        ids = padded_batch(model, prompts, batch, -1, "left")
+        answers = model.generate(input_ids=ids.masked_fill(ids < 0, settings["pad_token_id"]),
+                                 attention_mask=(ids >= 0).long())
         return answers[:, ids.shape[1]:].tolist()
 
     # as few batches as there can be: each takes max_new_tokens steps
-    sizes = [len(e["ids"]) + settings["max_new_tokens"] for e in encoded]
+    sizes = [len(ids) + settings["max_new_tokens"] for ids in prompts]
     ours = GenerationConfig(disable_compile=True, **settings)
     with patch.object(model, "generation_config", ours):
         responses = run_batches(run, length_batches(sizes, batch_tokens, fill=0))
