@@ -580,10 +580,9 @@ def rows_of(text, suffix):
         prompt, tab, answer = text.rpartition("\t")
         require(tab, "no tab between question and answer")
         return [{"prompt": prompt, "answer": answer}]
-    with explained("not JSON"):
+    with explained("not JSON, which in .json has SQuAD's layout"):
         row = json.loads(text)
-    if suffix == ".json":  # SQuAD's: every question stands behind its paragraph
-        with explained("not in SQuAD's layout"):
+        if suffix == ".json":  # every question stands behind its paragraph
             return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
                      "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
                     for article in row["data"] for paragraph in article["paragraphs"]
@@ -930,8 +929,7 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
     engine    a VLLMEngine that generates in the model's stead, which is None if no metric needs it
     accuracy  is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it
     """
-    kind, responding = encoded[0].get("kind"), response_metrics(metrics, encoded)
-    scores, responses, cut = {}, None, 0
+    responding, scores, responses, cut = response_metrics(metrics, encoded), {}, None, 0
     if set(metrics) - responding:
         scores = from_logits(model, tokenizer, encoded, batch_tokens)
     if responding:
@@ -939,13 +937,11 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
                           generate(model, tokenizer, encoded, batch_tokens, **generation))
     if "language" in metrics:
         scores["language"] = in_language(responses, language)
-    if "accuracy" in responding and kind == "span":
-        scores["accuracy"], scores["f1"] = zip(*(
-            span_scores(response, e["answer"], language, score)
-            for response, e in zip(responses, encoded)))
-    elif "accuracy" in responding:
-        scores["accuracy"] = [last_number(response, language) in map(last_number, e["answer"])
-                              for response, e in zip(responses, encoded)]
+    if "accuracy" in responding:
+        each = [span_scores(response, e["answer"], language, score) if e["kind"] == "span" else
+                [last_number(response, language) in map(last_number, e["answer"])]
+                for response, e in zip(responses, encoded)]
+        scores |= dict(zip(("accuracy", "f1"), zip(*each)))
     return {metric: np.array(scores[metric], float)
             for metric in (*metrics, "f1") if metric in scores}, responses, cut
 
