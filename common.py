@@ -561,17 +561,6 @@ def read_examples(path):
     return examples
 
 
-def read_task(args, language, path):
-    """The first --limit examples of a language's file, with its text in the --instruction file."""
-    examples = read_examples(path)[:args.limit]
-    if args.instruction is None:
-        return examples
-    with explained(f"{args.instruction} is not a JSON object of language: instruction"):
-        instruction = json.loads(Path(args.instruction).read_text("utf-8-sig")).get(language)
-    require(isinstance(instruction, str), f"{args.instruction} has no instruction for '{language}'")
-    return [example | {"instruction": instruction} for example in examples]
-
-
 def rows_of(text, suffix):
     """What a line, or all of a .json file, holds, as rows of .jsonl."""
     if suffix == ".txt":
@@ -608,8 +597,9 @@ def as_example(row):
     require(set(map(type, answers)) <= {str, int, float},
             "an answer is a text or a number, or a list of such")
     answers = list(map(str, answers))
-    kind, letters = row.get("kind") or answer_kind(*answers), set(string.ascii_uppercase)
-    require(kind in ("number", "span") or kind == "choice" and letters.issuperset(answers),
+    kind = row.get("kind") or answer_kind(*answers)
+    require(kind in ("number", "span") or kind == "choice" and
+            {*answers} <= {*string.ascii_uppercase},
             f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
     return example | {"answer": answers, "kind": kind}
 
@@ -618,6 +608,17 @@ def answer_kind(*answers):
     """"number" if there is nothing but a number in each, else "span"."""
     numbers = [number_pattern().fullmatch(plain_digits(answer).strip()) for answer in answers]
     return "number" if numbers and all(numbers) else "span"
+
+
+def read_task(args, language, path):
+    """The first --limit examples of a language's file, with its text in the --instruction file."""
+    examples = read_examples(path)[:args.limit]
+    if args.instruction is None:
+        return examples
+    with explained(f"{args.instruction} is not a JSON object of language: instruction"):
+        instruction = json.loads(Path(args.instruction).read_text("utf-8-sig")).get(language)
+    require(isinstance(instruction, str), f"{args.instruction} has no instruction for '{language}'")
+    return [example | {"instruction": instruction} for example in examples]
 
 
 def rendered(tokenizer, prompt, chat_template="auto"):
@@ -897,8 +898,8 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
 
     # as few batches as there can be: each takes max_new_tokens steps
     sizes = [len(ids) + settings["max_new_tokens"] for ids in prompts]
-    ours = GenerationConfig(disable_compile=True, **settings)
-    with patch.object(model, "generation_config", ours):
+    with patch.object(model, "generation_config",
+                      GenerationConfig(disable_compile=True, **settings)):
         responses = run_batches(run, length_batches(sizes, batch_tokens, fill=0))
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return texts, sum(map(set(settings["eos_token_id"] or []).isdisjoint, responses))
