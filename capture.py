@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common import (argument_parser, checkpoint_id, count, dtype_name, encode_example, explained,
                     file_hash, find_data, find_routers, length_batches, load_config, load_weights,
-                    max_positions, read_task, record_routing, require, right_padded, route,
+                    max_positions, padded_batch, read_task, record_routing, require, route,
                     routing_shape, run_batches, run_script, tokenizer_id, try_model, vllm_version,
                     VLLMEngine, write_whole)
 
@@ -57,7 +57,6 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
                                      them, mean softmax(router_logits)
     null_counts                      (sequences, null_draws, layers, experts), if there are draws
     selected_experts                 (tokens, layers, top_k), one sequence after the other
-    Padding stands on the right and needs no mask: attention is causal, so it reaches no real token.
     """
     layers, num_experts, top_k = one_shape(routing_shape(model))
     lengths, kept = list(map(len, sequences)), 0 if stats_only else top_k  # IDs of a token
@@ -70,7 +69,7 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
 
     def run(batch):
         nonlocal real
-        ids = right_padded([sequences[i] for i in batch]).to(model.device)
+        ids = padded_batch(model, sequences, batch)
         length = torch.tensor([[[lengths[i]]] for i in batch])
         real = (torch.arange(ids.shape[1])[:, None] < length).to(ids.device)
         routing.clear()

@@ -547,16 +547,66 @@ def read_examples(path):
     "span". Prompts keep their spaces. InputError names the file and line that cannot be read.
     """
     suffix, examples = Path(path).suffix, []
-    require(suffix in READERS, f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
+    require(suffix in (".tsv", ".jsonl", ".json", ".txt"),
+            f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
     with explained(f"{path}: not UTF-8; convert it first"):
         text = Path(path).read_text(encoding="utf-8-sig")
     # no splitlines: strings hold other line ends
     lines = [text] if suffix == ".json" else re.sub(r"\n\s*\Z", "", text).split("\n")
-    for number, line in enumerate(lines if text.strip() else [], 1):
+    for number, line in enumerate(lines, 1):
         with explained(f"{path}:{number}"):
-            examples += map(as_example, READERS[suffix](line))
+            examples += map(as_example, rows_of(line, suffix))
     require(examples, f"{path}: no prompts in it")
     return examples
+
+
+def rows_of(text, suffix):
+    """What a line, or all of a .json file, holds, as rows of .jsonl."""
+    if suffix == ".txt":
+        return [{"prompt": text}]
+    if suffix == ".tsv":
+        prompt, tab, answer = text.rpartition("\t")
+        require(tab, "no tab between question and answer")
+        return [{"prompt": prompt, "answer": answer}]
+    with explained("not JSON, which in .json has SQuAD's layout"):
+        row = json.loads(text)
+        if suffix == ".json":  # every question stands behind its paragraph
+            return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
+                     "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
+                    for article in row["data"] for paragraph in article["paragraphs"]
+                    for qa in paragraph["qas"]]
+    if "flores_passage" in row:  # Belebele's
+        letters = {f"mc_answer{i}": letter for i, letter in enumerate("ABCD", 1)}
+        options = "\n".join(f"{letter}. {row[key]}" for key, letter in letters.items())
+        row = {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
+               "answer": letters[f"mc_answer{row['correct_answer_num']}"], "kind": "choice"}
+    return [row]
+
+
+def as_example(row):
+    """An example of read_examples, of a row of a .jsonl file."""
+    prompt = row.get("prompt") or row.get("question") or row.get("text")
+    require(isinstance(prompt, str) and prompt.strip(),
+            'an empty prompt, or no "prompt", "question" or "text" with a string')
+    example, answers = {"prompt": prompt}, row.get("answer")
+    example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
+    if answers is None:
+        return example
+    answers = answers if isinstance(answers, list) else [answers]
+    require(set(map(type, answers)) <= {str, int, float},
+            "an answer is a text or a number, or a list of such")
+    answers = list(map(str, answers))
+    kind = row.get("kind") or answer_kind(*answers)
+    require(kind in ("number", "span") or kind == "choice" and
+            {*answers} <= {*string.ascii_uppercase},
+            f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
+    return example | {"answer": answers, "kind": kind}
+
+
+def answer_kind(*answers):
+    """"number" if there is nothing but a number in each, else "span"."""
+    numbers = [number_pattern().fullmatch(plain_digits(answer).strip()) for answer in answers]
+    return "number" if numbers and all(numbers) else "span"
 
 
 def read_task(args, language, path):
@@ -570,83 +620,24 @@ def read_task(args, language, path):
     return [example | {"instruction": instruction} for example in examples]
 
 
-def read_tsv_line(line):
-    prompt, tab, answer = line.rpartition("\t")
-    require(tab, "no tab between question and answer")
-    return [{"prompt": prompt, "answer": answer}]
-
-
-def read_json_line(line):
-    with explained("not JSON"):
-        row = json.loads(line)
-    if "flores_passage" in row:  # of Belebele
-        letters = dict(zip("1234", "ABCD"))
-        options = "\n".join(f"{letters[i]}. {row['mc_answer' + i]}" for i in letters)
-        row = {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
-               "answer": letters.get(str(row["correct_answer_num"])), "kind": "choice"}
-        require(row["answer"], "a Belebele row whose correct_answer_num is not 1 to 4")
-    return [row]
-
-
-def read_squad(text):
-    """Every question of SQuAD's data, paragraphs and qas becomes a prompt behind its paragraph."""
-    with explained("not JSON in SQuAD's layout"):
-        return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
-                 "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
-                for article in json.loads(text)["data"] for paragraph in article["paragraphs"]
-                for qa in paragraph["qas"]]
-
-
-READERS = {".tsv": read_tsv_line, ".jsonl": read_json_line, ".json": read_squad,
-           ".txt": lambda line: [{"prompt": line}]}
-
-
-def as_example(row):
-    """An example of read_examples, of what a reader returns or a .jsonl file holds."""
-    prompt = row.get("prompt") or row.get("question") or row.get("text")
-    require(isinstance(prompt, str) and prompt.strip(),
-            'an empty prompt, or no "prompt", "question" or "text" with a string')
-    example, answers = {"prompt": prompt}, row.get("answer")
-    example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
-    if answers is None:
-        return example
-    answers = answers if isinstance(answers, list) else [answers]
-    require(set(map(type, answers)) <= {str, int, float},
-            "an answer is a text or a number, or a list of such")
-    answers = list(map(str, answers))
-    kind, letters = row.get("kind") or answer_kind(*answers), set(string.ascii_uppercase)
-    require(kind in ("number", "span") or kind == "choice" and letters.issuperset(answers),
-            f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
-    return example | {"answer": answers, "kind": kind}
-
-
-def answer_kind(*answers):
-    """"number" if there is nothing but a number in each, else "span"."""
-    numbers = [number_pattern().fullmatch(plain_digits(answer).strip()) for answer in answers]
-    return "number" if numbers and all(numbers) else "span"
-
-
 def rendered(tokenizer, prompt, chat_template="auto"):
-    """(what stands before a prompt, the prompt, what stands behind it) in the text that the model
-    reads: a user's turn, thinking off, up to where its answer starts. InputError if the chat
-    template does not hold the prompt as it is, edge spaces aside.
+    """(the text that the model reads, where in it the prompt starts, edge spaces aside): a user's
+    turn, thinking off, up to where its answer starts. InputError if the chat template does not hold
+    the prompt as it is.
 
     Without a chat template in the tokenizer, or with chat_template "never": the bare prompt.
     """
-    if chat_template == "never" or not tokenizer.chat_template:
-        return "", prompt, ""
+    own, bare = prompt.strip(), chat_template == "never" or not tokenizer.chat_template
     for content in (str, lambda text: [{"type": "text", "text": text}]):  # some want parts
         def render(text):
-            return tokenizer.apply_chat_template(
+            return text if bare else tokenizer.apply_chat_template(
                 [{"role": "user", "content": content(text)}], tokenize=False,
                 add_generation_prompt=True, enable_thinking=False)
 
         with contextlib.suppress(Exception):  # templates raise every kind
-            before, _, behind = render("\ue000").partition("\ue000")
-            text = render(prompt)
-            within = text.removeprefix(before).removesuffix(behind)
-            if within.strip() == prompt.strip():
-                return before, within, behind
+            before, _, behind = render(prompt.replace(own, "\ue000")).partition("\ue000")
+            if before + own + behind == render(prompt):
+                return before + own + behind, len(before)
     raise InputError("the chat template does not hold the prompt as it is; mend it, or give "
                      f"--chat-template never (the prompt: {prompt[:40]!r})")
 
@@ -657,10 +648,10 @@ def encode_example(tokenizer, example, chat_template="auto"):
     """
     own = example["prompt"].strip()
     prompt = "\n\n".join(example[key] for key in ("prompt", "instruction") if example.get(key))
-    before, within, behind = rendered(tokenizer, prompt, chat_template)
-    encode = functools.partial(tokenizer, add_special_tokens=not before + behind)
-    text, start = before + within + behind, len(before) + within.index(own)
+    text, start = rendered(tokenizer, prompt, chat_template)
     stop = start + len(own)
+    # a template brings its own special tokens, unless it adds nothing to the prompt
+    encode = functools.partial(tokenizer, add_special_tokens=text in prompt)
     encoding = encode(text, return_offsets_mapping=tokenizer.is_fast)
     ids = encoding["input_ids"]
     if tokenizer.is_fast:
@@ -691,9 +682,12 @@ def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
 
 # ---------------------------------------------------------------------------------------- batches
 
-def right_padded(sequences):
-    """int64 (sequences, longest). It needs no mask: attention is causal, and padding comes last."""
-    return pad_sequence([torch.as_tensor(s).long() for s in sequences], batch_first=True)
+def padded_batch(model, sequences, batch, fill=0, side="right"):
+    """(batch, longest) ids on the model's device. On the right padding needs no mask: attention is
+    causal, so it reaches no real token.
+    """
+    ids = [torch.as_tensor(sequences[i]) for i in batch]
+    return pad_sequence(ids, True, fill, side).to(model.device)
 
 
 def length_batches(lengths, batch_tokens, fill=0.9):
@@ -715,11 +709,10 @@ def length_batches(lengths, batch_tokens, fill=0.9):
 def run_batches(run, batches):
     """What run(batch) returns, a list for each batch, as a list in the order of indices.
 
-    A batch that does not fit into memory is halved, which is said.
+    A batch that does not fit into memory is halved, which is said, and batches grows by the halves.
     """
-    todo, results = list(batches), {}
-    while todo:
-        batch = todo.pop(0)
+    results = {}
+    for batch in batches:
         try:
             results.update(zip(batch, run(batch)))
         except torch.OutOfMemoryError:  # what it holds is freed behind this block
@@ -727,7 +720,7 @@ def run_batches(run, batches):
             require(half, "out of memory on a single sequence; lower --max-length")
             tqdm.write(
                 f"out of memory on {len(batch)} sequences at once: halved; see --batch-tokens")
-            todo[:0] = batch[:half], batch[half:]
+            batches += batch[:half], batch[half:]  # the loop comes to them
     return [results[i] for i in sorted(results)]
 
 
@@ -735,15 +728,14 @@ def run_batches(run, batches):
 
 METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
 RIGHT_OR_WRONG = ("accuracy", "language")  # 1 or 0 for each example
-COMMA_DECIMAL = set("cs da de el es fi fr id it nb nl pl pt ru sv tr uk vi ces dan deu ell spa fin "
-                    "fra ind ita nob nld pol por rus swe tur ukr vie".split())
+COMMA_DECIMAL = "cs da de el es fi fr id it nb no nl pl pt ru sv tr uk vi".split()
 # langdetect's languages, and those of FLORES that it knows
 DETECTED = dict(pair.split(":") for pair in """\
 afr:af arb:ar bul:bg ben:bn cat:ca ces:cs cym:cy dan:da deu:de ell:el eng:en spa:es est:et pes:fa \
 fin:fi fra:fr guj:gu heb:he hin:hi hrv:hr hun:hu ind:id ita:it jpn:ja kan:kn kor:ko lit:lt lvs:lv \
 mkd:mk mal:ml mar:mr npi:ne nld:nl nob:no pan:pa pol:pl por:pt ron:ro rus:ru slk:sk slv:sl som:so \
 als:sq swe:sv swh:sw tam:ta tel:te tha:th tgl:tl tur:tr ukr:uk urd:ur vie:vi zho:zh""".split())
-NO_SPACES = set("ja km lo my th yue zh jpn khm lao mya tha zho".split())
+NO_SPACES = "ja km lo my th yue zh khm lao mya".split()
 
 
 def better(metric):
@@ -752,29 +744,30 @@ def better(metric):
 
 
 def base_language(language):
-    """"zh-Hans" -> "zh", "ben_Beng" -> "ben"."""
-    return re.split("[-_]", language or "")[0]
+    """"zh-Hans" -> "zh", "ben_Beng" -> "bn"."""
+    code = re.split("[-_]", language or "")[0]
+    return DETECTED.get(code, code)
 
 
 # an answer in a box: the last one that holds anything; {x} within it are unwrapped before
 BOX = r"\\boxed\s*{\s*([^{}]*[^{}\s])\s*}"
 # \frac{1}{2}, \dfrac{36}{2}, which then are 1/2 and 36/2
 FRACTION = r"\\[dt]?frac\s*{([^{}]*)}\s*{([^{}]*)}"
-# 18, -5, 2,125.50, 1,00,000, 1e5, 3/4; not the minus of 14-9. A language says what is THOUSANDS
+# 18, -5, 2,125.50, 1,00,000, 1e5, 3/4; not the minus of 14-9. %s: separators of a language
 NUMBER_IN_TEXT = r"""
     ( (?<![0-9A-Za-z)]) (?<![0-9]\ ) -\ ? )?                   # -5
-    ( [1-9]\d{0,2} (THOUSANDS) \d{3} (?:\3\d{3})* (?!\d)            # 2,125
+    ( [1-9]\d{0,2} (%s) \d{3} (?:\3\d{3})* (?!\d)                # 2,125
     | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                         # 1,00,000
     | \d+ )
-    (?: DECIMAL (\d+) )? (?: e([+-]?\d{1,3}) )?                # .50 e5
+    (?: %s (\d+) )?      (?: e([+-]?\d{1,3}) )?                # .50 e5
     (?: \ ?/\ ? (\d+) )?                                      # / 4 """
 
 
 def number_pattern(language=None):
     """NUMBER_IN_TEXT with a language's separators."""
-    comma = base_language(language) in COMMA_DECIMAL
-    return re.compile(NUMBER_IN_TEXT.replace("DECIMAL", "[.,]" if comma else "[.]").replace(
-        "THOUSANDS", r"[.,'\ \x1f]" if comma else r"[,'\x1f]"), re.VERBOSE)
+    separators = (r"[.,'\ \x1f]", "[.,]") if base_language(language) in COMMA_DECIMAL else (
+        r"[,'\x1f]", "[.]")
+    return re.compile(NUMBER_IN_TEXT % separators, re.VERBOSE)
 
 
 def plain_digits(text):
@@ -843,7 +836,7 @@ def in_language(responses, language):
     with explained("the metric 'language' needs langdetect; run: pip install langdetect"):
         import langdetect
     langdetect.DetectorFactory.seed = 0
-    code = DETECTED.get(base_language(language), base_language(language))
+    code = base_language(language)
     require(code in DETECTED.values(),
             f"langdetect does not know the language '{language}'; leave out this metric")
 
@@ -860,30 +853,28 @@ def from_logits(model, tokenizer, encoded, batch_tokens):
 
     prompt_nll, answer_nll  nats per token of the prompt's own text, without a first token that
                             nothing precedes, and of the answer; nan if there is none
-    letter                  of A to D, or to the last right answer, the most probable behind the
-                            prompt; "" where answers are no letters
+    accuracy                where answers are letters: is the one that is most probable behind the
+                            prompt, of A to D or to the last right answer, right
     """
     sequences, letters = [e["ids"] + e["answer_ids"] for e in encoded], ""
-    if encoded[0].get("kind") == "choice":
+    if {e.get("kind") for e in encoded} == {"choice"}:
         last = max("D", *(answer for e in encoded for answer in e["answer"]))
         letters = string.ascii_uppercase.partition(last)[0] + last
     first = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
     require(len(set(first)) == len(letters),
             f"this tokenizer does not tell {letters} apart by their first token")
 
-    def read(i, logits):
-        end, (start, stop) = len(encoded[i]["ids"]), encoded[i]["text_span"]
-        targets = torch.tensor(sequences[i][1:], device=logits.device)  # nll[t - 1] is token t's
-        nll = F.cross_entropy(logits[:len(targets)], targets, reduction="none").double().cpu()
-        return (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
-                letters and letters[logits[end - 1, first].argmax()])
-
     def run(batch):
-        ids = right_padded([sequences[i] for i in batch]).to(model.device)
-        return [read(i, logits.float()) for i, logits in zip(batch, logits_of(model, ids))]
+        for i, logits in zip(batch, logits_of(model, padded_batch(model, sequences, batch))):
+            end, (start, stop) = len(encoded[i]["ids"]), encoded[i]["text_span"]
+            targets = torch.tensor(sequences[i][1:], device=logits.device)
+            nll = F.cross_entropy(  # nll[t - 1] is token t's
+                logits[:len(targets)].float(), targets, reduction="none").double().cpu()
+            yield (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
+                   letters and letters[logits[end - 1, first].argmax()] in encoded[i]["answer"])
 
     found = run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
-    return dict(zip(("prompt_nll", "answer_nll", "letter"), zip(*found)))
+    return dict(zip(("prompt_nll", "answer_nll", "accuracy"), zip(*found)))
 
 
 @torch.inference_mode()
@@ -892,22 +883,21 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
 
     settings  of a GenerationConfig, see generation_settings; nothing else counts, the checkpoint's
               own sampling, penalties, beams or caches neither. The same seed draws the same.
-    Padding stands on the left.
     """
     torch.manual_seed(seed)
     settings = generation_settings(model.generation_config, tokenizer) | settings
+    prompts = [e["ids"] for e in encoded]
 
     def run(batch):
-        prompts = [torch.tensor(encoded[i]["ids"]) for i in batch]
-        ids = pad_sequence(prompts, True, -1, "left").to(model.device)
-        padded = ids.masked_fill(ids < 0, settings["pad_token_id"])
-        answers = model.generate(input_ids=padded, attention_mask=(ids >= 0).long())
+        ids = padded_batch(model, prompts, batch, -1, "left")
+        answers = model.generate(input_ids=ids.masked_fill(ids < 0, settings["pad_token_id"]),
+                                 attention_mask=(ids >= 0).long())
         return answers[:, ids.shape[1]:].tolist()
 
     # as few batches as there can be: each takes max_new_tokens steps
-    sizes = [len(e["ids"]) + settings["max_new_tokens"] for e in encoded]
-    ours = GenerationConfig(disable_compile=True, **settings)
-    with patch.object(model, "generation_config", ours):
+    sizes = [len(ids) + settings["max_new_tokens"] for ids in prompts]
+    with patch.object(model, "generation_config",
+                      GenerationConfig(disable_compile=True, **settings)):
         responses = run_batches(run, length_batches(sizes, batch_tokens, fill=0))
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return texts, sum(map(set(settings["eos_token_id"] or []).isdisjoint, responses))
@@ -938,8 +928,7 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
     engine    a VLLMEngine that generates in the model's stead, which is None if no metric needs it
     accuracy  is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it
     """
-    kind, responding = encoded[0].get("kind"), response_metrics(metrics, encoded)
-    scores, responses, cut = {}, None, 0
+    responding, scores, responses, cut = response_metrics(metrics, encoded), {}, None, 0
     if set(metrics) - responding:
         scores = from_logits(model, tokenizer, encoded, batch_tokens)
     if responding:
@@ -947,22 +936,13 @@ def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, sc
                           generate(model, tokenizer, encoded, batch_tokens, **generation))
     if "language" in metrics:
         scores["language"] = in_language(responses, language)
-    if "accuracy" in metrics:
-        answers = scores["letter"] if kind == "choice" else responses
-        each = [answer_scores(answer, e["answer"], kind, language, score)
-                for answer, e in zip(answers, encoded)]
+    if "accuracy" in responding:
+        each = [span_scores(response, e["answer"], language, score) if e["kind"] == "span" else
+                [last_number(response, language) in map(last_number, e["answer"])]
+                for response, e in zip(responses, encoded)]
         scores |= dict(zip(("accuracy", "f1"), zip(*each)))
     return {metric: np.array(scores[metric], float)
             for metric in (*metrics, "f1") if metric in scores}, responses, cut
-
-
-def answer_scores(answer, golds, kind, language, score):
-    """(right,) of an answer, given all that are right; of a span (right, F1)."""
-    if kind == "span":
-        return span_scores(answer, golds, language, score)
-    if kind == "number":
-        answer, golds = last_number(answer, language), list(map(last_number, golds))
-    return answer in golds,
 
 
 def check_metrics(metrics, encoded, path, language):

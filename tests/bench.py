@@ -157,7 +157,7 @@ def bare(model, corpora, batches):
     """The decoder's forward over the same batches, nothing watched. Returns the share of padding."""
     sequences, padded = together(corpora), 0
     for batch in batches:
-        ids = common.right_padded([sequences[i] for i in batch]).to(model.device)
+        ids = common.padded_batch(model, sequences, batch)
         model.get_decoder()(input_ids=ids, use_cache=False)
         padded += ids.numel()
     return 1 - total(corpora) / padded
@@ -201,7 +201,7 @@ def router_logits_then_topk(model, corpora, batches, top_k):
     """What transformers returns by itself, and a top-k behind it, kept on the device until the end."""
     sequences, kept, padded = together(corpora), [], 0
     for batch in batches:
-        ids = common.right_padded([sequences[i] for i in batch]).to(model.device)
+        ids = common.padded_batch(model, sequences, batch)
         output = model.get_decoder()(input_ids=ids, use_cache=False, output_router_logits=True)
         kept.append(torch.stack([layer.topk(top_k, -1).indices for layer in output.router_logits]))
         padded += ids.numel()

@@ -92,7 +92,7 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "dense": ("capture", "--model {}/dense", "LlamaForCausalLM has no routers .*: a dense model"),
     "no tokenizer": ("capture", "--model {}/bare", "cannot load a tokenizer for model"),
     "no prompts file": ("capture", "--data {}/none.tsv", "no such file: .*none.tsv"),
-    "empty": ("capture", "--data {}/empty.txt", "empty.txt: no prompts in it"),
+    "empty": ("capture", "--data {}/empty.txt", "empty.txt:1: an empty prompt"),
     "not UTF-8": ("capture", "--data {}/latin.txt", "latin.txt: not UTF-8; convert it"),
     "malformed": ("capture", "--data {}/malformed.tsv", "malformed.tsv:2: no tab between"),
     "empty prompt": ("capture", "--data {}/blank.txt", "blank.txt:2: an empty prompt"),

@@ -255,8 +255,8 @@ def test_a_template_that_loses_the_prompt_is_refused_before_weights(checkpoint, 
 def test_a_template_may_trim_and_a_prompt_may_occur_in_it():
     tokenizer = with_template("<|user|>user: {{ messages[0]['content'] | trim }}<|assistant|>")
     for prompt in ("user", ": ", "  two \n", "<|assistant|>", "user: user"):
-        before, within, behind = common.rendered(tokenizer, prompt)
-        assert (before, behind) == ("<|user|>user: ", "<|assistant|>") and within == prompt.strip()
+        text, start = common.rendered(tokenizer, prompt)
+        assert text[:start] == "<|user|>user: " and text[start:] == prompt.strip() + "<|assistant|>"
 
 
 def test_a_prompt_without_tokens_is_refused():
@@ -525,11 +525,11 @@ def test_no_number_is_a_gold_nan():
 def test_letters_go_as_far_as_the_answers():
     model, tokenizer = common.load_model(TINY, device="cpu")
     encoded = common.encode_examples(tokenizer, [
-        {"prompt": "a", "answer": ["F"], "kind": "choice"}] * 2)
+        {"prompt": "a", "answer": [letter], "kind": "choice"} for letter in "ABCDEF"])
     first = {tokenizer(letter)["input_ids"][0] for letter in "ABCDEF"}
     if len(first) == 6:
         found = common.from_logits(model, tokenizer, encoded, 99)
-        assert set(found["letter"]) <= set("ABCDEF")
+        assert sum(found["accuracy"]) == 1
 
 
 def test_langdetect_knows_the_codes_of_flores_and_what_it_does_not_know_is_refused():

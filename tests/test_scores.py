@@ -65,7 +65,7 @@ def test_belebele_rows_become_a_question_with_options(tmp_path):
     assert example["prompt"] == "P.\n\nQ?\nA. w\nB. x\nC. y\nD. z"
     assert (example["answer"], example["kind"]) == (["C"], "choice")
     (tmp_path / "b.jsonl").write_text(json.dumps(row | {"correct_answer_num": "5"}))
-    with pytest.raises(InputError, match=r"b\.jsonl:1: a Belebele row"):
+    with pytest.raises(InputError, match=r"b\.jsonl:1: no mc_answer5"):
         read_examples(str(tmp_path / "b.jsonl"))
 
 
@@ -166,17 +166,20 @@ def test_responses_that_are_cut_off_are_counted(tiny):
 def test_a_letter_is_chosen_by_its_probability(tiny):
     model, tokenizer = tiny
     prompts = ("How many?", "Anna", "9 + 4")
-    encoded = encode_examples(
-        tokenizer, [{"prompt": prompt, "answer": ["A"], "kind": "choice"} for prompt in prompts])
+    encoded = {gold: encode_examples(tokenizer, [
+        {"prompt": prompt, "answer": [gold], "kind": "choice"} for prompt in prompts])
+        for gold in "ABCD"}
     letters = [tokenizer(letter)["input_ids"][0] for letter in "ABCD"]
     expected = []
-    for e in encoded:
+    for e in encoded["A"]:
         with torch.no_grad():
             logits = model(torch.tensor([e["ids"]])).logits[0, -1]
         expected.append("ABCD"[logits[letters].argmax()])
-    assert common.from_logits(model, tokenizer, encoded, 20)["letter"] == tuple(expected)
-    scores, responses, _ = common.evaluate(model, tokenizer, encoded, ["accuracy"], "en")
-    assert scores["accuracy"].tolist() == [float(c == "A") for c in expected] and responses is None
+    for gold in encoded:
+        scores, responses, _ = common.evaluate(
+            model, tokenizer, encoded[gold], ["accuracy"], "en", batch_tokens=20)
+        assert scores["accuracy"].tolist() == [letter == gold for letter in expected]
+        assert responses is None
 
 
 def test_a_span_is_scored_by_exact_match_and_f1_beside_it(tiny, monkeypatch):
