@@ -64,9 +64,11 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=EXPERT
     return in_band(np.where(shared, share[0], 0), dumps[0]["layers"], band)
 
 
-def in_band(coefficients, layers, band=None):
-    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any."""
-    first, last = (part * len(layers) for part in PAPER_BAND)
+def in_band(coefficients, layers, band, part=PAPER_BAND):
+    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any; without
+    a band, of a part of the depth.
+    """
+    first, last = (edge * len(layers) for edge in part)
     band = band or f"{layers[int(first)]}-{layers[math.ceil(last) - 1]}"
     rows = analyze.parse_bands([band], layers)[band] & coefficients.any(1)
     common.require(rows.any(), f"no expert to boost in the layers {band}; give another --band, or "
@@ -81,8 +83,8 @@ def choose_coefficients(args, dumps, sources, band):
     if not args.selection:
         return steering_coefficients(dumps, sources, band, args.experts_per_language,
                                      args.threshold)
-    layers, selection = dumps[0]["layers"], analyze.load_selection(args.selection, dumps[0])
-    return in_band(np.sign(selection), layers, band or f"{layers[0]}-{layers[-1]}")
+    selection = analyze.load_selection(args.selection, dumps[0])
+    return in_band(np.sign(selection), dumps[0]["layers"], band, part=(0, 1))
 
 
 def random_coefficients(coefficients, seed):
@@ -151,21 +153,21 @@ def effect_rows(metric, scores, part=slice(None)):
         cells["together"] = np.concatenate(list(cells.values()), 1)
     rows = []
     for name, cell in cells.items():
-        before, after, *draws = cell.mean(1)
-        difference, changes = after - before, [np.nanmean(draw - before) for draw in draws]
+        before, after, *_ = problems = cell.mean(1)
+        difference, answers = after - before, cell[1] - cell[0]
+        change, *draws = np.nanmean(problems[1:] - before, 1)
         n, spread = np.isfinite(difference).sum(), np.nanstd(difference)
         low, high = common.bootstrap_interval(difference)
-        counts = {}
-        if metric in common.RIGHT_OR_WRONG:
-            counts = {"fixed": (cell[1] > cell[0]).sum(), "broken": (cell[1] < cell[0]).sum(),
-                      "p": sign_flip_p(difference)}
-            if (cell[0] == cell[1]).all():  # the rule of three
-                low, high, spread = -min(1, 3 / n), min(1, 3 / n), np.sqrt(3 / n)
+        if metric in common.RIGHT_OR_WRONG and not answers.any():  # the rule of three
+            low, high, spread = -min(1, 3 / n), min(1, 3 / n), np.sqrt(3 / n)
         row = {"": name, "before": np.nanmean(before), "after": np.nanmean(after),
-               "change": np.nanmean(difference), "low": low, "high": high}
+               "change": change, "low": low, "high": high}
         if draws:
-            row |= {"random": np.mean(changes), "least": min(changes), "most": max(changes)}
-        rows.append(row | counts | {"seen": 2.8 * spread / np.sqrt(n)})
+            row |= {"random": np.mean(draws), "least": min(draws), "most": max(draws)}
+        if metric in common.RIGHT_OR_WRONG:
+            row |= {"fixed": (answers > 0).sum(), "broken": (answers < 0).sum(),
+                    "p": sign_flip_p(difference)}
+        rows.append(row | {"seen": 2.8 * spread / np.sqrt(n)})
     return rows
 
 
@@ -205,8 +207,8 @@ def parse_arguments():
 
 def prepare(args):
     """(experiment, groups), checked before weights are read. A group: its sources, the languages
-    that it is evaluated in, and its arms, (name, {decoder layer: (num_experts,)}): what is steered,
-    the random draws, and the control bands.
+    that it is evaluated in, and its arms, (name, {decoder layer: (num_experts,)}), in lists of what
+    is compared: what is steered with the random draws, and each control band.
     """
     dumps, groups = analyze.load_languages(args.routing, args.part), []
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
@@ -215,10 +217,10 @@ def prepare(args):
                                           or dump["language"] in sum(args.sources, [])])
     for sources in args.sources:
         boosted = choose_coefficients(args, dumps, sources, args.band)
-        arms = [("selection" if args.selection else "shared", boosted)]
-        arms += [(f"random-seed{seed}", random_coefficients(boosted, seed))
-                 for seed in range(args.control_seeds)]
-        arms += [(f"band{band}", choose_coefficients(args, dumps, sources, band))
+        arms = [[("selection" if args.selection else "shared", boosted)]]
+        arms[0] += [(f"random-seed{seed}", random_coefficients(boosted, seed))
+                    for seed in range(args.control_seeds)]
+        arms += [[(f"band{band}", choose_coefficients(args, dumps, sources, band))]
                  for band in args.control_bands]
         # the sources give; unless named, only other languages are evaluated
         own = [] if args.languages and len(args.sources) == 1 else sources
@@ -231,46 +233,40 @@ def prepare(args):
 
 
 def choose_lambda(experiment, group):
-    """(the best of the lambdas that move any selection, the examples to report it on, lines): of
-    several, it is chosen on the even ones. The lines say what they move, and random draws do.
+    """(the best of the lambdas that move any selection, the examples to report it on, a table): of
+    several, it is chosen on the even ones. The table says what they move, and random draws do.
     """
     args, metric = experiment.args, experiment.args.metrics[0]
-    (kind, boosted), *draws = group["arms"][:1 + args.control_seeds]
+    (kind, boosted), *draws = group["arms"][0]
     prompts = [e["ids"] for language in group["languages"]
                for e in experiment.tasks[language][0][:20]]
     move = functools.partial(moved_selections, experiment.engine or experiment.model, prompts,
                              rule=args.rule, batch_tokens=args.batch_tokens)
     moved = {strength: move(boosted, strength) for strength in args.lambdas}
-    lines = [f"lambda {strength}: selections moved (%), by layer  "
-             + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in zip(boosted, parts))
-             + "  left out: it moves none" * (not parts.any())
-             for strength, parts in moved.items()]
     lambdas = [strength for strength in moved if moved[strength].any()]
     common.require(lambdas, "no lambda moves any selection; take larger ones")
     scores = run_arms(experiment, group, [(kind, strength, boosted) for strength in lambdas])
     gains = lambda_gains(scores, lambdas, metric)
-    best = max(gains, key=gains.get)
-    shared, others = moved[best].mean(), [move(drawn, best).mean() for _, drawn in draws]
-    lines.append(f"selections moved: {shared:.2%}; by random draws {np.mean(others):.2%} "
-                 f"({min(others):.2%} to {max(others):.2%})"
-                 + "; less than half as much: no fair control" * bool(np.mean(others) < shared / 2))
-    if len(lambdas) == 1:
-        return best, slice(None), lines
-    lines.append(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean "
-                 f"gain of {metric}: {', '.join(f'{l} {gain:+.4f}' for l, gain in gains.items())})")
-    return best, slice(1, None, 2), lines
+    best, step = max(gains, key=gains.get), min(len(lambdas), 2)
+    drawn = {name: move(coefficients, best) for name, coefficients in draws}
+    title = (f"lambda {best}" + ", chosen on the even examples, reported on the odd ones" * (step - 1)
+             + f"; gain of {metric}, and % of selections moved, on average and by layer")
+    if np.mean(list(drawn.values())) < moved[best].mean() / 2:
+        title += "; random draws move less than half as much: no fair control"
+    rows = [{"": str(each), "gain": f"{gains.get(each, np.nan):.4f}", "moved": 100 * parts.mean()}
+            | dict(zip(boosted, 100 * parts)) for each, parts in (moved | drawn).items()]
+    return best, slice(step - 1, None, step), (title, rows)
 
 
 def effect_tables(experiment, group, best, part):
     """{metric: [(title, rows)]}: steered by the best lambda beside random draws, on a part of the
     examples, and then each control band.
     """
-    arms, tables = [(name, best, each) for name, each in group["arms"]], {}
-    draws = 1 + experiment.args.control_seeds
-    compared = [(f"lambda {best}, beside random experts; seen: the smallest change that would be",
-                 arms[:draws]), *((f"control {arm[0]}", [arm]) for arm in arms[draws:])]
-    for title, each in compared:
-        scores = run_arms(experiment, group, each)
+    tables = {}
+    for arms in group["arms"]:
+        title = f"lambda {best}, {arms[0][0]}" + (
+            ", beside random experts; seen: the smallest change that would be" * (len(arms) > 1))
+        scores = run_arms(experiment, group, [(name, best, each) for name, each in arms])
         for metric in scores[group["languages"][0]]:
             tables.setdefault(metric, []).append(
                 (f"\n{metric}, {title}", effect_rows(metric, scores, part)))
@@ -294,38 +290,36 @@ def related_test(gains, sources, languages, rng):
 
 
 def group_tables(groups, effects):
-    """[(title, rows)] for each metric: the gain of each target by group of sources, and whether
+    """(title, rows), for each metric: the gain of each target by group of sources, and whether
     languages related to the sources gain more. effects: effect_tables of each group.
     """
-    names, found = [",".join(group["sources"]) for group in groups], []
+    names = [",".join(group["sources"]) for group in groups]
     sources = [group["sources"][0] for group in groups]
     languages = list(dict.fromkeys(sum([*(group["languages"] for group in groups), sources], [])))
     for metric in effects[0]:
         changes = [{row[""]: row["change"] for row in tables[metric][0][1]} for tables in effects]
         gains = common.better(metric) * np.array([[change.get(l, np.nan) for l in languages]
                                                   for change in changes])
-        found.append((f"gain of each language in {metric}, by the sources of steering",
-                      [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)
-                       if not np.isnan(row).all()]))
+        yield (f"gain of each language in {metric}, by the sources of steering",
+               [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)
+                if not np.isnan(row).all()])
         related, others, p, least = related_test(gains, sources, languages,
                                                  np.random.default_rng(0))
-        found.append((f"languages of the first source's family gain {related - others:+.4f} more, "
-                      f"p {p:.3f} (at best {least:.3f} with these languages)\n", []))
-    return found
+        yield (f"languages of the first source's family gain {related - others:+.4f} more, "
+               f"p {p:.3f} (at best {least:.3f} with these languages)\n", [])
 
 
 def main():
     args = parse_arguments()
     (experiment, groups), effects = prepare(args), []
     for group in groups:
-        number = sum(map(np.count_nonzero, group["arms"][0][1].values()))
+        number = sum(map(np.count_nonzero, group["arms"][0][0][1].values()))
         print(f"{args.model}  {number} experts  "
               f"rule {args.rule} ", args.selection or f"shared by {','.join(group['sources'])}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-        best, part, lines = choose_lambda(experiment, group)
-        print(*lines, sep="\n")
+        best, part, table = choose_lambda(experiment, group)
         effects.append(effect_tables(experiment, group, best, part))
-        analyze.print_tables(sum(effects[-1].values(), []))
+        analyze.print_tables([table, *sum(effects[-1].values(), [])])
         print()
     if len(groups) > 1:
         analyze.print_tables(group_tables(groups, effects))
