@@ -205,12 +205,17 @@ def test_what_all_languages_share_has_controls_in_every_language():
     assert {language for _, _, language in plan} == {"aa", "xx"}
 
 
-def test_masks_name_decoder_layers_and_leave_out_those_without_experts():
-    chosen = np.array([[False, True, True], [False, False, False], [True, False, False]])
-    edit = ablate.as_edit(chosen, np.array([3, 5, 7]), "reroute")
-    assert {layer: mask.tolist() for layer, mask in edit.pop("masks").items()} == {
+@pytest.mark.parametrize("how, kind", [("reroute", "masks"), ("zero", "zeroed")])
+def test_masks_name_decoder_layers_and_leave_out_those_without_experts(how, kind):
+    mask = np.array([[False, True, True], [False, False, False], [True, False, False]])
+    edits, args = [], SimpleNamespace(experts="exclusive", how=how)
+    experiment = SimpleNamespace(args=args, cell=lambda *_, **edit: edits.append(edit) or {"x": np.ones(1)})
+    ablate.run_cells(experiment, {("all", "aa", "aa"): {"masked": mask[None]}}, "x",
+                     {"all": np.array([True] * 3)}, np.array([3, 5, 7]))
+    unmasked, edit = edits
+    assert not unmasked and list(edit) == [kind]
+    assert {layer: rows.tolist() for layer, rows in edit[kind].items()} == {
         3: [False, True, True], 7: [True, False, False]}
-    assert not edit and list(ablate.as_edit(chosen, np.array([3, 5, 7]), "zero")) == ["zeroed"]
 
 
 # in nats, 2 is masked: what is worse than 2 beats it
