@@ -143,7 +143,7 @@ def plan_cells(args, chosen, bands, shares, top_k):
 
 
 def run_cells(experiment, plan, metric, bands, layers):
-    """{band: the plan's cells (target, language), with (masks, changes (masks, examples)) for masks}:
+    """{band: {(target, language): {kind: (masks, changes (masks, examples))}}} of the plan's masks:
     scores under each, less those of the unmasked model.
     """
     results, args = {}, experiment.args
@@ -275,6 +275,7 @@ def effect_tables(experiment, plan, bands, layers, shares):
         tokens = [[scored_tokens(example, metric) for example in encoded]
                   for encoded, _ in tasks.values()]
         for band, cells in run_cells(experiment, plan, metric, bands, layers).items():
+            where = analyze.describe(layers[bands[band]])
             changes = [{"": language, "unmasked": np.nanmean(experiment.cell(language)[metric])}
                        | {target: np.nanmean(cell["masked"][1])
                           for (target, each), cell in cells.items() if each == language}
@@ -282,8 +283,7 @@ def effect_tables(experiment, plan, bands, layers, shares):
             controls = [control_rows(language, cell, shares[language], metric)
                         for (_, language), cell in cells.items() if len(cell) > 1]
             tables += [
-                (f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
-                 "experts are masked, of", changes),
+                (f"\n{band} (layers {where})  {metric}: change by masking experts of", changes),
                 ("in the target's own language; low, high: 95 % interval, or the least and most "
                  "draw", sum(controls, [])),
                 ("selective? the change in the own language less that in the others, per problem",

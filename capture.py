@@ -53,10 +53,10 @@ SETTINGS = ("format", "revision", "tokenizer", "dtype", "data_sha256", "limit", 
 def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_draws=0):
     """Where the routers send every token of sequences (lists of ids), and how many were padded.
 
-    counts, weight_sums, mean_probs  (sequences, layers, experts): selections, weights given with
-                                     them, mean softmax(router_logits)
-    null_counts                      (sequences, null_draws, layers, experts), if there are draws
-    selected_experts                 (tokens, layers, top_k), one sequence after the other
+    counts, weight_sums  (layers, experts): selections, weights given with them
+    mean_probs           (sequences, layers, experts): mean softmax(router_logits)
+    null_counts          (null_draws, layers, experts), if there are draws
+    selected_experts     (tokens, layers, top_k), one sequence after the other
     Padding stands on the right and needs no mask: attention is causal, so it reaches no real token.
     """
     layers, num_experts, top_k = one_shape(routing_shape(model))
@@ -88,10 +88,10 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
           tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress):
         padding, sums, selected = zip(*run_batches(run, length_batches(lengths, batch_tokens)))
     counts, weight_sums, mean_probs, *null_counts = np.moveaxis(sums, 2, 0)
-    arrays = {"counts": counts.astype(np.int64), "weight_sums": weight_sums.astype(float),
+    arrays = {"counts": counts.sum(0, np.int64), "weight_sums": weight_sums.sum(0, float),
               "mean_probs": mean_probs.astype(np.float32)}
     if null_draws:
-        arrays["null_counts"] = np.stack(null_counts, 1).astype(np.int32)
+        arrays["null_counts"] = np.sum(null_counts, 1, np.int64)
     if not stats_only:
         arrays["selected_experts"] = np.concatenate(selected)
     return arrays, sum(padding)
@@ -156,9 +156,7 @@ def one_shape(shape):
 
 def as_dump(arrays, layers, sequences, prompt_lengths, text_spans):
     """What was recorded for one language's sequences, as the arrays of its dump."""
-    totals = {key: arrays[key].sum(0) for key in ("counts", "weight_sums", "null_counts")
-              if key in arrays}
-    dump = arrays | totals | {
+    dump = arrays | {
         "sequence_offsets": np.cumsum([0, *map(len, sequences)]),
         "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(text_spans),
         "layers": np.array(layers, np.int32)}
@@ -196,48 +194,41 @@ def is_done(path, meta, overwrite):
 
 
 def plan_dumps(args, config, tokenizer, shape):
-    """[(columns of read_corpus, meta, path of the dump)] of those that are not there yet."""
+    """[(list of read_corpus, meta, path of the dump)] of those that are not there yet."""
     (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
     revision, tokenizer_hash = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
     longest = min(args.max_length, max_positions(config) - (args.engine == "vllm"))  # it adds one
     for language, data in find_data(args.tokens or args.data, args.languages).items():
         path = Path(args.out, f"{language}{f'.{index}of{parts}' * (parts > 1)}.npz")
-        examples = [] if args.tokens else read_task(args, language, data)
+        examples = [{}] if args.tokens else read_task(args, language, data)
         meta = vars(args) | {
             "format": FORMAT, "revision": revision, "tokenizer": tokenizer_hash,
             "quantization": str(getattr(config, "quantization_config", None)),
             "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
             "shard": f"{index}/{parts}", "language": language, "data": data,
-            "instruction": examples[0].get("instruction") if examples else None,
+            "instruction": examples[0].get("instruction"),
             "data_sha256": file_hash(data), "transformers": transformers.__version__,
             "torch": torch.__version__,
             "vllm": vllm_version(config) if args.engine == "vllm" else None}
         if is_done(path, meta, args.overwrite):
             print(f"{language:<8} there already  {path}")
             continue
-        corpus = read_tokens(data) if args.tokens else read_corpus(
-            tokenizer, examples, args.chat_template)
+        corpus = list(read_tokens(data) if args.tokens else
+                      read_corpus(tokenizer, examples, args.chat_template))
         first, last = (len(corpus) * part // parts for part in (index - 1, index))
         require(first < last, f"{data}: fewer prompts than shards; lower N of --shard I/{parts}")
-        corpus = corpus[first:last]
-        meta["truncated"] = sum(len(ids) > longest for ids, *_ in corpus)
-        if meta["truncated"]:
-            print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
-                  "--max-length")
-        columns = zip(*((ids[:longest], min(prompt, longest), np.minimum(span, longest))
-                        for ids, prompt, span in corpus))
-        plan.append((list(columns), meta, path))
+        meta["truncated"] = sum(len(ids) > longest for ids, *_ in corpus[first:last])
+        plan.append(([(ids[:longest], min(prompt, longest), np.minimum(span, longest))
+                      for ids, prompt, span in corpus[first:last]], meta, path))
     return plan
 
 
 def read_corpus(tokenizer, examples, chat_template):
-    """[(ids of prompt and response, tokens of the prompt, where in them its own text lies)]"""
-    corpus = []
+    """(ids of prompt and response, tokens of the prompt, where in them its own text lies), each."""
     for example in examples:
         prompt, span = encode_example(tokenizer, example, chat_template)
-        ids = prompt + tokenizer(example.get("response", ""), add_special_tokens=False)["input_ids"]
-        corpus.append((ids, len(prompt), span))
-    return corpus
+        response = tokenizer.encode(example.get("response", ""), add_special_tokens=False)
+        yield prompt + response, len(prompt), span
 
 
 def read_tokens(path):
@@ -252,7 +243,7 @@ def read_tokens(path):
         require(ids.dtype.kind in "iu" and lengths == np.diff(offsets).tolist() and 0 not in lengths
                 and len(lengths) == len(prompts) == len(spans) and (prompts <= lengths).all()
                 and (spans <= prompts[:, None]).all(), "its sequences do not fit its tokens")
-        return list(zip(sequences, prompts.tolist(), spans))
+        return zip(sequences, prompts.tolist(), spans)
 
 
 def parse_shard(text):
@@ -301,16 +292,18 @@ def main():
         model = load_weights(args.model, config, args.dtype, args.device)
         try_model(model, plan[0][0][0][0], edits=False)
     print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  {dtype}")
-    for (prompts, *rest), meta, path in plan:
+    for corpus, meta, path in plan:
+        prompts, *rest = zip(*corpus)
         started = time.perf_counter()
         sequences, arrays, padded = record(
             model, prompts, args.batch_tokens, args.max_new_tokens, stats_only=args.stats_only,
             null_draws=args.null_router)
         tokens, seconds = sum(map(len, sequences)), time.perf_counter() - started
         save_dump(path, as_dump(arrays, layers, sequences, *rest), meta)
+        cut = f"  {meta['truncated']} were cut; see --max-length" * bool(meta["truncated"])
         print(f"{meta['language']:<8} {len(sequences):>6} sequences {tokens:>10,} tokens  "
               f"{padded / (padded + tokens):.1%} padding  {tokens / seconds:>7,.0f} tokens/s  "
-              f"{path}")
+              f"{path}{cut}")
 
 
 if __name__ == "__main__":

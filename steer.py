@@ -65,8 +65,8 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=EXPERT
 
 
 def in_band(coefficients, layers, band, part=PAPER_BAND):
-    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any; without
-    a band, of a part of the depth.
+    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any;
+    without a band, of a part of the depth.
     """
     first, last = (edge * len(layers) for edge in part)
     band = band or f"{layers[int(first)]}-{layers[math.ceil(last) - 1]}"
@@ -249,8 +249,9 @@ def choose_lambda(experiment, group):
     gains = lambda_gains(scores, lambdas, metric)
     best, step = max(gains, key=gains.get), min(len(lambdas), 2)
     drawn = {name: move(coefficients, best) for name, coefficients in draws}
-    title = (f"lambda {best}" + ", chosen on the even examples, reported on the odd ones" * (step - 1)
-             + f"; gain of {metric}, and % of selections moved, on average and by layer")
+    chosen = ", chosen on the even examples, reported on the odd ones" * (step - 1)
+    title = (f"lambda {best}{chosen}; gain of {metric}, and % of selections moved, on average and "
+             "by layer")
     if np.mean(list(drawn.values())) < moved[best].mean() / 2:
         title += "; random draws move less than half as much: no fair control"
     rows = [{"": str(each), "gain": f"{gains.get(each, np.nan):.4f}", "moved": 100 * parts.mean()}

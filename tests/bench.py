@@ -241,18 +241,18 @@ def bench_capture(model, args):
     }, args.rounds, args.device)
     print(f"\ncapture: {tokens:,} tokens of {len(corpora)} languages, {len(batches)} batches of up to "
           f"{args.batch_tokens} tokens\n{'':<26}{'tokens/s':>10}{'of bare':>9}{'padding':>9}"
-          f"{'GPU GiB':>9}{'host GiB':>10}{'dumps MB':>10}{'written in':>12}")
+          f"{'GPU GiB':>9}{'host GiB':>10}{'dump MB':>10}{'written in':>12}")
     for name, (times, result, memory) in measured.items():
         padding, arrays = result if isinstance(result, tuple) else (result, None)
         line = (f"{name:<26}{tokens / np.median(times):>10,.0f}"
                 f"{ratio(measured['bare forward'][0], times):>9.3f}{padding:>9.1%}"
                 f"{memory.device:>9.1f}{memory.host:>+10.2f}")
         if arrays:
-            dumps = cut_dumps(arrays, corpora, list(common.routing_shape(model)))
-            size, took = written(dumps, lambda *dump: capture.save_dump(*dump, {"top_k": top_k}))
+            dump = as_one(arrays, corpora, list(common.routing_shape(model)))
+            size, took = written(dump, lambda *dump: capture.save_dump(*dump, {"top_k": top_k}))
             line += f"{size:>10.1f}{took:>10.2f} s"
             if name == "capture.py":
-                size, took = written(dumps, lambda path, dump: np.savez_compressed(path, **dump))
+                size, took = written(dump, lambda path, dump: np.savez_compressed(path, **dump))
                 squeezed = f"compressed, they would be {size:.1f} MB, written in {took:.2f} s"
         print(line)
     print(squeezed)
@@ -261,26 +261,19 @@ def bench_capture(model, args):
               waits_inside(model, corpora, args.batch_tokens))
 
 
-def cut_dumps(arrays, corpora, layers):
-    """What capture returned for all languages, {language: (sequences, prompt_lengths)}, as dumps."""
-    dumps, sequence, token = {}, 0, 0
-    for language, (sequences, prompt_lengths) in corpora.items():
-        rows = slice(sequence, sequence + len(sequences))
-        tokens = slice(token, token + sum(map(len, sequences)))
-        part = {key: array[tokens if key == "selected_experts" else rows]
-                for key, array in arrays.items()}
-        spans = [(0, n) for n in prompt_lengths]
-        dumps[language] = capture.as_dump(part, layers, sequences, prompt_lengths, spans)
-        sequence, token = rows.stop, tokens.stop
-    return dumps
+def as_one(arrays, corpora, layers):
+    """What capture returned for all languages, {language: (sequences, prompt_lengths)}, as a dump."""
+    prompt_lengths = [n for _, lengths in corpora.values() for n in lengths]
+    spans = [(0, n) for n in prompt_lengths]
+    return capture.as_dump(arrays, layers, together(corpora), prompt_lengths, spans)
 
 
-def written(dumps, save):
-    """(MB, seconds) of save(path, dump) for every language's dump."""
+def written(dump, save):
+    """(MB, seconds) of save(path, dump)."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f"{language}.npz") for language in dumps]
-        took, _ = seconds(lambda: [save(*pair) for pair in zip(paths, dumps.values())], None)
-        return sum(path.stat().st_size for path in paths) / 1e6, took
+        path = Path(folder, "all.npz")
+        took, _ = seconds(lambda: save(path, dump), None)
+        return path.stat().st_size / 1e6, took
 
 
 # ----------------------------------------------------------------------------------------- analyze
