@@ -240,9 +240,9 @@ def read_tokens(path):
         require(json.loads(str(file["meta"])).get("shard", "1/1") == "1/1", "it is a shard")
         sequences = [part.tolist() for part in np.split(ids, offsets[1:-1])]
         lengths = list(map(len, sequences))
+        bounds = np.column_stack([spans, prompts, lengths])  # of each sequence, in rising order
         require(ids.dtype.kind in "iu" and lengths == np.diff(offsets).tolist() and 0 not in lengths
-                and len(lengths) == len(prompts) == len(spans) and (prompts <= lengths).all()
-                and (spans <= prompts[:, None]).all(), "its sequences do not fit its tokens")
+                and (np.diff(bounds) >= 0).all(), "its sequences do not fit its tokens")
         return zip(sequences, prompts.tolist(), spans)
 
 

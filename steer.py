@@ -20,7 +20,6 @@ goes on where it stopped. In a notebook, with model, tokenizer = common.load_mod
     with steer(model, steering_coefficients(dumps, ["en", "zh"]), 0.5): model.generate(**batch)
 """
 
-import functools
 import itertools
 import math
 
@@ -102,15 +101,15 @@ def steer(model, coefficients, strength, rule=RULE, **options):
     return common.edit_routing(model, boosts=scaled(coefficients, strength), rule=rule, **options)
 
 
-def moved_selections(model, sequences, coefficients, strength, rule=RULE,
-                     batch_tokens=BATCH_TOKENS):
+def moved_selections(experiment, sequences, coefficients, strength):
     """(steered layers,): the part of the sequences' expert selections that steering changes there.
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
-    before = record(model, sequences, batch_tokens)[1]["selected_experts"]
-    with steer(model, coefficients, strength, rule, count_moved=False):
-        after = record(model, sequences, batch_tokens)[1]["selected_experts"]
+    args, model = experiment.args, experiment.engine or experiment.model
+    before = record(model, sequences, args.batch_tokens)[1]["selected_experts"]
+    with steer(model, coefficients, strength, args.rule, count_moved=False):
+        after = record(model, sequences, args.batch_tokens)[1]["selected_experts"]
     steered = [layer in coefficients for layer in common.routing_shape(model)]
     return common.newly_selected(before, after)[:, steered].mean((0, 2))
 
@@ -171,14 +170,15 @@ def effect_rows(metric, scores, part=slice(None)):
     return rows
 
 
-def run_arms(experiment, group, arms):
-    """{language: {metric: scores (1 + arms, examples)}}: unsteered, then under each arm, a name,
-    lambda and coefficients.
+def run_arms(experiment, group, arms, lambdas):
+    """{language: {metric: scores (1 + arms * lambdas, examples)}}: unsteered, then under each arm,
+    (name, coefficients), times each lambda.
     """
     args, scores = experiment.args, {}
     for language in group["languages"]:
         cells = [experiment.cell(language)]
-        for name, strength, coefficients in tqdm(arms, desc=language, leave=False):
+        steered = list(itertools.product(arms, lambdas))
+        for (name, coefficients), strength in tqdm(steered, desc=language, leave=False):
             settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
                         "sources": group["sources"], "band": sorted(coefficients),
                         "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
@@ -236,19 +236,17 @@ def choose_lambda(experiment, group):
     """(the best of the lambdas that move any selection, the examples to report it on, a table): of
     several, it is chosen on the even ones. The table says what they move, and random draws do.
     """
-    args, metric = experiment.args, experiment.args.metrics[0]
-    (kind, boosted), *draws = group["arms"][0]
+    metric, ((_, boosted), *draws) = experiment.args.metrics[0], group["arms"][0]
     prompts = [e["ids"] for language in group["languages"]
                for e in experiment.tasks[language][0][:20]]
-    move = functools.partial(moved_selections, experiment.engine or experiment.model, prompts,
-                             rule=args.rule, batch_tokens=args.batch_tokens)
-    moved = {strength: move(boosted, strength) for strength in args.lambdas}
+    moved = {strength: moved_selections(experiment, prompts, boosted, strength)
+             for strength in experiment.args.lambdas}
     lambdas = [strength for strength in moved if moved[strength].any()]
     common.require(lambdas, "no lambda moves any selection; take larger ones")
-    scores = run_arms(experiment, group, [(kind, strength, boosted) for strength in lambdas])
+    scores = run_arms(experiment, group, group["arms"][0][:1], lambdas)
     gains = lambda_gains(scores, lambdas, metric)
     best, step = max(gains, key=gains.get), min(len(lambdas), 2)
-    drawn = {name: move(coefficients, best) for name, coefficients in draws}
+    drawn = {name: moved_selections(experiment, prompts, each, best) for name, each in draws}
     chosen = ", chosen on the even examples, reported on the odd ones" * (step - 1)
     title = (f"lambda {best}{chosen}; gain of {metric}, and % of selections moved, on average and "
              "by layer")
@@ -267,7 +265,7 @@ def effect_tables(experiment, group, best, part):
     for arms in group["arms"]:
         title = f"lambda {best}, {arms[0][0]}" + (
             ", beside random experts; seen: the smallest change that would be" * (len(arms) > 1))
-        scores = run_arms(experiment, group, [(name, best, each) for name, each in arms])
+        scores = run_arms(experiment, group, arms, [best])
         for metric in scores[group["languages"][0]]:
             tables.setdefault(metric, []).append(
                 (f"\n{metric}, {title}", effect_rows(metric, scores, part)))

@@ -451,7 +451,9 @@ def test_moved_selections_are_counted_over_real_tokens(tiny, coefficients):
     model, tokenizer = tiny
     examples = common.read_examples("tests/data/eval_sw.tsv")[:5]
     sequences = [e["ids"] for e in common.encode_examples(tokenizer, examples)]
-    moved = steer.moved_selections(model, sequences, coefficients, 1.0, batch_tokens=150)
+    experiment = SimpleNamespace(engine=None, model=model, args=SimpleNamespace(
+        rule="proportional", batch_tokens=150))
+    moved = steer.moved_selections(experiment, sequences, coefficients, 1.0)
 
     def selections(ids, strength):
         seen = {}
@@ -516,7 +518,7 @@ def test_a_planted_effect_is_found_and_without_it_none(carrier, tmp_path, folder
     group = {"sources": [], "languages": ["en"], "arms": [[("shared", boosted), *draws]]}
     assert steer.choose_lambda(experiment, group)[:2] == (6, slice(0, None, 1))
     (_, (row,)), = steer.effect_tables(experiment, group, 6, slice(None))["answer_nll"]
-    scores = steer.run_arms(experiment, group, [(name, 6, each) for name, each in draws])
+    scores = steer.run_arms(experiment, group, draws, [6])
     base, *random = scores["en"]["answer_nll"].mean(1)
     others = [mean - base for mean, drawn in zip(random, draws) if not drawn[1][1][5]]
     beyond = row["high"] < 0 and row["change"] < min(others) - 0.1
