@@ -122,7 +122,7 @@ def lambda_gains(scores, lambdas, metric):
     """
     step = min(len(lambdas), 2)
     return {strength: common.better(metric) * np.mean([
-        np.nanmean((each[metric][arm] - each[metric][0])[::step]) for each in scores.values()])
+        np.nanmean((each[arm] - each[0])[::step]) for each in scores.values()])
         for arm, strength in enumerate(lambdas, 1)}
 
 
@@ -147,7 +147,7 @@ def effect_rows(metric, scores, part=slice(None)):
     problems would show (p < .05) in four of five cases.
     """
     # (before, after and draws; languages; examples)
-    cells = {language: each[metric][:, None, part] for language, each in scores.items()}
+    cells = {language: each[:, None, part] for language, each in scores.items()}
     if len({cell.shape for cell in cells.values()}) == 1 < len(cells):
         cells["together"] = np.concatenate(list(cells.values()), 1)
     rows = []
@@ -170,9 +170,9 @@ def effect_rows(metric, scores, part=slice(None)):
     return rows
 
 
-def run_arms(experiment, group, arms, lambdas):
-    """{language: {metric: scores (1 + arms * lambdas, examples)}}: unsteered, then under each arm,
-    (name, coefficients), times each lambda.
+def run_arms(experiment, group, arms, lambdas, metric):
+    """{language: scores (1 + arms * lambdas, examples)}: unsteered, then under each arm, (name,
+    coefficients), times each lambda.
     """
     args, scores = experiment.args, {}
     for language in group["languages"]:
@@ -184,7 +184,7 @@ def run_arms(experiment, group, arms, lambdas):
                         "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
             cells.append(experiment.cell(language, f"{name}-lambda{strength}", settings,
                                          boosts=scaled(coefficients, strength), rule=args.rule))
-        scores[language] = analyze.stacked(cells)
+        scores[language] = np.array([cell[metric] for cell in cells])
     return scores
 
 
@@ -243,7 +243,7 @@ def choose_lambda(experiment, group):
              for strength in experiment.args.lambdas}
     lambdas = [strength for strength in moved if moved[strength].any()]
     common.require(lambdas, "no lambda moves any selection; take larger ones")
-    scores = run_arms(experiment, group, group["arms"][0][:1], lambdas)
+    scores = run_arms(experiment, group, group["arms"][0][:1], lambdas, metric)
     gains = lambda_gains(scores, lambdas, metric)
     best, step = max(gains, key=gains.get), min(len(lambdas), 2)
     drawn = {name: moved_selections(experiment, prompts, each, best) for name, each in draws}
@@ -261,14 +261,12 @@ def effect_tables(experiment, group, best, part):
     """{metric: [(title, rows)]}: steered by the best lambda beside random draws, on a part of the
     examples, and then each control band.
     """
-    tables = {}
-    for arms in group["arms"]:
-        title = f"lambda {best}, {arms[0][0]}" + (
-            ", beside random experts; seen: the smallest change that would be" * (len(arms) > 1))
-        scores = run_arms(experiment, group, arms, [best])
-        for metric in scores[group["languages"][0]]:
-            tables.setdefault(metric, []).append(
-                (f"\n{metric}, {title}", effect_rows(metric, scores, part)))
+    tables, note = {}, ", beside random experts; seen: the smallest change that would be"
+    for metric in experiment.cell(group["languages"][0]):
+        tables[metric] = [
+            (f"\n{metric}, lambda {best}, {arms[0][0]}{note * (len(arms) > 1)}", effect_rows(
+                metric, run_arms(experiment, group, arms, [best], metric), part))
+            for arms in group["arms"]]
     return tables
 
 

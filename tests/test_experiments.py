@@ -287,13 +287,13 @@ def test_random_coefficients_are_the_same_ones_on_other_experts():
     assert (steer.random_coefficients(coefficients, 4)[3] == draws[4]).all()
 
 
-def arms(*scores, metric="accuracy"):
+def arms(*scores):
     """As run_arms returns them, of {language: scores} unsteered and under each arm."""
-    return {l: {metric: np.array([each[l] for each in scores])} for l in scores[0]}
+    return {l: np.array([each[l] for each in scores]) for l in scores[0]}
 
 
 def effects(metric, *scores, part=slice(None)):
-    return steer.effect_rows(metric, arms(*scores, metric=metric), part)
+    return steer.effect_rows(metric, arms(*scores), part)
 
 
 def test_the_best_lambda_has_the_most_gain_on_average_over_languages():
@@ -309,7 +309,7 @@ def test_the_best_lambda_has_the_most_gain_on_average_over_languages():
         cells["aa"][1::2] += 100  # and odd ones are not
 
     def gains(metric):
-        return steer.lambda_gains(arms(base, *steered.values(), metric=metric), list(steered), metric)
+        return steer.lambda_gains(arms(base, *steered.values()), list(steered), metric)
 
     assert gains("accuracy") == pytest.approx({0.1: 0.1, 0.3: -0.2, -1.0: 0.25})
     assert gains("prompt_nll") == pytest.approx({0.1: -0.1, 0.3: 0.2, -1.0: -0.25})  # less is better
@@ -518,8 +518,8 @@ def test_a_planted_effect_is_found_and_without_it_none(carrier, tmp_path, folder
     group = {"sources": [], "languages": ["en"], "arms": [[("shared", boosted), *draws]]}
     assert steer.choose_lambda(experiment, group)[:2] == (6, slice(0, None, 1))
     (_, (row,)), = steer.effect_tables(experiment, group, 6, slice(None))["answer_nll"]
-    scores = steer.run_arms(experiment, group, draws, [6])
-    base, *random = scores["en"]["answer_nll"].mean(1)
+    scores = steer.run_arms(experiment, group, draws, [6], "answer_nll")
+    base, *random = scores["en"].mean(1)
     others = [mean - base for mean, drawn in zip(random, draws) if not drawn[1][1][5]]
     beyond = row["high"] < 0 and row["change"] < min(others) - 0.1
     assert bool(beyond) == found
