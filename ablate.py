@@ -142,31 +142,26 @@ def plan_cells(args, chosen, bands, shares, top_k):
     return plan
 
 
-def as_edit(mask, layers, how):
-    """bool (layers, experts), as edit_routing takes it: by decoder layer."""
-    return {EDITS[how]: {layer: row for layer, row in zip(layers.tolist(), mask) if row.any()}}
-
-
-def run_cells(experiment, plan, bands, layers):
-    """The plan with {metric: changes (masks, examples)} for masks: scores under each, less those
-    of the unmasked model.
+def run_cells(experiment, plan, metric, bands, layers):
+    """{band: {(target, language): {kind: (masks, changes (masks, examples))}}} of the plan's masks:
+    scores under each, less those of the unmasked model.
     """
     results, args = {}, experiment.args
     for (band, target, language), kinds in tqdm(plan.items(), unit="cell", leave=False):
         unmasked, cell = experiment.cell(language), {}
-        results[band, target, language] = cell
         for kind, masks in kinds.items():
             scores = []
             for draw, mask in enumerate(masks):
+                edit = {layer: row for layer, row in zip(layers.tolist(), mask) if row.any()}
                 name = args.experts if kind == "masked" else f"{kind}-seed{draw}"
                 settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(),
                             "target": target, "experts": name, "of": args.experts, "how": args.how}
                 # a mask without experts changes nothing: the unmasked model is its result
-                scores.append(unmasked if not mask.any() else experiment.cell(
-                    language, f"{band}-{name}-{target}", settings,
-                    **as_edit(mask, layers, args.how)))
-            cell[kind] = {metric: each - unmasked[metric]
-                          for metric, each in analyze.stacked(scores).items()}
+                after = unmasked if not edit else experiment.cell(
+                    language, f"{band}-{name}-{target}", settings, **{EDITS[args.how]: edit})
+                scores.append(after[metric])
+            cell[kind] = masks, np.array(scores) - unmasked[metric]
+        results.setdefault(band, {})[target, language] = cell
     return results
 
 
@@ -181,43 +176,42 @@ def is_hurt(masked, random, matched, sign):
     return bool(worst and all(sign * bound < 0 for bound in interval(masked - random)))
 
 
-def control_rows(language, masks, changes, share, metric):
+def control_rows(language, cell, share, metric):
     """A language's masked, random and matched experts: how many they are, what part of its routing
     weight goes, the mean change, its 95 % interval over problems or, of draws, the least and the
-    most; and the verdict. masks and changes: {kind: (masks, layers, experts), (masks, examples)}
+    most; and the verdict. cell: {kind: (masks, changes)}
     """
-    rows, (masked,) = [], masks["masked"]
-    for kind, change in changes.items():
-        removed, means = part_removed(masks[kind], share, masked), np.nanmean(change, 1)
-        low, high = interval(*change) if kind == "masked" else (means.min(), means.max())
-        rows.append({"own": language, "": kind, "experts": f"{masks[kind].sum() / len(means):.1f}",
+    rows, (masked,) = [], cell["masked"][0]
+    for kind, (masks, changes) in cell.items():
+        removed, means = part_removed(masks, share, masked), np.nanmean(changes, 1)
+        low, high = interval(changes) if kind == "masked" else (means.min(), means.max())
+        rows.append({"own": language, "": kind, "experts": f"{masks.sum() / len(masks):.1f}",
                      "weight": removed.mean(), "change": means.mean(), "low": low, "high": high,
                      "verdict": ""})
     rows[0]["verdict"] = "none: too few other sets"
-    if "random" in changes:
-        hurt = is_hurt(*changes["masked"], changes["random"], changes["matched"],
-                       common.better(metric))
+    if "random" in cell:
+        hurt = is_hurt(*(changes for _, changes in cell.values()), common.better(metric))
         rows[0]["verdict"] = "hurt" if hurt else "not hurt"
     if removed.min() < 0.9 * rows[0]["weight"]:  # of the matched ones, which come last
         rows[-1]["verdict"] = "others do not carry as much"
     return rows
 
 
-def selectivity_rows(cells, plan, band, shares, tokens):
+def selectivity_rows(cells, shares, tokens):
     """What a mask does to its own language less what it does to the mean of the others, problem by
     problem, with the 95 % interval; likelihoods in nats per problem, since tokens differ. Beside it
     the routing weight that goes from its own language and, on average, from the others.
 
-    cells as in effect_tables, tokens of each language's problems. Nothing without as many problems
-    in every language.
+    cells of a band as of run_cells, tokens of each language's problems. Nothing without as many
+    problems in every language.
     """
     rows, share = [], np.array(list(shares.values()))
     if len(set(map(len, tokens))) > 1 or len(tokens) < 2:
         return rows
     for target in [target for target, language in cells if target == language]:
-        masked, = plan[band, target, target]["masked"]
-        own, removed = np.array(list(shares)) == target, part_removed(masked, share, masked)
-        change = np.array(tokens) * [cells[target, language]["masked"][0] for language in shares]
+        masks, _ = cells[target, target]["masked"]
+        own, removed = np.array(list(shares)) == target, part_removed(masks, share, masks[0])
+        change = np.array(tokens) * [cells[target, language]["masked"][1][0] for language in shares]
         difference = change[own][0] - change[~own].mean(0)
         low, high = interval(difference)
         rows.append({"own": target, "own - others": np.nanmean(difference), "low": low,
@@ -243,11 +237,9 @@ def run_each(experiment, shares, rows, layers):
     metric, effect = args.metrics[0], np.full(used.shape, np.nan)
     print(f"{np.count_nonzero(used[:, rows])} evaluations")
     for i, row, expert in tqdm(np.argwhere(used).tolist(), leave=False):
-        mask = np.zeros(used.shape[1:], bool)
-        mask[row, expert] = True
         settings = {"layer": int(layers[row]), "expert": expert, "how": args.how}
-        after = experiment.cell(languages[i], "each", settings, rows[row],
-                                **as_edit(mask, layers, args.how))
+        edit = {EDITS[args.how]: {settings["layer"]: np.arange(used.shape[2]) == expert}}
+        after = experiment.cell(languages[i], "each", settings, rows[row], **edit)
         if after:
             change = after[metric] - experiment.cell(languages[i])[metric]
             effect[i, row, expert] = np.nanmean(change)
@@ -276,28 +268,26 @@ def parse_arguments():
     return args
 
 
-def effect_tables(experiment, plan, results, bands, layers, shares):
-    """[(title, rows)] of every metric and band of run_cells' results."""
+def effect_tables(experiment, plan, bands, layers, shares):
+    """[(title, rows)] of every metric and band of the plan, which is run."""
     tables, tasks = [], experiment.tasks
-    for metric, band in itertools.product(next(iter(results.values()))["masked"], bands):
-        # {(target, language): {kind: changes (masks, examples)}}
-        cells = {key[1:]: {kind: changes[metric] for kind, changes in cell.items()}
-                 for key, cell in results.items() if key[0] == band}
-        changes = [{"": language, "unmasked": np.nanmean(experiment.cell(language)[metric])}
-                   | {target: np.nanmean(cell["masked"]) for (target, each), cell in cells.items()
-                      if each == language} for language in tasks]
-        controls = [control_rows(language, plan[band, target, language], cell, shares[language],
-                                 metric)
-                    for (target, language), cell in cells.items() if len(cell) > 1]
+    for metric in experiment.cell(next(iter(tasks))):
         tokens = [[scored_tokens(example, metric) for example in encoded]
                   for encoded in tasks.values()]
-        tables += [
-            (f"\n{band} (layers {analyze.describe(layers[bands[band]])})  {metric}: change when "
-             "experts are masked, of", changes),
-            ("in the target's own language; low, high: 95 % interval, or the least and most draw",
-             sum(controls, [])),
-            ("selective? the change in the own language less that in the others, per problem",
-             selectivity_rows(cells, plan, band, shares, tokens))]
+        for band, cells in run_cells(experiment, plan, metric, bands, layers).items():
+            where = analyze.describe(layers[bands[band]])
+            changes = [{"": language, "unmasked": np.nanmean(experiment.cell(language)[metric])}
+                       | {target: np.nanmean(cell["masked"][1])
+                          for (target, each), cell in cells.items() if each == language}
+                       for language in tasks]
+            controls = [control_rows(language, cell, shares[language], metric)
+                        for (_, language), cell in cells.items() if len(cell) > 1]
+            tables += [
+                (f"\n{band} (layers {where})  {metric}: change by masking experts of", changes),
+                ("in the target's own language; low, high: 95 % interval, or the least and most "
+                 "draw", sum(controls, [])),
+                ("selective? the change in the own language less that in the others, per problem",
+                 selectivity_rows(cells, shares, tokens))]
     return tables
 
 
@@ -320,8 +310,7 @@ def main():
                                 "--targets")
     print(f"{args.model}  {len(masks)} cells ", args.selection or f"{args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-    results = run_cells(experiment, plan, bands, layers)
-    tables = effect_tables(experiment, plan, results, bands, layers, shares)
+    tables = effect_tables(experiment, plan, bands, layers, shares)
     analyze.print_tables(tables)
     verdicts = [row.get("verdict") for _, rows in tables for row in rows]
     hurt, draws = verdicts.count("hurt"), args.control_seeds

@@ -1353,6 +1353,7 @@ def parse_arguments():
     add("--top", 0, "instead, so many of the largest differences, of either sign")
     add("--selection", "selection.json", "(default: %(default)s)")
     args = p.parse_args()
+    require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
     if args.figures:
         os.makedirs(args.figures, exist_ok=True)
         with explained("--figures needs matplotlib; run: pip install matplotlib"):

@@ -20,7 +20,6 @@ goes on where it stopped. In a notebook, with model, tokenizer = common.load_mod
     with steer(model, steering_coefficients(dumps, ["en", "zh"]), 0.5): model.generate(**batch)
 """
 
-import functools
 import itertools
 import math
 
@@ -64,9 +63,11 @@ def steering_coefficients(dumps, sources, band=None, experts_per_language=EXPERT
     return in_band(np.where(shared, share[0], 0), dumps[0]["layers"], band)
 
 
-def in_band(coefficients, layers, band=None):
-    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any."""
-    first, last = (part * len(layers) for part in PAPER_BAND)
+def in_band(coefficients, layers, band, part=PAPER_BAND):
+    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any;
+    without a band, of a part of the depth.
+    """
+    first, last = (edge * len(layers) for edge in part)
     band = band or f"{layers[int(first)]}-{layers[math.ceil(last) - 1]}"
     rows = analyze.parse_bands([band], layers)[band] & coefficients.any(1)
     common.require(rows.any(), f"no expert to boost in the layers {band}; give another --band, or "
@@ -81,8 +82,8 @@ def choose_coefficients(args, dumps, sources, band):
     if not args.selection:
         return steering_coefficients(dumps, sources, band, args.experts_per_language,
                                      args.threshold)
-    layers, selection = dumps[0]["layers"], analyze.load_selection(args.selection, dumps[0])
-    return in_band(np.sign(selection), layers, band or f"{layers[0]}-{layers[-1]}")
+    selection = analyze.load_selection(args.selection, dumps[0])
+    return in_band(np.sign(selection), dumps[0]["layers"], band, part=(0, 1))
 
 
 def random_coefficients(coefficients, seed):
@@ -100,15 +101,15 @@ def steer(model, coefficients, strength, rule=RULE, **options):
     return common.edit_routing(model, boosts=scaled(coefficients, strength), rule=rule, **options)
 
 
-def moved_selections(model, sequences, coefficients, strength, rule=RULE,
-                     batch_tokens=BATCH_TOKENS):
+def moved_selections(experiment, sequences, coefficients, strength):
     """(steered layers,): the part of the sequences' expert selections that steering changes there.
 
     Against the same model unsteered: what reaches a layer has been steered below it, too.
     """
-    before = record(model, sequences, batch_tokens)[1]["selected_experts"]
-    with steer(model, coefficients, strength, rule, count_moved=False):
-        after = record(model, sequences, batch_tokens)[1]["selected_experts"]
+    args, model = experiment.args, experiment.engine or experiment.model
+    before = record(model, sequences, args.batch_tokens)[1]["selected_experts"]
+    with steer(model, coefficients, strength, args.rule, count_moved=False):
+        after = record(model, sequences, args.batch_tokens)[1]["selected_experts"]
     steered = [layer in coefficients for layer in common.routing_shape(model)]
     return common.newly_selected(before, after)[:, steered].mean((0, 2))
 
@@ -121,7 +122,7 @@ def lambda_gains(scores, lambdas, metric):
     """
     step = min(len(lambdas), 2)
     return {strength: common.better(metric) * np.mean([
-        np.nanmean((each[metric][arm] - each[metric][0])[::step]) for each in scores.values()])
+        np.nanmean((each[arm] - each[0])[::step]) for each in scores.values()])
         for arm, strength in enumerate(lambdas, 1)}
 
 
@@ -146,43 +147,44 @@ def effect_rows(metric, scores, part=slice(None)):
     problems would show (p < .05) in four of five cases.
     """
     # (before, after and draws; languages; examples)
-    cells = {language: each[metric][:, None, part] for language, each in scores.items()}
+    cells = {language: each[:, None, part] for language, each in scores.items()}
     if len({cell.shape for cell in cells.values()}) == 1 < len(cells):
         cells["together"] = np.concatenate(list(cells.values()), 1)
     rows = []
     for name, cell in cells.items():
-        before, after, *draws = cell.mean(1)
-        difference, changes = after - before, [np.nanmean(draw - before) for draw in draws]
+        before, after, *_ = problems = cell.mean(1)
+        difference, answers = after - before, cell[1] - cell[0]
+        change, *draws = np.nanmean(problems[1:] - before, 1)
         n, spread = np.isfinite(difference).sum(), np.nanstd(difference)
         low, high = common.bootstrap_interval(difference)
-        counts = {}
-        if metric in common.RIGHT_OR_WRONG:
-            counts = {"fixed": (cell[1] > cell[0]).sum(), "broken": (cell[1] < cell[0]).sum(),
-                      "p": sign_flip_p(difference)}
-            if (cell[0] == cell[1]).all():  # the rule of three
-                low, high, spread = -min(1, 3 / n), min(1, 3 / n), np.sqrt(3 / n)
+        if metric in common.RIGHT_OR_WRONG and not answers.any():  # the rule of three
+            low, high, spread = -min(1, 3 / n), min(1, 3 / n), np.sqrt(3 / n)
         row = {"": name, "before": np.nanmean(before), "after": np.nanmean(after),
-               "change": np.nanmean(difference), "low": low, "high": high}
+               "change": change, "low": low, "high": high}
         if draws:
-            row |= {"random": np.mean(changes), "least": min(changes), "most": max(changes)}
-        rows.append(row | counts | {"seen": 2.8 * spread / np.sqrt(n)})
+            row |= {"random": np.mean(draws), "least": min(draws), "most": max(draws)}
+        if metric in common.RIGHT_OR_WRONG:
+            row |= {"fixed": (answers > 0).sum(), "broken": (answers < 0).sum(),
+                    "p": sign_flip_p(difference)}
+        rows.append(row | {"seen": 2.8 * spread / np.sqrt(n)})
     return rows
 
 
-def run_arms(experiment, group, arms):
-    """{language: {metric: scores (1 + arms, examples)}}: unsteered, then under each arm, a name,
-    lambda and coefficients.
+def run_arms(experiment, group, arms, lambdas, metric):
+    """{language: scores (1 + arms * lambdas, examples)}: unsteered, then under each arm, (name,
+    coefficients), times each lambda.
     """
     args, scores = experiment.args, {}
     for language in group["languages"]:
         cells = [experiment.cell(language)]
-        for name, strength, coefficients in tqdm(arms, desc=language, leave=False):
+        steered = list(itertools.product(arms, lambdas))
+        for (name, coefficients), strength in tqdm(steered, desc=language, leave=False):
             settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
                         "sources": group["sources"], "band": sorted(coefficients),
                         "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
             cells.append(experiment.cell(language, f"{name}-lambda{strength}", settings,
                                          boosts=scaled(coefficients, strength), rule=args.rule))
-        scores[language] = analyze.stacked(cells)
+        scores[language] = np.array([cell[metric] for cell in cells])
     return scores
 
 
@@ -205,8 +207,8 @@ def parse_arguments():
 
 def prepare(args):
     """(experiment, groups), checked before weights are read. A group: its sources, the languages
-    that it is evaluated in, and its arms, (name, {decoder layer: (num_experts,)}): what is steered,
-    the random draws, and the control bands.
+    that it is evaluated in, and its arms, (name, {decoder layer: (num_experts,)}), in lists of what
+    is compared: what is steered with the random draws, and each control band.
     """
     dumps, groups = analyze.load_languages(args.routing, args.part), []
     args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
@@ -215,10 +217,10 @@ def prepare(args):
                                           or dump["language"] in sum(args.sources, [])])
     for sources in args.sources:
         boosted = choose_coefficients(args, dumps, sources, args.band)
-        arms = [("selection" if args.selection else "shared", boosted)]
-        arms += [(f"random-seed{seed}", random_coefficients(boosted, seed))
-                 for seed in range(args.control_seeds)]
-        arms += [(f"band{band}", choose_coefficients(args, dumps, sources, band))
+        arms = [[("selection" if args.selection else "shared", boosted)]]
+        arms[0] += [(f"random-seed{seed}", random_coefficients(boosted, seed))
+                    for seed in range(args.control_seeds)]
+        arms += [[(f"band{band}", choose_coefficients(args, dumps, sources, band))]
                  for band in args.control_bands]
         # the sources give; unless named, only other languages are evaluated
         own = [] if args.languages and len(args.sources) == 1 else sources
@@ -231,49 +233,39 @@ def prepare(args):
 
 
 def choose_lambda(experiment, group):
-    """(the best of the lambdas that move any selection, the examples to report it on, lines): of
-    several, it is chosen on the even ones. The lines say what they move, and random draws do.
+    """(the best of the lambdas that move any selection, the examples to report it on, a table): of
+    several, it is chosen on the even ones. The table says what they move, and random draws do.
     """
-    args, metric = experiment.args, experiment.args.metrics[0]
-    (kind, boosted), *draws = group["arms"][:1 + args.control_seeds]
+    metric, ((_, boosted), *draws) = experiment.args.metrics[0], group["arms"][0]
     prompts = [e["ids"] for language in group["languages"]
                for e in experiment.tasks[language][:20]]
-    move = functools.partial(moved_selections, experiment.engine or experiment.model, prompts,
-                             rule=args.rule, batch_tokens=args.batch_tokens)
-    moved = {strength: move(boosted, strength) for strength in args.lambdas}
-    lines = [f"lambda {strength}: selections moved (%), by layer  "
-             + "  ".join(f"{layer}: {100 * part:.1f}" for layer, part in zip(boosted, parts))
-             + "  left out: it moves none" * (not parts.any())
-             for strength, parts in moved.items()]
+    moved = {strength: moved_selections(experiment, prompts, boosted, strength)
+             for strength in experiment.args.lambdas}
     lambdas = [strength for strength in moved if moved[strength].any()]
     common.require(lambdas, "no lambda moves any selection; take larger ones")
-    scores = run_arms(experiment, group, [(kind, strength, boosted) for strength in lambdas])
+    scores = run_arms(experiment, group, group["arms"][0][:1], lambdas, metric)
     gains = lambda_gains(scores, lambdas, metric)
-    best = max(gains, key=gains.get)
-    shared, others = moved[best].mean(), [move(drawn, best).mean() for _, drawn in draws]
-    lines.append(f"selections moved: {shared:.2%}; by random draws {np.mean(others):.2%} "
-                 f"({min(others):.2%} to {max(others):.2%})"
-                 + "; less than half as much: no fair control" * bool(np.mean(others) < shared / 2))
-    if len(lambdas) == 1:
-        return best, slice(None), lines
-    lines.append(f"\nchosen on the even examples: lambda {best}; reported on the odd ones (mean "
-                 f"gain of {metric}: {', '.join(f'{l} {gain:+.4f}' for l, gain in gains.items())})")
-    return best, slice(1, None, 2), lines
+    best, step = max(gains, key=gains.get), min(len(lambdas), 2)
+    drawn = {name: moved_selections(experiment, prompts, each, best) for name, each in draws}
+    chosen = ", chosen on the even examples, reported on the odd ones" * (step - 1)
+    title = f"lambda {best}{chosen}; gain of {metric}, selections moved (%), and by layer"
+    if np.mean(list(drawn.values())) < moved[best].mean() / 2:
+        title += "\nrandom draws move less than half as much: no fair control"
+    rows = [{"": str(each), "gain": f"{gains.get(each, np.nan):.4f}", "moved": 100 * parts.mean()}
+            | dict(zip(boosted, 100 * parts)) for each, parts in (moved | drawn).items()]
+    return best, slice(step - 1, None, step), (title, rows)
 
 
 def effect_tables(experiment, group, best, part):
     """{metric: [(title, rows)]}: steered by the best lambda beside random draws, on a part of the
     examples, and then each control band.
     """
-    arms, tables = [(name, best, each) for name, each in group["arms"]], {}
-    draws = 1 + experiment.args.control_seeds
-    compared = [(f"lambda {best}, beside random experts; seen: the smallest change that would be",
-                 arms[:draws]), *((f"control {arm[0]}", [arm]) for arm in arms[draws:])]
-    for title, each in compared:
-        scores = run_arms(experiment, group, each)
-        for metric in scores[group["languages"][0]]:
-            tables.setdefault(metric, []).append(
-                (f"\n{metric}, {title}", effect_rows(metric, scores, part)))
+    tables, note = {}, ", beside random experts; seen: the smallest change that would be"
+    for metric in experiment.cell(group["languages"][0]):
+        tables[metric] = [
+            (f"\n{metric}, lambda {best}, {arms[0][0]}{note * (len(arms) > 1)}", effect_rows(
+                metric, run_arms(experiment, group, arms, [best], metric), part))
+            for arms in group["arms"]]
     return tables
 
 
@@ -294,38 +286,36 @@ def related_test(gains, sources, languages, rng):
 
 
 def group_tables(groups, effects):
-    """[(title, rows)] for each metric: the gain of each target by group of sources, and whether
+    """(title, rows), for each metric: the gain of each target by group of sources, and whether
     languages related to the sources gain more. effects: effect_tables of each group.
     """
-    names, found = [",".join(group["sources"]) for group in groups], []
+    names = [",".join(group["sources"]) for group in groups]
     sources = [group["sources"][0] for group in groups]
     languages = list(dict.fromkeys(sum([*(group["languages"] for group in groups), sources], [])))
     for metric in effects[0]:
         changes = [{row[""]: row["change"] for row in tables[metric][0][1]} for tables in effects]
         gains = common.better(metric) * np.array([[change.get(l, np.nan) for l in languages]
                                                   for change in changes])
-        found.append((f"gain of each language in {metric}, by the sources of steering",
-                      [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)
-                       if not np.isnan(row).all()]))
+        yield (f"gain of each language in {metric}, by the sources of steering",
+               [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)
+                if not np.isnan(row).all()])
         related, others, p, least = related_test(gains, sources, languages,
                                                  np.random.default_rng(0))
-        found.append((f"languages of the first source's family gain {related - others:+.4f} more, "
-                      f"p {p:.3f} (at best {least:.3f} with these languages)\n", []))
-    return found
+        yield (f"languages of the first source's family gain {related - others:+.4f} more, "
+               f"p {p:.3f} (at best {least:.3f} with these languages)\n", [])
 
 
 def main():
     args = parse_arguments()
     (experiment, groups), effects = prepare(args), []
     for group in groups:
-        number = sum(map(np.count_nonzero, group["arms"][0][1].values()))
+        number = sum(map(np.count_nonzero, group["arms"][0][0][1].values()))
         print(f"{args.model}  {number} experts  "
               f"rule {args.rule} ", args.selection or f"shared by {','.join(group['sources'])}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-        best, part, lines = choose_lambda(experiment, group)
-        print(*lines, sep="\n")
+        best, part, table = choose_lambda(experiment, group)
         effects.append(effect_tables(experiment, group, best, part))
-        analyze.print_tables(sum(effects[-1].values(), []))
+        analyze.print_tables([table, *sum(effects[-1].values(), [])])
         print()
     if len(groups) > 1:
         analyze.print_tables(group_tables(groups, effects))
