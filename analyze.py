@@ -1326,8 +1326,7 @@ def parse_arguments():
 
     group = p.add_argument_group("what is compared")
     add("dumps", DUMPS, "path, or label=path (default: those of routing/)", nargs="*")
-    add("--bands", None, "decoder layers, as middle=22-26 (default: first, middle and last tenth)",
-        nargs="+")
+    add("--bands", None, "layers, as middle=22-26 (default: first, middle, last tenth)", nargs="+")
     add("--experts-per-language", EXPERTS_PER_LANGUAGE,
         "the most frequent: a number, or a part below 1 (default: %(default).3g)")
     add("--threshold", THRESHOLD, "exclusive above it (%(default)s)")

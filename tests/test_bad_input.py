@@ -178,7 +178,7 @@ def test_a_prompt_longer_than_the_models_positions_is_cut_and_reported(
         place, monkeypatch, capsys, tmp_path):
     assert not in_process(monkeypatch, "capture.py", "--data", place / "long.txt",
                           "--max-length", 99999, "--out", tmp_path)
-    assert "long.npz  1 were cut; see --max-length" in capsys.readouterr().out
+    assert "1 sequences were cut at 2048 tokens" in capsys.readouterr().out
     with np.load(tmp_path / "long.npz", allow_pickle=False) as file:  # a corpus of one sequence
         assert file["sequence_offsets"].tolist() == [0, 2048]
     assert not in_process(monkeypatch, "analyze.py", tmp_path / "long.npz",

@@ -496,7 +496,7 @@ def test_a_digest_tells_counts_apart(tmp_path):
     (["--bootstrap", "1"], "--bootstrap takes 2 draws or more"),
     (["--scores", "none.json"], "No such file"),
     (["--scores", "README.md"], "README.md is not a JSON object"),
-    (["--figures", "README.md"], "File exists: .README.md"),
+    (["--figures", "README.md"], "README.md is a file; --figures takes a folder"),
     (["--top", "3"], "--top takes a number above 0, and --contrast A B"),
     (["--families", "none.tsv"], "none.tsv not found"),
     (["--parallel", "--part", "prompt"], "leave out --part"),
