@@ -251,7 +251,8 @@ def choose_lambda(experiment, group):
     title = f"lambda {best}{chosen}; gain of {metric}, selections moved (%), and by layer"
     if np.mean(list(drawn.values())) < moved[best].mean() / 2:
         title += "\nrandom draws move less than half as much: no fair control"
-    rows = [{"": str(each), "gain": f"{gains.get(each, np.nan):.4f}", "moved": 100 * parts.mean()}
+    gains = dict.fromkeys(moved, "left out") | {l: f"{gain:.4f}" for l, gain in gains.items()}
+    rows = [{"": str(each), "gain": gains.get(each, ""), "moved": 100 * parts.mean()}
             | dict(zip(boosted, 100 * parts)) for each, parts in (moved | drawn).items()]
     return best, slice(step - 1, None, step), (title, rows)
 

@@ -828,7 +828,7 @@ def test_groups_of_sources_are_steered_each_for_itself_and_compared(dumps, tmp_p
 def test_a_lambda_that_moves_no_selection_is_left_out(dumps, tmp_path):
     printed = run(steer, "--routing", *dumps, "--languages", "sw", "--limit", 4, "--lambda", 1e-9, 0.5,
                   "--control-seeds", 2, "--metrics", "prompt_nll", "--out", tmp_path / "r.jsonl")
-    assert re.search(r"\n1e-09 +nan( +0\.000)+\n0\.5 +\S+[^n]+\nrandom-seed0 +nan .*[1-9]", printed)
+    assert re.search(r"\n1e-09 +left out( +0\.000)+\n0\.5 +\S+[^n]+\nrandom-seed0 .*[1-9]", printed)
     assert {r["settings"].get("lambda") for r in rows_of(tmp_path / "r.jsonl")} == {None, 0.5}
 
 
