@@ -311,13 +311,15 @@ def main():
     print(f"{args.model}  {len(masks)} cells ", args.selection or f"{args.experts} experts  "
           f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
     tables = effect_tables(experiment, plan, bands, layers, shares)
-    analyze.print_tables(tables)
+    analyze.print_tables((title, rows) for title, rows in tables if rows)
     verdicts = [row.get("verdict") for _, rows in tables for row in rows]
     hurt, draws = verdicts.count("hurt"), args.control_seeds
     number = hurt + verdicts.count("not hurt")
     print(f"\nhurt: worse than all {draws} random draws and all {MATCHED_SEEDS} matched ones, and "
           f"by an interval\nover problems and draws. {hurt} of {number} rows are hurt; "
           f"chance would give up to {number / (draws + 1):.1f}")
+    if set(verdicts) == {None}:
+        print("no controls: no evaluated language is a target; label=path renames a dump")
     common.print_end(experiment)
 
 

@@ -302,7 +302,8 @@ def group_tables(groups, effects):
                 if not np.isnan(row).all()])
         related, others, p, least = related_test(gains, sources, languages,
                                                  np.random.default_rng(0))
-        yield (f"languages of the first source's family gain {related - others:+.4f} more, "
+        yield ("whether related languages gain more cannot be tested with these" if np.isnan(p) else
+               f"languages of the first source's family gain {related - others:+.4f} more, "
                f"p {p:.3f} (at best {least:.3f} with these languages)\n", [])
 
 
