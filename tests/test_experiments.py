@@ -812,8 +812,8 @@ def test_sources_are_not_evaluated_unless_they_are_named(dumps, tmp_path):
 
 def test_groups_of_sources_are_steered_each_for_itself_and_compared(dumps, tmp_path):
     out = tmp_path / "r.jsonl"
-    printed = run(steer, "--routing", *dumps, "--sources", "en,zh", "zh,en", "--languages", "sw,en,zh",
-                  "--lambda", 0.5, "--limit", 4, "--control-seeds", 1, "--metrics", "prompt_nll",
+    printed = run(steer, "--routing", *dumps, "--sources", "en,zh", "zh,en", "--languages",
+                  "sw,en,zh,de", "--lambda", 0.5, "--limit", 4, "--control-seeds", 1, "--metrics", "prompt_nll",
                   "--out", out)
     table = lines_of(printed, "gain of each language in prompt_nll")
     scores = {(r["cell"], r["settings"]["language"], *r["settings"].get("sources", [])): np.mean(
@@ -821,8 +821,16 @@ def test_groups_of_sources_are_steered_each_for_itself_and_compared(dumps, tmp_p
     assert table["sw"][0] == pytest.approx(  # less nats are a gain
         [scores["baseline", "sw"] - scores["shared-lambda0.5", "sw", *group]
          for group in (("en", "zh"), ("zh", "en"))], abs=6e-4)
-    assert re.search(r"first source's family gain (\S+) more, p (\S+) \(at best", printed)
+    # of the pairs of first source and language en-de alone is related
+    assert re.search(r"first source's family gain [-+.\d]+ more, p [.\d]+ \(at best", printed)
     assert not any(key[1] in key[2:] for key in scores)  # sources are not evaluated in their group
+
+
+def test_that_no_pair_is_related_is_said():
+    groups = [{"sources": sources, "languages": ["sw"]} for sources in (["en", "zh"], ["zh", "en"])]
+    effects = [{"prompt_nll": [("", [{"": "sw", "change": change}])]} for change in (0.1, 0.2)]
+    _, (text, _) = steer.group_tables(groups, effects)
+    assert "cannot be tested" in text
 
 
 def test_a_lambda_that_moves_no_selection_is_left_out(dumps, tmp_path):
