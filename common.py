@@ -990,6 +990,7 @@ def load_rows(path):
     """{settings as JSON: row} of a results file, but for a last line that a kill cut short.
     InputError if the file is something else.
     """
+    require(path, "--out is empty; give a file")
     with explained(f"{path} is not a results file; move it away or give another --out"):
         content = Path(path).read_bytes() if os.path.exists(path) else b""
         *lines, rest = content.split(b"\n")

@@ -103,6 +103,7 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "unsafe label": ("capture", "--languages ../en", "'../en' cannot name a file: .* letters"),
     "no dtype": ("capture", "--dtype float7 --out {}/o", "'float7' is not a dtype; give auto"),
     "a file for a folder": ("capture", "--out {}/empty.txt", "is a file; --out takes a folder"),
+    "no name": ("ablate", ABLATE + "--out=", "--out is empty; give a file"),
     "unwritable": ("capture", "--out /proc/here", r"\[Errno .*/proc/here"),
     "no npz": ("analyze", "{}/text.npz", "text.npz is not a whole routing dump; give"),
     "pickles": ("analyze", "{}/pickle.npz", "pickle.npz is not a whole routing dump; give"),
