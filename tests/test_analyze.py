@@ -90,7 +90,7 @@ def test_a_band_counts_decoder_layers_and_skips_dense_ones():
     assert parse_bands(["a=0-2", "3-5"], layers)["3-5"].tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("band", ["a=3-4", "a=5-2", "a=5-7", "a=3", "a=x-y"])
+@pytest.mark.parametrize("band", ["a=3-4", "a=5-2", "a=5-7", "a=3", "a=x-y", "a=0-1,b=4-5"])
 def test_a_band_without_layers_is_refused(band):
     with pytest.raises(InputError, match=r"band 'a="):
         parse_bands([band], np.array([1, 2, 5, 6]))
