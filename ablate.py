@@ -260,6 +260,7 @@ def parse_arguments():
         "selection)", nargs="+")
     args = p.parse_args()
     if args.selection:
+        common.require(args.experts == "exclusive", "leave out --experts: --selection names them")
         args.experts = "selection"
     common.require(args.experts != "each" or args.bands, "--experts each takes long; say in which "
                    "--bands")

@@ -46,7 +46,7 @@ PERMUTATIONS = 10_000  # of labels or scores, at random; up to 8 languages, all 
 # ------------------------------------------------------------------------------------------------
 PARTS = "all prompt response text".split()  # of a sequence
 ONE_MODEL = "num_experts top_k layers revision".split()  # in which dumps must agree
-MADE_WITH = "dtype chat_template tokenizer max_length".split()  # in which dumps should agree
+MADE_WITH = "dtype chat_template tokenizer max_length limit".split()  # in which dumps should agree
 ADD_UP = "counts weights null_counts num_tokens path digest data_sha256".split()  # of shards
 MEASURES = "similarity divergence jaccard cosine".split()  # of two languages: pair_measures
 SUMMARIZED = ("entropy mean_entropy mean_reliance num_exclusive num_only num_shared "
@@ -334,7 +334,7 @@ def add_shards(dumps):
     """The dumps of one language as one: a whole, or all shards of it, in order."""
     shards = {dump.get("shard", "1/1"): dump for dump in dumps}
     names = [f"{i + 1}/{len(dumps)}" for i in range(len(dumps))]
-    same = ("data_sha256", "limit", "null_router", *MADE_WITH)
+    same = ("data_sha256", "null_router", *MADE_WITH)
     made = {str([dump.get(key) for key in same]) for dump in dumps}
     require(shards.keys() == set(names) and len(made) == 1,
             f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} "
@@ -1352,16 +1352,24 @@ def parse_arguments():
     add("--top", 0, "instead, so many of the largest differences, of either sign")
     add("--selection", "selection.json", "(default: %(default)s)")
     args = p.parse_args()
+    check_arguments(args, {key for key in vars(args) if getattr(args, key) != p.get_default(key)})
+    return args
+
+
+def check_arguments(args, given):
+    """InputError if flags, of which some are given, have no effect or cannot be."""
+    contrast = {"contrast", "tau", "top", "selection"}
+    idle = (given - contrast - {"part"} if args.contrast else
+            given - {"agreement", "part"} if args.agreement else given & contrast)
+    require(not idle, f"{', '.join(sorted(idle))} without effect here; --contrast A B takes --tau, "
+                      "--top, --selection and --part, --agreement A B --part")
     require(not os.path.isfile(args.figures), f"{args.figures} is a file; --figures takes a folder")
     if args.figures:
         os.makedirs(args.figures, exist_ok=True)
         with explained("--figures needs matplotlib; run: pip install matplotlib"):
             import matplotlib.figure  # only to see that it is there
-    require(args.seed >= 0 and args.bootstrap >= 0 and args.bootstrap != 1,
-            "--bootstrap takes 2 draws or more, --seed a number from 0 on")
-    require(args.top == 0 or args.top > 0 and args.contrast,
-            "--top takes a number above 0, and --contrast A B")
-    return args
+    require(args.seed >= 0 and args.top >= 0 and args.bootstrap >= 0 and args.bootstrap != 1,
+            "--bootstrap takes 2 draws or more, --seed and --top a number from 0 on")
 
 
 def main():

@@ -275,8 +275,8 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
     args = p.parse_args()
     require(not os.path.isfile(args.out), f"{args.out} is a file; --out takes a folder")
-    require(not (args.tokens and (args.limit or args.instruction)),
-            "--tokens runs dumps as they are, without --limit and --instruction")
+    require(not args.tokens or (args.data, args.limit, args.instruction) == (DATA, None, None),
+            "--tokens runs dumps as they are, without --data, --limit and --instruction")
     require(args.engine == "vllm" or not args.max_new_tokens,
             "--max-new-tokens needs --engine vllm")
     require(args.engine != "vllm" or not (args.stats_only or args.null_router),

@@ -197,11 +197,14 @@ def parse_arguments():
     add("--lambda", "strengths (default: %(default)s)", float, nargs="+", dest="lambdas")
     add("--rule", f"of {', '.join(common.RULES)} (default: %(default)s)", choices=common.RULES)
     args = p.parse_args()
+    common.require(not args.selection or args.sources == SOURCES,
+                   "leave out --sources: --selection names the experts")
     args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
     common.require(np.isfinite(args.lambdas).all(),
                    f"lambda must be a finite number, not {args.lambdas}")
-    common.require(args.selection or min(map(len, args.sources)) > 1, "--sources takes two or more "
-                   f"different languages, as {SOURCES[0]}, or several such groups")
+    common.require(args.selection or min(map(len, args.sources)) > 1
+                   and len(set(map(tuple, args.sources))) == len(args.sources), "--sources takes "
+                   f"two or more different languages, as {SOURCES[0]}, or several such groups")
     return args
 
 

@@ -409,7 +409,7 @@ def test_the_very_tokens_of_dumps_are_run_again(monkeypatch, capsys, tmp_path):
         np.savez(tmp_path / "broken.npz", **first | {key: value, "meta": meta})
         with pytest.raises(InputError, match="its sequences do not fit its tokens"):
             run(monkeypatch, capsys, "--tokens", tmp_path / "broken.npz", "--out", tmp_path / "c")
-    with pytest.raises(InputError, match="without --limit"):
+    with pytest.raises(InputError, match="without --data"):
         run(monkeypatch, capsys, "--tokens", tmp_path / "a/{lang}.npz", "--limit", 1)
 
 

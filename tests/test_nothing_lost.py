@@ -446,7 +446,8 @@ def test_shards_of_other_settings_do_not_add_up(tmp_path):
 def test_dumps_that_were_made_otherwise_are_compared_with_a_note(dumps, tmp_path):
     run(capture, "--languages", "sw", "--limit", 9, "--dtype", "bfloat16", "--out", tmp_path)
     printed = run(analyze, dumps[0], tmp_path / "sw.npz", "--out", tmp_path / "a.npz")
-    assert "note: the dumps were not made alike; dtype: bfloat16, float32" in printed
+    for other in ("dtype: bfloat16, float32", "limit: 60, 9"):
+        assert f"note: the dumps were not made alike; {other}" in printed
     assert "made alike" not in run(analyze, *dumps, "--out", tmp_path / "a.npz")
 
 
