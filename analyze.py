@@ -197,13 +197,13 @@ def load_routing(path, part="all"):
         layers = file.get("layers", np.arange(len(counts)))
         null_counts = file.get("null_counts", np.empty(0))
         require(len({*layers.tolist()}) == len(layers) == len(counts) and counts.min() >= 0
-                and np.isfinite(weights).all() and not np.any(null_counts < 0) and np.allclose(
-                    counts.sum(1), num_tokens * top_k, atol=0,
-                    rtol=0.05 if "inexact" in meta else 0), f"{path}: the counts and weights of "
-                f"{len(layers)} layers do not add up to {num_tokens} tokens * top_k {top_k}; "
-                "capture it again")
+                and weights.shape == counts.shape and np.isfinite(weights).all()
+                and null_counts.shape[1:] in ((), counts.shape) and not np.any(null_counts < 0)
+                and np.allclose(counts.sum(1), num_tokens * top_k, 0.05 * ("inexact" in meta), 0),
+                f"{path}: the counts and weights of {len(layers)} layers do not add up to "
+                f"{num_tokens} tokens * top_k {top_k}; capture it again")
         if "left_out" in file:
-            print(f"note: {path}: selections stand for weights;\nleft out {file['left_out']}")
+            print(f"note: {path}: no weights; left out {file['left_out']}", file=sys.stderr)
         language = label or meta.get("language")
         require(isinstance(language, str) and language,
                 f"{path}: language {language}; name it: de={path}")
@@ -896,19 +896,19 @@ def effects(path, result, dumps, rng):
 
     harm is how much worse it gets without the expert, nan where that was not tried.
     """
+    weight = distribution(np.stack([dump["weights"] for dump in dumps]))
+    share, exclusive = result["share"], result["exclusive"]
     with explained(f"{path} is not what ablate.py --experts each writes"):
         file = np.load(path, allow_pickle=False)
         meta, effect = json.loads(str(file["meta"])), dict(zip(file["languages"], file["effect"]))
         require(np.array_equal(file["layers"], result["layers"]) and dumps[0]["revision"] in (
             None, meta["revision"]), f"{path} is of another model than the dumps")
-    share, exclusive = result["share"], result["exclusive"]
-    harm = meta["harm"] * np.stack([effect.get(language, share[0] * np.nan)
-                                    for language in result["languages"]])
+        harm = meta["harm"] * np.stack([effect.get(language, share[0] * np.nan)
+                                        for language in result["languages"]])
+        columns = np.stack([harm, weight, share])
     tried = np.isfinite(harm)
     require(tried.any(), f"{path} is of other languages than the dumps: {', '.join(effect)}; "
                          "label=path renames a dump")
-    weight = distribution(np.stack([dump["weights"] for dump in dumps]))
-    columns = np.stack([harm, weight, share])
     correlation = [np.corrcoef(list(map(ranks, columns[:, k, each])))[0, 1:]
                    if each.any() else [np.nan, np.nan] for k, each in enumerate(tried)]
     layer_harm = mean_of_known(np.where([exclusive, ~exclusive], harm, np.nan), (1, 3))
@@ -1328,7 +1328,7 @@ def parse_arguments():
     add("dumps", DUMPS, "path, or label=path (default: those of routing/)", nargs="*")
     add("--bands", None, "layers, as middle=22-26 (default: first, middle, last tenth)", nargs="+")
     add("--experts-per-language", EXPERTS_PER_LANGUAGE,
-        "the most frequent: a number, or a part below 1 (default: %(default).3g)")
+        "the most frequent: a number, or a part below 1 (default: %(default).3g)", type=float)
     add("--threshold", THRESHOLD, "exclusive above it (%(default)s)")
     add("--part", "all", "count only these; text: the prompt without chat template and instruction",
         choices=PARTS)
@@ -1348,7 +1348,7 @@ def parse_arguments():
     group = p.add_argument_group("instead: of two dumps, A and B")
     add("--agreement", None, "do the same tokens go to the same experts?", nargs=2)
     add("--contrast", None, "experts that tell their tokens apart, and for these:", nargs=2)
-    add("--tau", TAU, "those that A selects more often by this (default: %(default)s)")
+    add("--tau", TAU, "those that A selects more often by this (default: %(default)s)", type=float)
     add("--top", 0, "instead, so many of the largest differences, of either sign")
     add("--selection", "selection.json", "(default: %(default)s)")
     args = p.parse_args()

@@ -198,6 +198,7 @@ def plan_dumps(args, config, tokenizer, shape):
     """[(columns of read_corpus, meta, path of the dump)] of those that are not there yet."""
     (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
     revision, tokenizer_hash = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
+    vocab_size = config.get_text_config().vocab_size
     longest = min(args.max_length, max_positions(config) - (args.engine == "vllm"))  # it adds one
     for language, data in find_data(args.tokens or args.data, args.languages).items():
         path = Path(args.out, f"{language}{f'.{index}of{parts}' * (parts > 1)}.npz")
@@ -219,6 +220,8 @@ def plan_dumps(args, config, tokenizer, shape):
         first, last = (len(corpus) * part // parts for part in (index - 1, index))
         require(first < last, f"{data}: fewer prompts than shards; lower N of --shard I/{parts}")
         corpus = corpus[first:last]
+        require(all(0 <= min(ids) <= max(ids) < vocab_size for ids, *_ in corpus),
+                f"{data}: not the tokens of this model, which are 0 to {vocab_size - 1}")
         meta["truncated"] = sum(len(ids) > longest for ids, *_ in corpus)
         if meta["truncated"]:
             print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "

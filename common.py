@@ -570,6 +570,7 @@ def rows_of(text, suffix):
         return [{"prompt": prompt, "answer": answer}]
     with explained("not JSON, which in .json has SQuAD's layout"):
         row = json.loads(text)
+        require(isinstance(row, dict), "no object, as {...}")
         if suffix == ".json":  # every question stands behind its paragraph
             return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
                      "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
@@ -588,14 +589,15 @@ def as_example(row):
     prompt = row.get("prompt") or row.get("question") or row.get("text")
     require(isinstance(prompt, str) and prompt.strip(),
             'an empty prompt, or no "prompt", "question" or "text" with a string')
-    example, answers = {"prompt": prompt}, row.get("answer")
-    example |= {key: str(row[key]) for key in ("instruction", "response") if row.get(key)}
+    more = {key: row[key] for key in ("instruction", "response") if row.get(key)}
+    answers = row.get("answer")
+    golds = answers if isinstance(answers, list) else [answers] * (answers is not None)
+    require(set(map(type, [*more.values(), *golds])) <= {str, int, float}, "an instruction, "
+            "response or answer is a text or a number; of answers there can be a list")
+    example = {"prompt": prompt} | {key: str(text) for key, text in more.items()}
     if answers is None:
         return example
-    answers = answers if isinstance(answers, list) else [answers]
-    require(set(map(type, answers)) <= {str, int, float},
-            "an answer is a text or a number, or a list of such")
-    answers = list(map(str, answers))
+    answers = list(map(str, golds))
     kind = row.get("kind") or answer_kind(*answers)
     require(kind in ("number", "span") or kind == "choice" and
             {*answers} <= {*string.ascii_uppercase},
@@ -1024,6 +1026,10 @@ def count(text):
     return int(text)
 
 
+def json_object(text):
+    return dict(json.loads(text))
+
+
 def flag_group(p, title):
     """add(flag, text, type or choices, ...): of choices the first is the default."""
     group = p.add_argument_group(title)
@@ -1059,8 +1065,7 @@ def argument_parser(description, **defaults):
     add("--dtype", "float32, ... (default: the checkpoint's)", default="auto")
     add("--device", "cuda, cpu, or auto: all GPUs (default: a GPU)")
     add("--engine", "vllm: responses, IDs", ("transformers", "vllm"))
-    add("--engine-options", "of vllm.LLM, as '{\"max_model_len\": 4096}'",
-        lambda text: dict(json.loads(text)), default={}, metavar="JSON")
+    add("--engine-options", "of vllm.LLM, as '{\"max_model_len\": 4096}'", json_object, default={})
     p.set_defaults(**defaults)
     return p
 
@@ -1092,6 +1097,7 @@ def task_parser(script):
 
 def evaluation_settings(args, config, tokenizer, shape):
     """What makes two evaluations of one file the same."""
+    require({*args.metrics} <= {*METRICS}, f"METRICS {args.metrics} are not some of {METRICS}")
     require(0 < args.temperature < np.inf if args.temperature else not (args.top_p or args.top_k),
             "--temperature takes a number above 0, or 0 for greedy; --top-p and --top-k-sampling "
             "need a --temperature above 0")

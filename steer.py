@@ -200,11 +200,12 @@ def parse_arguments():
     common.require(not args.selection or args.sources == SOURCES,
                    "leave out --sources: --selection names the experts")
     args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
+    args.lambdas = np.ravel(args.lambdas).tolist()  # of a constant that is one number, too
     common.require(np.isfinite(args.lambdas).all(),
                    f"lambda must be a finite number, not {args.lambdas}")
     common.require(args.selection or min(map(len, args.sources)) > 1
                    and len(set(map(tuple, args.sources))) == len(args.sources), "--sources takes "
-                   f"two or more different languages, as {SOURCES[0]}, or several such groups")
+                   "two or more different languages, as en,zh, or several such groups")
     return args
 
 

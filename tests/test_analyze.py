@@ -212,7 +212,8 @@ WHOLE = dict(counts=[[3, 2, 0, 1], [1, 1, 3, 1]], sequence_offsets=[0, 3], layer
 @pytest.mark.parametrize("change", [
     {"counts": [[3, 2, 0, 2], [1, 1, 3, 1]]}, {"counts": [[3, 3, -1, 1], [1, 1, 3, 1]]},
     {"layers": [0, 0]}, {"layers": [0]}, {"weight_sums": np.full((2, 4), np.nan)},
-    {"null_counts": [[[7, -1, 0, 0], [6, 0, 0, 0]]]}])
+    {"null_counts": [[[7, -1, 0, 0], [6, 0, 0, 0]]]}, {"null_counts": [[[6], [6]]]},
+    {"weight_sums": [[6], [6]]}])
 def test_a_dump_whose_figures_do_not_add_up_is_refused(tmp_path, change):
     assert load_routing(write(tmp_path / "a.npz", IDS, **WHOLE))["num_tokens"] == 3
     with pytest.raises(InputError, match="do not add up"):

@@ -65,6 +65,7 @@ def place(tmp_path_factory):
     (p / "latin.txt").write_bytes("Übung\n".encode("latin-1"))
     (p / "malformed.tsv").write_text("How many?\t3\nno answer here\n")
     (p / "blank.txt").write_text("one\n \ntwo\n")
+    (p / "list.jsonl").write_text('[{"prompt": "a"}]\n')
     (p / "long.txt").write_text("apples " * 3000 + "\n")
     dump(p / "en.npz", "en"), dump(p / "sw.npz", "sw"), dump(p / "one.npz", "one", tokens=1)
     dump(p / "wide.npz", "wide", num_experts=16), dump(p / "deep.npz", "deep", layers=3)
@@ -97,6 +98,7 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "malformed": ("capture", "--data {}/malformed.tsv", "malformed.tsv:2: no tab between"),
     "empty prompt": ("capture", "--data {}/blank.txt", "blank.txt:2: an empty prompt"),
     "unreadable": ("capture", "--data {}/one.npz", "cannot read '.npz'; give .tsv"),
+    "a list of prompts": ("capture", "--data {}/list.jsonl", r"list.jsonl:1: .*: no object, as {"),
     "no match": ("capture", "--data {}/{lang}.tsvx", "no file matches .*{lang} stands for"),
     "one file": ("capture", "--data {}/long.txt --languages en,sw", "put {lang} into --data"),
     "language twice": ("capture", "--languages en,en", "'en,en' names a file twice; .* once"),

@@ -409,6 +409,10 @@ def test_the_very_tokens_of_dumps_are_run_again(monkeypatch, capsys, tmp_path):
         np.savez(tmp_path / "broken.npz", **first | {key: value, "meta": meta})
         with pytest.raises(InputError, match="its sequences do not fit its tokens"):
             run(monkeypatch, capsys, "--tokens", tmp_path / "broken.npz", "--out", tmp_path / "c")
+    for ids in (first["token_ids"] + 99_999, -1 - first["token_ids"]):
+        np.savez(tmp_path / "other.npz", **first | {"token_ids": ids, "meta": meta})
+        with pytest.raises(InputError, match="other.npz: not the tokens of this model, .* 0 to "):
+            run(monkeypatch, capsys, "--tokens", tmp_path / "other.npz", "--out", tmp_path / "c")
     with pytest.raises(InputError, match="without --data"):
         run(monkeypatch, capsys, "--tokens", tmp_path / "a/{lang}.npz", "--limit", 1)
 

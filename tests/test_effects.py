@@ -59,7 +59,8 @@ def test_each_needs_bands_and_effects_need_the_same_model(each, tmp_path):
         arrays = dict(file)
     meta = json.loads(str(arrays["meta"])) | {"revision": "another"}
     np.savez(tmp_path / "other.npz", **arrays | {"meta": json.dumps(meta)})
-    for path in (tmp_path / "other.npz", dumps[0]):
+    np.savez(tmp_path / "fewer.npz", **arrays | {"effect": arrays["effect"][:, :, :31]})
+    for path in (tmp_path / "other.npz", tmp_path / "fewer.npz", dumps[0]):
         with pytest.raises(analyze.InputError, match="another model|is not what ablate.py"):
             run(analyze, *dumps, "--effects", path, "--out", tmp_path / "a.npz")
 

@@ -100,6 +100,19 @@ def test_experts_are_chosen_by_the_targets_shares(arguments, chosen):
     assert all((rows[0] == rows[1]).all() for rows in found.values())
 
 
+def test_a_constant_may_be_a_whole_number_or_a_single_one(monkeypatch):
+    for script in (analyze, ablate, steer):
+        monkeypatch.setattr(script, "EXPERTS_PER_LANGUAGE", 4)
+        assert parsed(script, "--experts-per-language", ".3").experts_per_language == 0.3
+    monkeypatch.setattr(analyze, "TAU", 0)
+    assert parsed(analyze, "--contrast", "A", "B", "--tau", "0.5").tau == 0.5
+    monkeypatch.setattr(steer, "LAMBDAS", 0.5)
+    assert parsed(steer).lambdas == [0.5]
+    monkeypatch.setattr(ablate, "METRICS", "prompt_nll")  # a text, and no list of one
+    with pytest.raises(common.InputError, match="METRICS prompt_nll are not some of"):
+        common.evaluation_settings(parsed(ablate), None, None, None)
+
+
 @pytest.mark.parametrize("targets", ["fr", "aa,fr", "aa+fr"])
 def test_a_target_without_routing_is_told_how_to_capture_it(targets):
     with pytest.raises(analyze.InputError, match="'fr'.*run: python capture.py --languages fr"):

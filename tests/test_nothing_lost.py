@@ -344,7 +344,7 @@ def test_placeholders_are_dropped_and_everything_follows(tmp_path, capsys, filli
         for a, b in zip(found, expected):
             assert np.array_equal(a, b), part
     assert analyze.load_routing(path)["num_tokens"] == 40
-    assert "left out 4 tokens and 0 layers that are placeholders" in capsys.readouterr().out
+    assert "left out 4 tokens and 0 layers that are placeholders" in capsys.readouterr().err
 
 
 def test_a_layer_that_says_the_same_of_every_token_is_dense(tmp_path, capsys):
@@ -353,7 +353,7 @@ def test_a_layer_that_says_the_same_of_every_token_is_dense(tmp_path, capsys):
     ids[38:] = -1  # also where tokens are placeholders
     dump = analyze.load_routing(save(tmp_path / "a.npz", ids, layers=[2, 3, 5, 8]))
     assert dump["layers"].tolist() == [2, 5, 8] and dump["num_tokens"] == 38
-    assert "left out 2 tokens and 1 layers" in capsys.readouterr().out
+    assert "left out 2 tokens and 1 layers" in capsys.readouterr().err
     few = some_ids(15)
     few[:, 1] = [3, 9]  # of fifteen tokens that may be chance
     assert len(analyze.load_routing(save(tmp_path / "b.npz", few))["layers"]) == 4
@@ -507,7 +507,8 @@ def test_a_question_without_an_answer_is_answered_by_nothing():
 
 
 @pytest.mark.parametrize("answer, message", [
-    ('["a", null]', "an answer is a text or a number"), ('{"a": 1}', "an answer is a text"),
+    ('["a", null]', "answer is a text or a number"), ('{"a": 1}', "answer is a text or a number"),
+    ('"a", "response": ["a"]', "response or answer is a text or a number"),
     ('"a", "kind": ["span"]', "is no number, choice .* or span"),
     ('"a", "kind": "choice"', r"is no number, choice .a letter, as A. or span"),
 ])
