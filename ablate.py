@@ -165,13 +165,13 @@ def run_cells(experiment, plan, metric, bands, layers):
     return results
 
 
-def is_hurt(masked, random, matched, sign):
+def is_hurt(sign, masked, random, *matched):
     """Worse than every random draw (by chance one row of 20, with 19 draws), worse than every
     matched one, and than the random ones by an interval over examples and draws without 0?
 
     masked (examples,), random and matched (draws, examples); sign +1 where more is better, else -1
     """
-    controls = np.concatenate([random, matched])
+    controls = np.concatenate([random, *matched])
     worst = (sign * np.nanmean(masked) < sign * np.nanmean(controls, 1)).all()
     return bool(worst and all(sign * bound < 0 for bound in interval(masked - random)))
 
@@ -190,9 +190,9 @@ def control_rows(language, cell, share, metric):
                      "verdict": ""})
     rows[0]["verdict"] = "none: too few other sets"
     if "random" in cell:
-        hurt = is_hurt(*(changes for _, changes in cell.values()), common.better(metric))
+        hurt = is_hurt(common.better(metric), *(changes for _, changes in cell.values()))
         rows[0]["verdict"] = "hurt" if hurt else "not hurt"
-    if removed.min() < 0.9 * rows[0]["weight"]:  # of the matched ones, which come last
+    if kind == "matched" and removed.min() < 0.9 * rows[0]["weight"]:
         rows[-1]["verdict"] = "others do not carry as much"
     return rows
 

@@ -334,7 +334,7 @@ def add_shards(dumps):
     """The dumps of one language as one: a whole, or all shards of it, in order."""
     shards = {dump.get("shard", "1/1"): dump for dump in dumps}
     names = [f"{i + 1}/{len(dumps)}" for i in range(len(dumps))]
-    same = ("data_sha256", "null_router", *MADE_WITH)
+    same = ("data_sha256", "null_router", "instruction", "max_new_tokens", *MADE_WITH)
     made = {str([dump.get(key) for key in same]) for dump in dumps}
     require(shards.keys() == set(names) and len(made) == 1,
             f"'{dumps[0]['language']}' has the dumps {', '.join(d['path'][0] for d in dumps)} "
@@ -1240,7 +1240,7 @@ def score_correlation(path, result, dumps, rng):
     names = result["languages"][others].tolist()
     with explained(f"{path} is not a JSON object with a score of each of {', '.join(names)}"):
         scores = read_json(path)
-        scores = np.asarray_chkfinite([scores[name] for name in names], float)
+        scores = np.asarray_chkfinite([float(scores[name]) for name in names])
     similar = result["band_similarity"][:, reference, others]
     return {"score_correlation": np.array([rank_correlation(row, scores, rng) for row in similar])}
 
@@ -1285,7 +1285,7 @@ def save_analysis(result, dumps, args):
     mean_own_tokens, mean_common_tokens (B,)          see vocabulary_control
     meta                                              JSON: arguments, inputs with digests
     """
-    meta = json.dumps(vars(args) | {"inputs": inputs_of(dumps)})
+    meta = json.dumps(vars(args) | {"inputs": inputs_of(dumps)}, default=str)
     write_whole(args.out, lambda file: np.savez(file, **result, meta=meta))
 
 

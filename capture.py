@@ -28,11 +28,11 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from common import (argument_parser, checkpoint_id, count, dtype_name, encode_example, explained,
-                    file_hash, find_data, find_routers, length_batches, load_config, load_weights,
-                    max_positions, padded_batch, read_task, record_routing, require, route,
-                    routing_shape, run_batches, run_script, tokenizer_id, try_model, vllm_version,
-                    VLLMEngine, write_whole)
+from common import (argument_parser, check_tokens, checkpoint_id, count, dtype_name, encode_example,
+                    explained, file_hash, find_data, find_routers, length_batches, load_config,
+                    load_weights, max_positions, MODEL_OPTIONS, padded_batch, read_task,
+                    record_routing, require, route, routing_shape, run_batches, run_script,
+                    tokenizer_id, try_model, vllm_version, VLLMEngine, write_whole)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -46,7 +46,7 @@ FORMAT = 1  # of the dump
 # a dump that was made with other ones of these is another dump
 SETTINGS = ("format", "revision", "tokenizer", "dtype", "data_sha256", "limit", "max_length",
             "chat_template", "instruction", "stats_only", "null_router", "shard", "vllm",
-            "max_new_tokens")
+            "max_new_tokens", "options")
 
 
 @torch.inference_mode()
@@ -177,7 +177,7 @@ def save_dump(path, dump, meta):
     if not np.all(counted == selections):
         raise RuntimeError(f"{path}: counts do not add up to {selections}, tokens * top_k")
     # not compressed: that saves a third, takes ten times as long, and reading could skip nothing
-    write_whole(path, lambda file: np.savez(file, **dump, meta=json.dumps(meta)))
+    write_whole(path, lambda file: np.savez(file, **dump, meta=json.dumps(meta, default=str)))
 
 
 def is_done(path, meta, overwrite):
@@ -198,7 +198,6 @@ def plan_dumps(args, config, tokenizer, shape):
     """[(columns of read_corpus, meta, path of the dump)] of those that are not there yet."""
     (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
     revision, tokenizer_hash = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
-    vocab_size = config.get_text_config().vocab_size
     longest = min(args.max_length, max_positions(config) - (args.engine == "vllm"))  # it adds one
     for language, data in find_data(args.tokens or args.data, args.languages).items():
         path = Path(args.out, f"{language}{f'.{index}of{parts}' * (parts > 1)}.npz")
@@ -211,17 +210,17 @@ def plan_dumps(args, config, tokenizer, shape):
             "instruction": examples[0].get("instruction") if examples else None,
             "data_sha256": file_hash(data), "transformers": transformers.__version__,
             "torch": torch.__version__,
-            "vllm": vllm_version(config) if args.engine == "vllm" else None}
+            "vllm": vllm_version(config) if args.engine == "vllm" else None,
+            "options": MODEL_OPTIONS or None}
         if is_done(path, meta, args.overwrite):
             print(f"{language:<8} there already  {path}")
             continue
-        corpus = read_tokens(data) if args.tokens else read_corpus(
+        corpus = read_tokens(data, tokenizer_hash) if args.tokens else read_corpus(
             tokenizer, examples, args.chat_template)
         first, last = (len(corpus) * part // parts for part in (index - 1, index))
         require(first < last, f"{data}: fewer prompts than shards; lower N of --shard I/{parts}")
         corpus = corpus[first:last]
-        require(all(0 <= min(ids) <= max(ids) < vocab_size for ids, *_ in corpus),
-                f"{data}: not the tokens of this model, which are 0 to {vocab_size - 1}")
+        check_tokens([ids for ids, *_ in corpus], config, data)
         meta["truncated"] = sum(len(ids) > longest for ids, *_ in corpus)
         if meta["truncated"]:
             print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
@@ -242,13 +241,16 @@ def read_corpus(tokenizer, examples, chat_template):
     return corpus
 
 
-def read_tokens(path):
+def read_tokens(path, tokenizer_hash):
     """read_corpus of the very tokens of a whole dump."""
     with (explained(f"{path} is no whole dump with token_ids and text_spans; --tokens takes one"),
           np.load(path, allow_pickle=False) as file):
         offsets, ids, prompts, spans = (file[key] for key in (
             "sequence_offsets", "token_ids", "prompt_lengths", "text_spans"))
-        require(json.loads(str(file["meta"])).get("shard", "1/1") == "1/1", "it is a shard")
+        made = json.loads(str(file["meta"]))
+        require(made.get("shard", "1/1") == "1/1", "it is a shard")
+        if made.get("tokenizer", tokenizer_hash) != tokenizer_hash:
+            print(f"note: {path} has the tokens of another tokenizer, or chat template")
         sequences = [part.tolist() for part in np.split(ids, offsets[1:-1])]
         lengths = list(map(len, sequences))
         require(ids.dtype.kind in "iu" and lengths == np.diff(offsets).tolist() and 0 not in lengths
@@ -278,8 +280,9 @@ def parse_arguments():
     add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
     args = p.parse_args()
     require(not os.path.isfile(args.out), f"{args.out} is a file; --out takes a folder")
-    require(not args.tokens or (args.data, args.limit, args.instruction) == (DATA, None, None),
-            "--tokens runs dumps as they are, without --data, --limit and --instruction")
+    require(not args.tokens or (args.data, args.limit, args.instruction, args.chat_template) == (
+        DATA, None, None, "auto"), "--tokens runs dumps as they are, without --data, --limit, "
+            "--instruction and --chat-template")
     require(args.engine == "vllm" or not args.max_new_tokens,
             "--max-new-tokens needs --engine vllm")
     require(args.engine != "vllm" or not (args.stats_only or args.null_router),
@@ -308,6 +311,7 @@ def main():
             model, prompts, args.batch_tokens, args.max_new_tokens, stats_only=args.stats_only,
             null_draws=args.null_router)
         tokens, seconds = sum(map(len, sequences)), time.perf_counter() - started
+        is_done(path, meta, args.overwrite)  # another run may have written it meanwhile
         save_dump(path, as_dump(arrays, layers, sequences, *rest), meta)
         print(f"{meta['language']:<8} {len(sequences):>6} sequences {tokens:>10,} tokens  "
               f"{padded / (padded + tokens):.1%} padding  {tokens / seconds:>7,.0f} tokens/s  "

@@ -31,6 +31,7 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 from collections import Counter
+from decimal import Decimal
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
@@ -214,8 +215,9 @@ class LayerEdit:
     def edited(self, router_logits):
         dtype = router_logits.dtype
         if len(self.boost):  # in its precision, and back: zero changes no bit
-            router_logits = boost_logits(
-                router_logits.to(self.boost.dtype), self.boost, self.rule).to(dtype)
+            limits = torch.finfo(dtype)
+            router_logits = boost_logits(router_logits.to(self.boost.dtype), self.boost,
+                                         self.rule).clamp(limits.min, limits.max).to(dtype)
         return router_logits.masked_fill(self.mask, max(-1e9, torch.finfo(dtype).min))
 
     def weigh(self, weights, selected, plain):
@@ -351,8 +353,8 @@ def check_edit(masks, boosts, rule, shape, zeroed, count_moved=True):
             require(sum(mask) <= num_experts - top_k, f"masking {sum(mask)} of {num_experts} "
                                                       f"experts leaves fewer than top_k {top_k}")
             require(layer not in boosts
-                    or np.shape(boost) == (num_experts,) and np.isfinite(boost).all(),
-                    f"a boost is {num_experts} finite numbers, one per expert")
+                    or np.shape(boost) == (num_experts,) and np.all(np.abs(boost) < 1e30),
+                    f"a boost is {num_experts} finite numbers below 1e30, one per expert")
         if any(mask + zero) or boost:
             checked[layer] = mask, zero, boost, rule, count_moved
     return checked
@@ -362,8 +364,9 @@ def as_mask(mask, num_experts):
     """A list of num_experts booleans, of that or of expert ids, of Python, numpy or torch."""
     mask = np.asarray(list(mask))
     if mask.dtype != bool:
-        require(np.isin(mask, range(num_experts)).all(), "a mask is some of the experts 0 to "
-                                                         f"{num_experts - 1}, not {mask.tolist()}")
+        require(mask.dtype.kind in "iuf" and np.isin(mask, range(num_experts)).all()
+                and len({*mask.tolist()}) == len(mask), "a mask is some of the experts 0 to "
+                f"{num_experts - 1}, each once, or booleans, not {mask.tolist()}")
         mask = np.isin(range(num_experts), mask)
     require(len(mask) == num_experts, f"a mask is {num_experts} booleans, not {len(mask)}")
     return mask.tolist()
@@ -416,10 +419,11 @@ def load_weights(name, config, dtype="auto", device=None, **options):
             name, config=config, dtype=dtype, output_loading_info=True, **options)
         missing = sorted(found["missing_keys"])  # a router among them would be random
         require(not missing, f"{len(missing)} are not in its files, as {missing[:1]}")
+    model = model if "device_map" in options else model.to(device)
     # layers that are kept elsewhere cannot be edited
     require(not any(parameter.is_meta for parameter in model.parameters()),
             f"'{name}' does not fit on --device {device}; give more GPUs, or a smaller --dtype")
-    return model if "device_map" in options else model.to(device)
+    return model
 
 
 @torch.inference_mode()
@@ -505,6 +509,17 @@ def dtype_name(dtype, config):
     return dtype
 
 
+def vocab_size(config):
+    return config.get_text_config().vocab_size
+
+
+def check_tokens(sequences, config, path):
+    """InputError if sequences of ids from a file have any that the model does not know."""
+    size = vocab_size(config)
+    require(all(0 <= min(ids) <= max(ids) < size for ids in sequences),
+            f"{path}: not the tokens of this model, which are 0 to {size - 1}")
+
+
 def max_positions(config):
     """How many tokens the model was made for; no limit where its config names none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -571,6 +586,7 @@ def rows_of(text, suffix):
     with explained("not JSON, which in .json has SQuAD's layout"):
         row = json.loads(text)
         require(isinstance(row, dict), "no object, as {...}")
+        json_line(row)  # no half of a surrogate pair, which tokenizers do not take
         if suffix == ".json":  # every question stands behind its paragraph
             return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
                      "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
@@ -589,18 +605,21 @@ def as_example(row):
     prompt = row.get("prompt") or row.get("question") or row.get("text")
     require(isinstance(prompt, str) and prompt.strip(),
             'an empty prompt, or no "prompt", "question" or "text" with a string')
+    unread = row.keys() & {"text", "context", "passage", "choices", "options", "answers"}
+    require("prompt" in row or len(unread) == 0 or prompt == row.get("text"), f"{sorted(unread)} "
+            'beside a "question": put all that is asked into "prompt", the gold into "answer"')
     more = {key: row[key] for key in ("instruction", "response") if row.get(key)}
     answers = row.get("answer")
     golds = answers if isinstance(answers, list) else [answers] * (answers is not None)
     require(set(map(type, [*more.values(), *golds])) <= {str, int, float}, "an instruction, "
             "response or answer is a text or a number; of answers there can be a list")
     example = {"prompt": prompt} | {key: str(text) for key, text in more.items()}
-    if answers is None:
+    if answers in (None, ""):
         return example
     answers = list(map(str, golds))
     kind = row.get("kind") or answer_kind(*answers)
-    require(kind in ("number", "span") or kind == "choice" and
-            {*answers} <= {*string.ascii_uppercase},
+    require(kind == "span" or kind == "number" and None not in map(last_number, answers)
+            or kind == "choice" and {*answers} <= {*string.ascii_uppercase},
             f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
     return example | {"answer": answers, "kind": kind}
 
@@ -761,7 +780,7 @@ NUMBER_IN_TEXT = r"""
     ( [1-9]\d{0,2} (%s) \d{3} (?:\3\d{3})* (?!\d)                # 2,125
     | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                         # 1,00,000
     | \d+ )
-    (?: %s (\d+) )?      (?: e([+-]?\d{1,3}) )?                # .50 e5
+    (?: %s (\d+) )?      (?: [eE]([+-]?\d{1,3}) )?             # .50 e5
     (?: \ ?/\ ? (\d+) )?                                      # / 4 """
 
 
@@ -802,8 +821,9 @@ def last_number(text, language=None):
     if not found:
         return None
     sign, whole, _, decimals, exponent, divisor = found[-1]
-    number = Fraction(f"{sign[:1]}{re.sub('[^0-9]', '', whole)}.{decimals or 0}e{exponent or 0}")
-    return number / (int(divisor or 1) or 1)
+    # by way of Decimal, since int() takes no text of more than 4,300 digits
+    number = Decimal(f"{sign[:1]}{re.sub('[^0-9]', '', whole)}.{decimals or 0}e{exponent or 0}")
+    return Fraction(number) / (Fraction(Decimal(divisor or 1)) or 1)
 
 
 def span_scores(prediction, golds, language=None, score="exact"):
@@ -869,7 +889,7 @@ def from_logits(model, tokenizer, encoded, batch_tokens):
     def run(batch):
         for i, logits in zip(batch, logits_of(model, padded_batch(model, sequences, batch))):
             end, (start, stop) = len(encoded[i]["ids"]), encoded[i]["text_span"]
-            targets = torch.tensor(sequences[i][1:], device=logits.device)
+            targets = torch.tensor(sequences[i][1:], dtype=int, device=logits.device)
             nll = F.cross_entropy(  # nll[t - 1] is token t's
                 logits[:len(targets)].float(), targets, reduction="none").double().cpu()
             yield (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
@@ -887,7 +907,8 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
               own sampling, penalties, beams or caches neither. The same seed draws the same.
     """
     torch.manual_seed(seed)
-    settings = generation_settings(model.generation_config, tokenizer) | settings
+    settings = generation_settings(model.generation_config, tokenizer,
+                                   vocab_size(model.config)) | settings
     prompts = [e["ids"] for e in encoded]
 
     def run(batch):
@@ -905,14 +926,15 @@ def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
     return texts, sum(map(set(settings["eos_token_id"] or []).isdisjoint, responses))
 
 
-def generation_settings(checkpoint, tokenizer, max_new_tokens=None):
+def generation_settings(checkpoint, tokenizer, vocab_size, max_new_tokens=None):
     """For generate(), greedy: from a checkpoint's GenerationConfig only the tokens that end and
     pad, and the limit.
     """
     ends = tokenizer.eos_token_id if checkpoint.eos_token_id is None else checkpoint.eos_token_id
     ends = [] if ends is None else np.ravel(ends).tolist()  # one, several or none
-    # for padding one that is not decoded
-    pad = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
+    # for padding one that is not decoded, and that the model knows
+    pad = next(token for token in (tokenizer.pad_token_id, *ends, 0)
+               if token is not None and token < vocab_size)
     return {"max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
             "eos_token_id": ends or None, "pad_token_id": pad, "do_sample": False}
 
@@ -997,8 +1019,15 @@ def load_rows(path):
         content = Path(path).read_bytes() if os.path.exists(path) else b""
         *lines, rest = content.split(b"\n")
         require(b'{"cell": '.startswith(rest[:9]), "its last line is of something else")
-        rows = map(json.loads, lines)
-        return {json.dumps(row["settings"], sort_keys=True): row for row in rows if row["cell"]}
+        rows = map(json.loads, lines + [rest] * is_whole(rest))
+        return {json.dumps(row["settings"], sort_keys=True): row for row in rows if row["scores"]}
+
+
+def is_whole(line):
+    """Whether a last line that does not end is a row; an editor may leave one."""
+    with contextlib.suppress(ValueError):
+        return isinstance(json.loads(line), dict)
+    return False
 
 
 def json_line(row):
@@ -1016,7 +1045,12 @@ def append_row(path, row):
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         if file.read() not in (b"", b"\n"):
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            content = file.read()
+            start = content.rfind(b"\n") + 1
+            if is_whole(content[start:]):
+                file.write(b"\n")
+            else:
+                file.truncate(start)
         file.write(json_line(row))
 
 
@@ -1098,9 +1132,9 @@ def task_parser(script):
 def evaluation_settings(args, config, tokenizer, shape):
     """What makes two evaluations of one file the same."""
     require({*args.metrics} <= {*METRICS}, f"METRICS {args.metrics} are not some of {METRICS}")
-    require(0 < args.temperature < np.inf if args.temperature else not (args.top_p or args.top_k),
-            "--temperature takes a number above 0, or 0 for greedy; --top-p and --top-k-sampling "
-            "need a --temperature above 0")
+    require(0 < args.temperature < np.inf and 0 < (args.top_p or 1) <= 1 if args.temperature
+            else not (args.top_p or args.top_k), "--temperature takes a number above 0, or 0 for "
+            "greedy; --top-p, up to 1, and --top-k-sampling need a --temperature above 0")
     require(0 <= args.seed < 2**63, "--seed takes a whole number from 0 on")
     version, generated = transformers.__version__, {"accuracy", "language"} & {*args.metrics}
     if args.engine == "vllm":
@@ -1114,7 +1148,8 @@ def evaluation_settings(args, config, tokenizer, shape):
         checkpoint = GenerationConfig.from_pretrained(args.model)
     except OSError:  # it has none
         checkpoint = GenerationConfig.from_model_config(config)
-    generation = generation_settings(checkpoint, tokenizer, args.max_new_tokens) | {"seed": 0}
+    generation = generation_settings(checkpoint, tokenizer, vocab_size(config),
+                                     args.max_new_tokens) | {"seed": 0}
     if args.temperature:  # from all tokens, unless top_p or top_k say
         generation |= {"seed": args.seed, "do_sample": True, "temperature": args.temperature,
                        "top_p": args.top_p or 1.0, "top_k": args.top_k or 0}
@@ -1142,6 +1177,7 @@ def load_tasks(args, tokenizer, config, dumps):
             tokenizer, read_task(args, language, path), args.chat_template,
             min(args.max_length, max_positions(config)))
         check_metrics(args.metrics, tasks[language], path, language)
+        check_tokens([e["ids"] + e["answer_ids"] for e in tasks[language]], config, path)
         if any(digests[language] in dump["data_sha256"] for dump in dumps):
             print(f"warning: {path} is what the routing was captured on: experts are chosen on "
                   "what they are judged by")
@@ -1212,11 +1248,17 @@ class Experiment:
         row = self.rows.get(key)
         if not row and run:
             row = {"cell": name, "settings": settings | data} | evaluate_cell(
-                self, language, f"{name}-{short_hash(settings)}", edit)
+                self, language, f"{name}-{short_hash(settings)}".replace("/", "_"), edit)
             append_row(self.args.out, row)
         if row:
             self.used[key] = self.rows[key] = row
             return {metric: np.array(x) for metric, x in row["scores"].items()}
+
+
+def asked(examples):
+    """What predictions say of the examples that they answer."""
+    return [{key: example.get(key) for key in ("prompt", "instruction", "answer", "kind")}
+            for example in examples]
 
 
 def evaluate_cell(experiment, language, folder, edit):
@@ -1226,8 +1268,8 @@ def evaluate_cell(experiment, language, folder, edit):
     args, encoded = experiment.args, experiment.tasks[language]
     predictions = experiment.folder / folder / f"{language}.jsonl"
     if predictions.exists():
-        require([e["prompt"] for e in read_examples(predictions)] == [e["prompt"] for e in encoded],
-                f"{predictions} holds answers to other data; move it away, or give another --out")
+        require(asked(read_examples(predictions)) == asked(encoded), f"{predictions} holds answers "
+                "to other data; move it away, or give another --out")
     responding = response_metrics(args.metrics, encoded)
     engine = responding and experiment.engine
     model = None if engine and responding == set(args.metrics) else experiment.model
@@ -1243,9 +1285,8 @@ def evaluate_cell(experiment, language, folder, edit):
                        for layer, each in edit[kind].items()}}
     if responses is not None:
         right = row["scores"].get("accuracy", [])
-        rows = [{key: e.get(key) for key in ("prompt", "instruction", "answer", "kind")}
-                | {"response": response, "score": score}
-                for e, response, score in zip_longest(encoded, responses, right)]
+        rows = [example | {"response": response, "score": score}
+                for example, response, score in zip_longest(asked(encoded), responses, right)]
         write_whole(predictions, lambda file: file.writelines(map(json_line, rows)))
         row |= {"predictions": str(predictions), "cut_responses": cut}
     if changed:

@@ -69,7 +69,8 @@ def in_band(coefficients, layers, band, part=PAPER_BAND):
     """
     first, last = (edge * len(layers) for edge in part)
     band = band or f"{layers[int(first)]}-{layers[math.ceil(last) - 1]}"
-    rows = analyze.parse_bands([band], layers)[band] & coefficients.any(1)
+    rows, = analyze.parse_bands([band], layers).values()
+    rows = rows & coefficients.any(1)
     common.require(rows.any(), f"no expert to boost in the layers {band}; give another --band, or "
                                "raise --threshold or --experts-per-language")
     return dict(zip(layers[rows].tolist(), coefficients[rows]))
@@ -93,7 +94,7 @@ def random_coefficients(coefficients, seed):
 
 
 def scaled(coefficients, strength):
-    return {layer: strength * c for layer, c in coefficients.items()}
+    return {layer: strength * np.asarray(c) for layer, c in coefficients.items()}
 
 
 def steer(model, coefficients, strength, rule=RULE, **options):
@@ -201,8 +202,8 @@ def parse_arguments():
                    "leave out --sources: --selection names the experts")
     args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
     args.lambdas = np.ravel(args.lambdas).tolist()  # of a constant that is one number, too
-    common.require(np.isfinite(args.lambdas).all(),
-                   f"lambda must be a finite number, not {args.lambdas}")
+    common.require(np.all(np.abs(args.lambdas) < 1e30),
+                   f"lambda must be a finite number below 1e30, not {args.lambdas}")
     common.require(args.selection or min(map(len, args.sources)) > 1
                    and len(set(map(tuple, args.sources))) == len(args.sources), "--sources takes "
                    "two or more different languages, as en,zh, or several such groups")

@@ -413,6 +413,9 @@ def test_the_very_tokens_of_dumps_are_run_again(monkeypatch, capsys, tmp_path):
         np.savez(tmp_path / "other.npz", **first | {"token_ids": ids, "meta": meta})
         with pytest.raises(InputError, match="other.npz: not the tokens of this model, .* 0 to "):
             run(monkeypatch, capsys, "--tokens", tmp_path / "other.npz", "--out", tmp_path / "c")
+    np.savez(tmp_path / "other.npz", **first | {"meta": json.dumps(first["meta"] | {"tokenizer": "x"})})
+    assert "other.npz has the tokens of another tokenizer" in run(
+        monkeypatch, capsys, "--tokens", tmp_path / "other.npz", "--out", tmp_path / "e")
     with pytest.raises(InputError, match="without --data"):
         run(monkeypatch, capsys, "--tokens", tmp_path / "a/{lang}.npz", "--limit", 1)
 

@@ -247,10 +247,20 @@ def test_a_router_that_scores_in_another_way_is_an_error(qwen):
         del router.forward
 
 
+@pytest.mark.parametrize("rule", ["proportional", "soft"])
+def test_the_largest_boost_gives_no_nan(qwen, rule):
+    boost = [9e29, 0, -9e29, 0, 0, 0, 0, 9e29]
+    with edit_routing(qwen, boosts={0: boost, 2: boost}, rule=rule):
+        assert outputs(qwen).isfinite().all()
+
+
 @pytest.mark.parametrize("edit, message", [
     (dict(masks={1: [0]}), "layer 1 has no router; MoE layers are"),
     (dict(masks={0: [8]}), "experts 0 to 7"),
     (dict(masks={0: [-1]}), "experts 0 to 7"),
+    (dict(masks={0: ["1", "2"]}), "each once, or booleans, not .'1', '2'."),
+    (dict(zeroed={0: np.array([0, 1, 0, 0, 0, 1, 0, 0])}), "each once, or booleans"),
+    (dict(boosts={0: np.full(8, 1e39)}), "8 finite numbers below 1e30"),
     (dict(masks={0: [True] * 2 + [False] * 5}), "8 booleans, not 7"),
     (dict(masks={0: range(7)}), "leaves fewer than top_k 2"),
     (dict(boosts={0: np.zeros(7)}), "8 finite numbers"),

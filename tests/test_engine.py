@@ -165,7 +165,7 @@ def test_capture_refuses_what_only_the_other_engine_does(monkeypatch):
 @pytest.mark.parametrize("edit", ["none", "mask", "proportional", "zeroed"])
 def test_texts_are_those_of_transformers(edit, model, engine, prompts):
     edit = some_edits(engine.shape)[edit]
-    settings = common.generation_settings(model[0].generation_config, model[1], 48)
+    settings = common.generation_settings(model[0].generation_config, model[1], 2**20, 48)
     plain = engine.generate(prompts, **settings)
     with common.edit_routing(model[0], **edit):
         expected = common.generate(*model, prompts, 8192, **settings)
@@ -232,7 +232,7 @@ def test_an_exception_leaves_no_edit(engine, prompts):
 
 @needs_vllm
 def test_samples_depend_on_the_seed_alone(model, engine, prompts):
-    settings = common.generation_settings(model[0].generation_config, model[1], 16) | {
+    settings = common.generation_settings(model[0].generation_config, model[1], 2**20, 16) | {
         "do_sample": True, "temperature": 2.0}
     first, again, other = (engine.generate(prompts, seed, **settings) for seed in (0, 0, 1))
     assert first == again != other

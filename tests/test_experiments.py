@@ -178,7 +178,7 @@ def test_random_experts_are_rarely_hurt_and_planted_effects_often(planted, expec
         means = np.array([effects[mask[0]].sum() for mask in (masked, *random, *matched)])
         means[0] += planted * means[1:20].std() + (means[20:].max() - means[0]) * (planted > 0)
         scores = means[:, None] + rng.normal(0, 0.3, (len(means), problems))
-        hurt += ablate.is_hurt(scores[0], scores[1:20], scores[20:], -1)
+        hurt += ablate.is_hurt(-1, scores[0], scores[1:20], scores[20:])
     low, high = expected
     assert low <= hurt / trials <= high
 
@@ -250,12 +250,17 @@ def test_hurt_is_worse_than_every_draw_and_than_random_ones_beyond_chance(
         hurt, masked, random, matched, more_is_better):
     sign = 1 if more_is_better else -1
     masked, random, matched = (-sign * np.array(x, float) for x in (masked, random, [matched]))
-    assert ablate.is_hurt(masked, random, matched, sign) is hurt
+    assert ablate.is_hurt(sign, masked, random, matched) is hurt
     if hurt:
-        assert not ablate.is_hurt(masked, random, matched, -sign)
+        assert not ablate.is_hurt(-sign, masked, random, matched)
 
 
 # ------------------------------------------------------------------- steer: which experts, how much
+
+def test_a_steered_band_may_have_a_name():
+    share = np.ones((4, 2))
+    assert list(steer.in_band(share, np.arange(4), "middle=1-2")) == [1, 2]
+
 
 def test_coefficients_are_the_first_sources_share_in_what_the_sources_share():
     dumps = [dump_of("aa", [[60, 30, 10, 0], [50, 50, 0, 0]]), dump_of("xx", [[0, 0, 50, 50]] * 2),
@@ -770,7 +775,7 @@ def test_what_no_prompt_selected_is_a_closing_line(dumps, tmp_path):
 @pytest.mark.parametrize("verdict", [True, False])
 def test_the_ablation_table_says_who_is_hurt(ablation, monkeypatch, verdict):
     signs = []
-    monkeypatch.setattr(ablate, "is_hurt", lambda *a: signs.append(a[-1]) or verdict)
+    monkeypatch.setattr(ablate, "is_hurt", lambda *a: signs.append(a[0]) or verdict)
     lines = run(ablate, *ablation.arguments).split("\n")
     # two bands in each metric, two own languages: of nats, less is better
     assert signs == [-1] * 4 + [1] * 4

@@ -50,7 +50,7 @@ def ablation(dumps, *arguments):
 
 @pytest.mark.parametrize("content", [
     b"a\nmy last line", b"one line without an end", b"x\n", b'{"prompt": "a", "answer": "3"}\n',
-    b'{"cell": "a", "settings": {}}\n{"other": 1}'])
+    b'{"cell": "a", "settings": {}, "scores": {"m": [1]}}\n{"other": 1}', b'{"cell": "A1", "mine": 5}'])
 def test_a_file_that_is_no_results_file_stays_as_it_is(dumps, tmp_path, content):
     (tmp_path / "mine.jsonl").write_bytes(content)
     with pytest.raises(InputError, match="is not a results file; move it away"):
@@ -114,7 +114,29 @@ def test_runs_never_overwrite_each_others_predictions_nor_those_to_other_data(du
     data.write_text("".join(lines[6:12]), encoding="utf-8")
     with pytest.raises(InputError, match="holds answers to other data"):
         ablation(dumps, *same)
+    data.write_text(lines[0].split("\t")[0] + "\t1\n" + "".join(lines[1:6]), encoding="utf-8")
+    with pytest.raises(InputError, match="holds answers to other data"):  # to the same prompts
+        ablation(dumps, *same)
     assert all(path.read_bytes() == content for path, content in first.items())
+
+
+def test_two_captures_with_other_settings_do_not_overwrite_each_other(monkeypatch, tmp_path):
+    load = capture.load_weights
+
+    def meanwhile(*arguments, **options):  # another process
+        monkeypatch.setattr(capture, "load_weights", load)
+        run(capture, "--languages", "en", "--limit", 3, "--out", tmp_path)
+        return load(*arguments, **options)
+    monkeypatch.setattr(capture, "load_weights", meanwhile)
+    with pytest.raises(InputError, match="with other settings .limit 3 there, 4 now"):
+        run(capture, "--languages", "en", "--limit", 4, "--out", tmp_path)
+    assert analyze.load_routing(str(tmp_path / "en.npz"))["limit"] == 3
+
+
+def test_names_with_a_slash_lead_to_no_other_folder(dumps, tmp_path):
+    ablation(dumps, "--bands", "/../x=7-7", "--metrics", "accuracy", "--max-new-tokens", 1,
+             "--out", tmp_path / "o/r.jsonl")
+    assert {path.parent.parent for path in tmp_path.rglob("en.jsonl")} == {tmp_path / "o/r"}
 
 
 @pytest.mark.parametrize("command, files", [
@@ -441,6 +463,11 @@ def test_shards_of_other_settings_do_not_add_up(tmp_path):
         run(capture, "--languages", "en", "--limit", limit, "--shard", shard, "--out", tmp_path)
     with pytest.raises(analyze.InputError, match="not one whole"):
         analyze.load_languages([str(path) for path in sorted(tmp_path.iterdir())])
+    (tmp_path / "i.json").write_text('{"en": "Think."}')
+    for shard, more in (("1/2", []), ("2/2", ["--instruction", tmp_path / "i.json"])):
+        run(capture, "--languages", "en", "--limit", 4, "--shard", shard, *more, "--out", tmp_path / "d")
+    with pytest.raises(analyze.InputError, match="not one whole"):
+        analyze.load_languages([str(path) for path in sorted((tmp_path / "d").iterdir())])
 
 
 def test_dumps_that_were_made_otherwise_are_compared_with_a_note(dumps, tmp_path):
@@ -511,12 +538,25 @@ def test_a_question_without_an_answer_is_answered_by_nothing():
     ('"a", "response": ["a"]', "response or answer is a text or a number"),
     ('"a", "kind": ["span"]', "is no number, choice .* or span"),
     ('"a", "kind": "choice"', r"is no number, choice .a letter, as A. or span"),
+    ('"unknown", "kind": "number"', "kind number of .'unknown'. is no number"),
+    ('""', "prompts without an answer"),
+    (r'"\ud83d"', "en.jsonl:1: .*surrogates not allowed"),
 ])
 def test_an_answer_that_is_no_text_is_refused(dumps, tmp_path, answer, message):
     (tmp_path / "en.jsonl").write_text('{"prompt": "a", "answer": %s}\n' % answer)
     with pytest.raises(InputError, match=message):
         ablation(dumps, "--data", tmp_path / "en.jsonl", "--metrics", "accuracy",
                  "--out", tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize("more", [
+    '"context": "b", "answers": {"text": ["c"]}', '"choices": ["b", "c"]', '"text": "b"'])
+def test_fields_that_would_not_be_read_are_refused(tmp_path, more):
+    (tmp_path / "en.jsonl").write_text('{"question": "a", %s, "answer": 1}\n' % more)
+    with pytest.raises(InputError, match='en.jsonl:1: .* beside a "question": put all that is asked'):
+        common.read_examples(tmp_path / "en.jsonl")
+    (tmp_path / "en.jsonl").write_text('{"prompt": "b a", "question": "a", %s, "answer": 1}\n' % more)
+    assert common.read_examples(tmp_path / "en.jsonl")[0]["prompt"] == "b a"
 
 
 def test_no_number_is_a_gold_nan():

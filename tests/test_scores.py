@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,17 @@ def test_nll_without_a_chat_template_skips_what_nothing_precedes(tiny):
     each = nats(model, tokenizer("Anna has 14 apples.")["input_ids"])
     assert result["prompt_nll"][0] == pytest.approx(np.mean(each))
     assert np.isnan(result["answer_nll"][0])
+    single = [encoded[0] | {"ids": [7], "text_span": (0, 1)}]  # nothing precedes its only token
+    assert np.isnan(common.from_logits(model, tokenizer, single, 100)["prompt_nll"][0])
+
+
+def test_padding_is_a_token_that_the_model_knows(tiny):
+    checkpoint, size = tiny[0].generation_config, common.vocab_size(tiny[0].config)
+    end = checkpoint.eos_token_id
+    for pad, expected in ((size - 1, size - 1), (size, end), (None, end)):
+        tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=end)
+        settings = common.generation_settings(checkpoint, tokenizer, size)
+        assert settings["pad_token_id"] == expected
 
 
 def test_generation_is_what_one_prompt_at_a_time_gives(tiny):
@@ -248,13 +260,22 @@ def test_bootstrap_interval_of_a_constant_is_the_constant_and_of_noise_holds_its
 
 def test_a_results_line_that_a_kill_cut_short_is_taken_off_by_the_next_one(tmp_path):
     path = tmp_path / "r.jsonl"
-    common.append_row(path, {"cell": "a", "settings": {"a": 1}, "mean": 2})
+    common.append_row(path, {"cell": "a", "settings": {"a": 1}, "scores": {"m": [2]}})
     with open(path, "a") as file:
         file.write('{"cell": "b", "settings": {"a": 2}, "me')
     cut = path.read_bytes()
     assert list(load_rows(path)) == ['{"a": 1}'] and path.read_bytes() == cut
-    common.append_row(path, {"cell": "b", "settings": {"a": 2}})
+    common.append_row(path, {"cell": "b", "settings": {"a": 2}, "scores": {"m": [2]}})
     assert list(load_rows(path)) == ['{"a": 1}', '{"a": 2}']
+
+
+def test_a_whole_last_line_without_an_end_is_kept(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for a in (1, 2, 3):
+        assert len(load_rows(path)) == a - 1
+        common.append_row(path, {"cell": "a", "settings": {"a": a}, "scores": {"m": [2]}})
+        path.write_bytes(path.read_bytes()[:-1])  # as an editor may
+    assert list(load_rows(path)) == ['{"a": 1}', '{"a": 2}', '{"a": 3}']
 
 
 def test_a_file_is_there_whole_or_as_it_was(tmp_path):
