@@ -402,7 +402,7 @@ def load_model(name, dtype="auto", device=None, **options):
     return load_weights(name, config, dtype, device, **options), tokenizer
 
 
-def load_weights(name, config, dtype="auto", device=None, **options):
+def load_weights(name, config, dtype, device, **options):
     """The model alone, if load_config has been called already."""
     dtype_name(dtype, config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -982,8 +982,8 @@ def check_metrics(metrics, encoded, path, language):
 
 # ---------------------------------------------------------------------------------------- results
 
-def bootstrap_interval(differences, draws=2000, seed=0):
-    """95 % percentile interval of the mean of paired differences, by resampling the examples.
+def bootstrap_interval(differences):
+    """95 % percentile interval of the mean of paired differences, by 2,000 draws of the examples.
 
     differences (examples,), or (controls, examples) of several controls, which are resampled, too.
     nan of a single example: nothing is known of others.
@@ -992,8 +992,8 @@ def bootstrap_interval(differences, draws=2000, seed=0):
     differences = differences[:, ~np.isnan(differences).any(0)]
     if differences.shape[1] < 2:
         return [np.nan, np.nan]
-    rng = np.random.default_rng(seed)  # how often each control and each example is drawn
-    controls, examples = (rng.multinomial(n, np.full(n, 1 / n), draws) / n
+    rng = np.random.default_rng(0)  # how often each control and each example is drawn
+    controls, examples = (rng.multinomial(n, np.full(n, 1 / n), 2000) / n
                           for n in differences.shape)
     return np.quantile((controls @ differences * examples).sum(1), [0.025, 0.975]).tolist()
 

@@ -139,7 +139,7 @@ def sign_flip_p(differences, seed=0):
     return np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12)
 
 
-def effect_rows(metric, scores, part=slice(None)):
+def effect_rows(metric, scores, part):
     """An effect for each language, and for all "together" where they have as many problems: means
     before and after, the paired change with its 95 % interval, and the changes by random draws.
 
