@@ -83,7 +83,8 @@ def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_
         return zip([ids.shape[1] - lengths[i] for i in batch], sums,
                    [experts[:, :lengths[i]].swapaxes(0, 1) for i, experts in zip(batch, chosen)])
 
-    with (null_routing(model, null_draws) as null_choices, record_routing(model, on_router),
+    with (null_routing(model, null_draws, num_experts, top_k) as null_choices,
+          record_routing(model, on_router),
           tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress):
         padding, sums, selected = zip(*run_batches(run, length_batches(lengths, batch_tokens)))
     counts, weight_sums, mean_probs, *null_counts = np.moveaxis(sums, 2, 0)
@@ -120,24 +121,24 @@ def sums_over(real, router_logits, routing_weights, selected_experts, *more):
 
 
 @contextlib.contextmanager
-def null_routing(model, draws):
+def null_routing(model, draws, num_experts, top_k):
     """Inside the block, a dict of what random routers select for the hidden states that a layer's
     router was given last: {layer: of each draw 0 or 1 (tokens, experts)}; empty without draws.
 
     They are linear, of random rows that have the norms of the trained one's; the same ones in every
     run, since a layer is the seed of its draws.
     """
-    choices, shape = {}, routing_shape(model)
+    choices = {}
 
     def hook(layer, rows, router, args):
         logits = torch.einsum("...h,deh->...de", args[0].float(), rows)
-        chosen = logits.topk(shape[layer][1]).indices
-        choices[layer] = torch.zeros_like(logits).scatter(-1, chosen, 1.0).unbind(-2)
+        choices[layer] = torch.zeros_like(logits).scatter(
+            -1, logits.topk(top_k).indices, 1.0).unbind(-2)
 
     with contextlib.ExitStack() as hooks:
         for layer, router in find_routers(model).items() if draws else ():
             trained = max(router.parameters(), key=torch.numel)  # (experts, hidden size)
-            trained = trained[:shape[layer][0]].float()  # Inkling: always-on ones, too
+            trained = trained[:num_experts].float()  # Inkling: always-on ones, too
             seeded, norms = torch.Generator().manual_seed(layer), trained.norm(dim=1, keepdim=True)
             rows = F.normalize(torch.randn(draws, *trained.shape, generator=seeded), dim=-1)
             hooks.enter_context(router.register_forward_pre_hook(

@@ -111,7 +111,7 @@ def moved_selections(experiment, sequences, coefficients, strength):
     before = record(model, sequences, args.batch_tokens)[1]["selected_experts"]
     with steer(model, coefficients, strength, args.rule, count_moved=False):
         after = record(model, sequences, args.batch_tokens)[1]["selected_experts"]
-    steered = [layer in coefficients for layer in common.routing_shape(model)]
+    steered = [layer in coefficients for layer in experiment.shape]
     return common.newly_selected(before, after)[:, steered].mean((0, 2))
 
 

@@ -469,8 +469,9 @@ def test_moved_selections_are_counted_over_real_tokens(tiny, coefficients):
     model, tokenizer = tiny
     examples = common.read_examples("tests/data/eval_sw.tsv")[:5]
     sequences = [e["ids"] for e in common.encode_examples(tokenizer, examples)]
-    experiment = SimpleNamespace(engine=None, model=model, args=SimpleNamespace(
-        rule="proportional", batch_tokens=150))
+    experiment = SimpleNamespace(
+        engine=None, model=model, shape=common.routing_shape(model),
+        args=SimpleNamespace(rule="proportional", batch_tokens=150))
     moved = steer.moved_selections(experiment, sequences, coefficients, 1.0)
 
     def selections(ids, strength):
