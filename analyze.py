@@ -989,7 +989,7 @@ def table_rows(result, columns):
             cells = np.stack([value, *interval], -1).reshape(len(value), -1, 1 + len(interval))
             names = result[headings] if headings == "LANGUAGES" else headings.split("+")
             table |= zip(names, cells.swapaxes(0, 1))
-    return by_row(table)
+    return by_row(table) if table.keys() != {""} else []  # names alone are no table
 
 
 def cell_text(cell):
@@ -1040,8 +1040,8 @@ def report(result, dumps, args):
     languages, wrapped = result["languages"], textwrap.TextWrapper(100, break_on_hyphens=False).fill
     shown = result | {"LANGUAGES": languages if len(languages) <= PRINT_LANGUAGES else [],
                       "layer_entropy": result["mean_entropy"]}
-    tables = [(title, table_rows(shown, columns)) for title, columns in TABLES.items()
-              if len(shown.get(columns.split("=")[-1], ()))]
+    tables = [(title, rows) for title, columns in TABLES.items()
+              if len(shown.get(columns.split("=")[-1], ())) and (rows := table_rows(shown, columns))]
     for band, order, matrix in zip(result["bands"], result["order"], result["band_similarity"]):
         title = f"similarity, {band}; in order of average linkage: {' '.join(languages[order])}"
         tables.append((title, table_rows(shown | {"of_pairs": matrix},

@@ -220,6 +220,17 @@ def test_a_dump_whose_figures_do_not_add_up_is_refused(tmp_path, change):
         load_routing(write(tmp_path / "b.npz", IDS, **WHOLE | change))
 
 
+def test_many_languages_are_printed_without_tables_of_names_alone(tmp_path, monkeypatch, capsys):
+    paths = [write(tmp_path / f"{i}.npz", IDS, f"l{i}") for i in range(13)]
+    monkeypatch.setattr(analyze, "OUT", tmp_path / "analysis.npz")  # a path, and no text
+    for n in (12, 13):
+        run(monkeypatch, tmp_path, *paths[:n], "--sensitivity")
+        printed = capsys.readouterr().out
+        assert ("what is as wide is in" in printed) == (n > 12)
+        assert ("on exclusive experts than the column" in printed) == (n <= 12)
+        assert "similarity, early; in order of average linkage: l" in printed
+
+
 def test_ids_from_elsewhere_compare_with_captured_ones_and_must_fit(tmp_path):
     captured = write(tmp_path / "a.npz", IDS, "aa", meta={"revision": "r1"})
     assert len(load_languages([captured, write(tmp_path / "b.npz", IDS, "bb")])) == 2

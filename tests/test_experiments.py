@@ -210,6 +210,16 @@ def test_the_plan_masks_in_the_band_alone_and_controls_the_targets_own_languages
         assert not any((control & masked).any() for control in cell["matched"])
 
 
+def test_without_matched_draws_the_verdict_is_by_the_random_ones(monkeypatch):
+    monkeypatch.setattr(ablate, "MATCHED_SEEDS", 0)
+    _, plan = planned("--targets", "aa+cc", languages=["aa"])
+    (masked, random), = [cell.values() for (band, *_), cell in plan.items() if band == "low"]
+    cell = {"masked": (masked, np.full((1, 9), 1.0) + np.arange(9) / 9), "random": (
+        random, np.zeros((2, 9)))}
+    rows = ablate.control_rows("aa", cell, np.full((2, 6), 1 / 6), "prompt_nll")
+    assert [row["verdict"] for row in rows] == ["hurt", ""]
+
+
 def test_what_all_languages_share_has_controls_in_every_language():
     _, plan = planned("--experts", "shared")
     for (band, target, language), cell in plan.items():
