@@ -586,7 +586,7 @@ def rows_of(text, suffix):
     with explained("not JSON, which in .json has SQuAD's layout"):
         row = json.loads(text)
         require(isinstance(row, dict), "no object, as {...}")
-        json_line(row)  # no half of a surrogate pair, which tokenizers do not take
+        json_line(row)  # fails for half of a surrogate pair, which tokenizers do not take
         if suffix == ".json":  # every question stands behind its paragraph
             return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
                      "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
@@ -637,6 +637,7 @@ def read_task(args, language, path):
         return examples
     with explained(f"{args.instruction} is not a JSON object of language: instruction"):
         instruction = json.loads(Path(args.instruction).read_text("utf-8-sig")).get(language)
+        json_line(instruction)  # as rows_of
     require(isinstance(instruction, str), f"{args.instruction} has no instruction for '{language}'")
     return [example | {"instruction": instruction} for example in examples]
 

@@ -549,6 +549,12 @@ def test_an_answer_that_is_no_text_is_refused(dumps, tmp_path, answer, message):
                  "--out", tmp_path / "r.jsonl")
 
 
+def test_half_a_surrogate_pair_in_an_instruction_is_refused(dumps, tmp_path):
+    (tmp_path / "i.json").write_text(r'{"en": "\ud83d"}')
+    with pytest.raises(InputError, match="i.json is not a JSON object .*surrogates not allowed"):
+        ablation(dumps, "--instruction", tmp_path / "i.json", "--out", tmp_path / "r.jsonl")
+
+
 @pytest.mark.parametrize("more", [
     '"context": "b", "answers": {"text": ["c"]}', '"choices": ["b", "c"]', '"text": "b"'])
 def test_fields_that_would_not_be_read_are_refused(tmp_path, more):
