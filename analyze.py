@@ -242,7 +242,7 @@ def open_dump(path):
     file = np.load(path, allow_pickle=False)
     require("similarity" not in file, f"{path} is what analyze.py writes; give the dumps")
     file = Dump({"path": path}, file)
-    file["meta"] = Dump({"path": path}, json.loads(str(file["meta"])))
+    file["meta"] = Dump({"path": f"meta of {path}"}, json.loads(str(file["meta"])))
     return file if "counts" in file else file | real_ids(file)
 
 

@@ -564,8 +564,8 @@ def read_examples(path):
     suffix, examples = Path(path).suffix, []
     require(suffix in (".tsv", ".jsonl", ".json", ".txt"),
             f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
-    with explained(f"{path}: not UTF-8; convert it first"):
-        text = Path(path).read_text(encoding="utf-8-sig")
+    with open(path, encoding="utf-8-sig") as file, explained(f"{path}: not UTF-8; convert it first"):
+        text = file.read()
     # no splitlines: strings hold other line ends
     lines = [text] if suffix == ".json" else re.sub(r"\n\s*\Z", "", text).split("\n")
     for number, line in enumerate(lines, 1):
