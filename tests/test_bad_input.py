@@ -147,6 +147,7 @@ CASES = {  # name: (script, arguments, where {} is the folder; what matches the 
     "long prompt": ("ablate", ABLATE + "--data {}/long.txt --max-length 99999",
                     "prompt 1 has [0-9]+ tokens, more than 2048; take it out"),
     "greedy top_p": ("ablate", ABLATE + "--top-p 0.9", "--top-p, up to 1, .* need a --temperature"),
+    "top_p above 1": ("ablate", ABLATE + "--temperature .7 --top-p 3", "--top-p, up to 1"),
     "no results": ("ablate", ABLATE + "--out {}/blank.txt", "is not a results file; move it away"),
     "no source": ("steer", STEER + "--sources en,fr", "no routing for 'fr' .*; run: python"),
     "one source": ("steer", STEER + "--sources en", "--sources takes two or more different languages"),

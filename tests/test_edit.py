@@ -247,18 +247,25 @@ def test_a_router_that_scores_in_another_way_is_an_error(qwen):
         del router.forward
 
 
-@pytest.mark.parametrize("rule", ["proportional", "soft"])
-def test_the_largest_boost_gives_no_nan(qwen, rule):
-    boost = [9e29, 0, -9e29, 0, 0, 0, 0, 9e29]
-    with edit_routing(qwen, boosts={0: boost, 2: boost}, rule=rule):
-        assert outputs(qwen).isfinite().all()
+@pytest.mark.parametrize("rule", common.RULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_boost_gives_finite_logits(rule, dtype):
+    logits, none = hidden_states(6).to(dtype), [False] * 32
+    edit = common.LayerEdit(logits, none, none, [9e29, -9e29] + [0.0] * 30, rule, False)
+    edited = edit.edited(logits)
+    assert edited.isfinite().all() and edited.dtype == dtype
+    assert torch.equal(edited[:, 2:], logits[:, 2:])
+
+
+def test_ids_that_are_texts_are_refused():  # as the keys of JSON are
+    with pytest.raises(InputError, match="each once, or booleans, not .'5', '9'."):
+        common.as_mask(["5", "9"], 32)
 
 
 @pytest.mark.parametrize("edit, message", [
     (dict(masks={1: [0]}), "layer 1 has no router; MoE layers are"),
     (dict(masks={0: [8]}), "experts 0 to 7"),
     (dict(masks={0: [-1]}), "experts 0 to 7"),
-    (dict(masks={0: ["1", "2"]}), "each once, or booleans, not .'1', '2'."),
     (dict(zeroed={0: np.array([0, 1, 0, 0, 0, 1, 0, 0])}), "each once, or booleans"),
     (dict(boosts={0: np.full(8, 1e39)}), "8 finite numbers below 1e30"),
     (dict(masks={0: [True] * 2 + [False] * 5}), "8 booleans, not 7"),

@@ -272,6 +272,10 @@ def test_a_steered_band_may_have_a_name():
     assert list(steer.in_band(share, np.arange(4), "middle=1-2")) == [1, 2]
 
 
+def test_coefficients_may_be_lists():
+    assert steer.scaled({3: [0, 1, 2]}, 0.5)[3].tolist() == [0, 0.5, 1]
+
+
 def test_coefficients_are_the_first_sources_share_in_what_the_sources_share():
     dumps = [dump_of("aa", [[60, 30, 10, 0], [50, 50, 0, 0]]), dump_of("xx", [[0, 0, 50, 50]] * 2),
              dump_of("bb", [[40, 0, 10, 50], [0, 50, 50, 0]])]

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,7 +137,23 @@ def test_two_captures_with_other_settings_do_not_overwrite_each_other(monkeypatc
 def test_names_with_a_slash_lead_to_no_other_folder(dumps, tmp_path):
     ablation(dumps, "--bands", "/../x=7-7", "--metrics", "accuracy", "--max-new-tokens", 1,
              "--out", tmp_path / "o/r.jsonl")
-    assert {path.parent.parent for path in tmp_path.rglob("en.jsonl")} == {tmp_path / "o/r"}
+    rows = common.load_rows(tmp_path / "o/r.jsonl").values()
+    paths = {path for path in tmp_path.rglob("en.jsonl")}
+    assert paths == {Path(row["predictions"]) for row in rows} and len(paths) == len(rows)
+    assert {path.parent.parent for path in paths} == {tmp_path / "o/r"}
+
+
+def test_prompts_of_tokens_that_the_model_does_not_know_are_refused(dumps, monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "vocab_size", lambda config: 9)
+    with pytest.raises(InputError, match="eval_en.tsv: not the tokens of this model, .* 0 to 8"):
+        ablation(dumps, "--out", tmp_path / "r.jsonl")
+
+
+def test_a_dump_made_with_other_options_of_the_model_is_another(monkeypatch, tmp_path):
+    run(capture, "--languages", "en", "--limit", 3, "--out", tmp_path)
+    monkeypatch.setattr(capture, "MODEL_OPTIONS", {"attn_implementation": "eager"})
+    with pytest.raises(InputError, match="options None there, .'attn_implementation': 'eager'. now"):
+        run(capture, "--languages", "en", "--limit", 3, "--out", tmp_path)
 
 
 @pytest.mark.parametrize("command, files", [

@@ -395,8 +395,11 @@ def test_scores_are_correlated_with_the_similarity_to_the_reference(planted, mon
     scores = {name: similarity[name] ** 3 for name in ("fr", "de", "nl")} | {"it": -1, "es": 5}
     (tmp_path / "s.json").write_text(json.dumps(scores))
     monkeypatch.setattr(analyze, "REFERENCE", "it")
-    with pytest.raises(InputError, match="not a JSON object with a score of each of"):
-        run(monkeypatch, capsys, tmp_path, *paths, "--scores", tmp_path / "s.json")
+    lists = {name: [0.5, 0.6] for name in ("fr", "de", "nl", "en")}
+    for wrong in (scores, lists, dict.fromkeys(lists, float("nan"))):
+        (tmp_path / "s.json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="not a JSON object with a score of each of"):
+            run(monkeypatch, capsys, tmp_path, *paths, "--scores", tmp_path / "s.json")
     (tmp_path / "s.json").write_text(json.dumps(scores | {"en": similarity["en"] ** 3}))
     printed, result = run(monkeypatch, capsys, tmp_path, *paths, *THREE,
                           "--scores", tmp_path / "s.json")
