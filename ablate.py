@@ -252,7 +252,7 @@ def run_each(experiment, shares, rows, layers):
 
 def parse_arguments():
     p, add = common.task_parser(globals())
-    add("--experts", "the target's alone, what all share, or each, one at a time",
+    add("--experts", "the target's alone, the shared ones, or each, one at a time",
         ("exclusive", "shared", "each"))
     add("--how", "let others take their place, or zero their contribution", tuple(EDITS))
     add("--targets", "whose experts, as bn,de or bn+sw (default: those of the dumps)")
@@ -309,8 +309,9 @@ def main():
     masks = np.concatenate([masks for cell in plan.values() for masks in cell.values()])
     common.require(masks.any(), "no expert to mask in these bands; give other --bands or "
                                 "--targets")
-    print(f"{args.model}  {len(masks)} cells ", args.selection or f"{args.experts} experts  "
-          f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
+    print(f"{args.model}  {len(masks)} cells  {args.how} ", args.selection or
+          f"{args.experts} experts  experts_per_language {args.experts_per_language}  "
+          f"threshold {args.threshold}")
     tables = effect_tables(experiment, plan, bands, layers, shares)
     analyze.print_tables((title, rows) for title, rows in tables if rows)
     verdicts = [row.get("verdict") for _, rows in tables for row in rows]

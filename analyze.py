@@ -158,14 +158,15 @@ def load_languages(paths, part="all"):
     named.
     """
     dumps = [load_routing(path, part) for path in tqdm(paths, "dumps", leave=False, delay=1)]
-    for key in ONE_MODEL:  # IDs from elsewhere name no revision
+    for key in ONE_MODEL:  # the last is the revision, which IDs from elsewhere do not name
         found = {str(dump[key]): dump["path"][0] for dump in dumps if dump[key] is not None}
         require(len(found) < 2, f"{' and '.join(found.values())} have other {key} "
                                 f"({', '.join(found)}): different models")
     languages = {}
     for dump in dumps:
         languages.setdefault(dump["language"], []).append(dump)
-    return [add_shards(shards) for shards in languages.values()]
+    return [add_shards(shards) | {"revision": max(found, default=None)}
+            for shards in languages.values()]
 
 
 def load_routing(path, part="all"):
@@ -608,19 +609,15 @@ def select_contrast(frequency_a, frequency_b, tau=TAU, top=0):
 
 def load_selection(path, dump):
     """What --contrast wrote: float64 (layers, experts), a selected expert's difference, else 0.
-
-    InputError if it was not selected on a model as a dump's.
+    InputError if it does not fit a dump.
     """
     differences, layers = np.zeros(dump["counts"].shape), list(dump["layers"])
     with explained(f"{path} is no selection of experts of this model, {dump['num_experts']} in "
                    f"layers {describe(dump['layers'])}; run: python analyze.py --contrast A B"):
-        selection = read_json(path)
-        for layer, row in selection["experts"].items():
+        for layer, row in read_json(path)["experts"].items():
             for expert, difference in row.items():
                 expert = range(dump["num_experts"]).index(int(expert))
                 differences[layers.index(int(layer)), expert] = difference
-    revisions = {selection.get("revision"), dump["revision"]} - {None}
-    require(len(revisions) < 2, f"{path} and the dumps are of different models: {revisions}")
     return differences
 
 
@@ -903,6 +900,7 @@ def effects(path, result, dumps, rng):
         meta, effect = json.loads(str(file["meta"])), dict(zip(file["languages"], file["effect"]))
         require(np.array_equal(file["layers"], result["layers"]) and dumps[0]["revision"] in (
             None, meta["revision"]), f"{path} is of another model than the dumps")
+        harm_of = np.array([f"{file['metric']}, experts masked by --how {meta['how']}"])
         harm = meta["harm"] * np.stack([effect.get(language, share[0] * np.nan)
                                         for language in result["languages"]])
         columns = np.stack([harm, weight, share])
@@ -913,7 +911,7 @@ def effects(path, result, dumps, rng):
                    if each.any() else [np.nan, np.nan] for k, each in enumerate(tried)]
     layer_harm = mean_of_known(np.where([exclusive, ~exclusive], harm, np.nan), (1, 3))
     worst = np.unravel_index(np.argsort(-harm, axis=None)[:20], harm.shape)  # nan comes last
-    return {"harm": harm, "weight": weight, "num_harm": tried.sum((1, 2)),
+    return {"harm_of": harm_of, "harm": harm, "weight": weight, "num_harm": tried.sum((1, 2)),
             "harm_correlation": np.array(correlation), "layer_harm": layer_harm.T,
             "worst": columns[:, *worst].T, "worst_expert": np.array([
                 f"{result['languages'][k]:<4}{result['layers'][layer]:>4}{expert:>5}"
@@ -1030,6 +1028,10 @@ def notes(dumps, result, args):
     without = [d["language"] for d in dumps if len(d["null_counts"]) == 0]
     if 0 < len(without) < n:
         yield f"note: no null routers are shown: there are none of {', '.join(without)}"
+    if len({bool(dump.get("instruction")) for dump in dumps}) > 1:
+        yield "note: some dumps have an instruction behind their prompts, others have none"
+    if "harm_of" in result:
+        yield f"harm  {result['harm_of'][0]}"
     unknown = result["languages"][result["families"] == ""]
     if len(unknown):
         yield f"note: no family known of {', '.join(unknown)}; see --families"
@@ -1040,8 +1042,9 @@ def report(result, dumps, args):
     languages, wrapped = result["languages"], textwrap.TextWrapper(100, break_on_hyphens=False).fill
     shown = result | {"LANGUAGES": languages if len(languages) <= PRINT_LANGUAGES else [],
                       "layer_entropy": result["mean_entropy"]}
-    tables = [(title, rows) for title, columns in TABLES.items()
-              if len(shown.get(columns.split("=")[-1], ())) and (rows := table_rows(shown, columns))]
+    tables = [(title, table_rows(shown, columns)) for title, columns in TABLES.items()
+              if len(shown.get(columns.split("=")[-1], ()))]
+    tables = [(title, rows) for title, rows in tables if rows]
     for band, order, matrix in zip(result["bands"], result["order"], result["band_similarity"]):
         title = f"similarity, {band}; in order of average linkage: {' '.join(languages[order])}"
         tables.append((title, table_rows(shown | {"of_pairs": matrix},
@@ -1277,7 +1280,8 @@ def save_analysis(result, dumps, args):
     floor_similarity (L, layers), layer_floor (layers,), band_floor (B,)    --bootstrap
     exclusive_stability (L, layers, experts), shared_stability (layers, experts)   part of the draws
     num_stable, stable_reliance (L, 2)                exclusive and shared ones that are stable
-    harm, weight (L, layers, experts)                 --effects: of masking it; part of the weight
+    harm, weight (L, layers, experts), harm_of (1,)   --effects: of masking it; part of the weight
+                                                      (harm_of says by which metric, masked how)
     num_harm (L,), harm_correlation (L, 2)            experts tried; harm with weight, with share
     worst_expert (20,), worst (20, 3)                 language, layer, expert; harm, weight, share
     layer_harm (layers, 2), matched_difference (1, 4) of exclusive and of others; see there

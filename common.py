@@ -564,7 +564,8 @@ def read_examples(path):
     suffix, examples = Path(path).suffix, []
     require(suffix in (".tsv", ".jsonl", ".json", ".txt"),
             f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
-    with open(path, encoding="utf-8-sig") as file, explained(f"{path}: not UTF-8; convert it first"):
+    with (open(path, encoding="utf-8-sig") as file,
+          explained(f"{path}: not UTF-8; convert it first")):
         text = file.read()
     # no splitlines: strings hold other line ends
     lines = [text] if suffix == ".json" else re.sub(r"\n\s*\Z", "", text).split("\n")
@@ -750,7 +751,11 @@ def run_batches(run, batches):
 
 METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
 RIGHT_OR_WRONG = ("accuracy", "language")  # 1 or 0 for each example
-COMMA_DECIMAL = "cs da de el es fi fr id it nb no nl pl pt ru sv tr uk vi".split()
+COMMA_DECIMAL = """\
+af afr az azj be bel bg bos bs ca cs da de el es et eu eus fao fi fo fr gl glg hr hu hy hye id is \
+isl it ka kat kaz kir kk ky lb lt ltz lv mk nb nl nn nno no pl pt ro ru sk sl sq sr srp sv tr uk \
+uz uzn vi\
+""".split()
 # langdetect's languages, and those of FLORES that it knows
 DETECTED = dict(pair.split(":") for pair in """\
 afr:af arb:ar bul:bg ben:bn cat:ca ces:cs cym:cy dan:da deu:de ell:el eng:en spa:es est:et pes:fa \
@@ -1185,8 +1190,13 @@ def load_tasks(args, tokenizer, config, dumps):
     return tasks, digests
 
 
-def check_dumps(dumps, shape, revision):
-    """InputError if dumps, analyze.load_languages' answer, were not captured on this model."""
+def check_dumps(dumps, selection, shape, revision):
+    """InputError if dumps, analyze.load_languages' answer, or a file of selected experts, if there
+    is one, were not made with this model.
+    """
+    made = json.loads(Path(selection).read_bytes()).get("revision") if selection else None
+    require(made in (None, revision), f"{selection} was made with another model ({made}); make it "
+                                      f"again with this one ({revision})")
     for dump in dumps:
         size, layers = (dump["num_experts"], dump["top_k"]), dump["layers"].tolist()
         require(dict.fromkeys(layers, size) == shape,
@@ -1226,7 +1236,7 @@ class Experiment:
             "experts_per_language": args.experts_per_language, "part": args.part,
             "threshold": args.threshold,
             "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
-        check_dumps(dumps, self.shape, self.settings["revision"])
+        check_dumps(dumps, args.selection, self.shape, self.settings["revision"])
         self.tasks, self.digests = load_tasks(args, self.tokenizer, self.config, dumps)
 
     model = functools.cached_property(tried_model)

@@ -216,7 +216,8 @@ def test_without_matched_draws_the_verdict_is_by_the_random_ones(monkeypatch):
     (masked, random), = [cell.values() for (band, *_), cell in plan.items() if band == "low"]
     cell = {"masked": (masked, np.full((1, 9), 1.0) + np.arange(9) / 9), "random": (
         random, np.zeros((2, 9)))}
-    rows = ablate.control_rows("aa", cell, np.full((2, 6), 1 / 6), "prompt_nll")
+    share = np.where(masked[0], 0.4, 0.05)  # the random ones carry less
+    rows = ablate.control_rows("aa", cell, share, "prompt_nll")
     assert [row["verdict"] for row in rows] == ["hurt", ""]
 
 

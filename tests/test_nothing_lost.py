@@ -492,6 +492,11 @@ def test_dumps_that_were_made_otherwise_are_compared_with_a_note(dumps, tmp_path
     printed = run(analyze, dumps[0], tmp_path / "sw.npz", "--out", tmp_path / "a.npz")
     for other in ("dtype: bfloat16, float32", "limit: 60, 9"):
         assert f"note: the dumps were not made alike; {other}" in printed
+    (tmp_path / "i.json").write_text('{"sw": "Fikiria."}')
+    run(capture, "--languages", "sw", "--limit", 60, "--instruction", tmp_path / "i.json", "--out",
+        tmp_path / "i")
+    assert "note: some dumps have an instruction" in run(
+        analyze, dumps[0], tmp_path / "i/sw.npz", "--out", tmp_path / "a.npz")
     assert "made alike" not in run(analyze, *dumps, "--out", tmp_path / "a.npz")
 
 
@@ -636,8 +641,27 @@ def test_selections_that_are_small_negative_or_too_large(dumps, tmp_path, chosen
         assert ("others do not carry" in printed) == bool(message) and "selected (layers 7)" in printed
     other = json.dumps({"experts": {"7": chosen}, "revision": "another"})
     (tmp_path / "s.json").write_text(other)
-    with pytest.raises(analyze.InputError, match="are of different models"):
-        run(ablate, *arguments)
+    for arguments in (arguments, [a if a not in dumps else elsewhere(a, tmp_path) for a in arguments]):
+        with pytest.raises(InputError, match=r"was made with another model \(another\)|no expert more"):
+            run(ablate, *arguments)
+
+
+def elsewhere(path, folder):
+    """A dump's IDs, as from an engine that names no revision."""
+    with np.load(path, allow_pickle=False) as file:
+        meta = json.loads(str(file["meta"]))
+        path = folder / f"engine_{meta['language']}.npz"
+        np.savez(path, selected_experts=file["selected_experts"], token_ids=file["token_ids"],
+                 sequence_offsets=file["sequence_offsets"], meta=json.dumps(
+                     {key: meta[key] for key in ("language", "num_experts")}))
+    return path
+
+
+def test_the_known_revision_counts_for_ids_from_elsewhere(dumps, tmp_path):
+    both = analyze.load_languages([elsewhere(dumps[0], tmp_path), dumps[1]])
+    assert both[0]["revision"] == both[1]["revision"] == analyze.load_routing(dumps[1])["revision"]
+    alone, = analyze.load_languages([elsewhere(dumps[0], tmp_path)])
+    assert alone["revision"] is None
 
 
 def test_a_resumed_run_says_again_how_many_responses_were_cut(dumps, tmp_path):
