@@ -74,6 +74,7 @@ def test_effects_are_joined_with_the_routing(each, tmp_path):
     dumps, place = each
     printed = run(analyze, *dumps, "--effects", place / "r/effects.npz", "--out", tmp_path / "a.npz",
                   "--figures", tmp_path / "f")
+    assert "\nharm  prompt_nll, experts masked by --how reroute\n" in printed
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         harm, weight, result = file["harm"], file["weight"], dict(file)
     both = np.isfinite(harm[1])

@@ -149,6 +149,21 @@ def test_prompts_of_tokens_that_the_model_does_not_know_are_refused(dumps, monke
         ablation(dumps, "--out", tmp_path / "r.jsonl")
 
 
+def test_the_folder_of_dumps_may_be_a_path(monkeypatch, tmp_path):
+    monkeypatch.setattr(capture, "OUT", tmp_path)
+    run(capture, "--languages", "en,sw", "--limit", 20)
+    monkeypatch.setattr(analyze, "OUT", tmp_path / "a.npz")  # which a selection names, too
+    run(analyze, "--contrast", tmp_path / "sw.npz", tmp_path / "en.npz", "--top", 1,
+        "--selection", tmp_path / "s.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"en.npz", "sw.npz", "s.json"}
+
+
+def test_the_first_line_says_how_experts_are_masked(dumps, tmp_path):
+    for how in ("reroute", "zero"):
+        printed = ablation(dumps, "--how", how, "--out", tmp_path / "r.jsonl")
+        assert re.match(rf"tests/tiny_moe  \d+ cells  {how}  exclusive experts ", printed)
+
+
 def test_a_dump_made_with_other_options_of_the_model_is_another(monkeypatch, tmp_path):
     run(capture, "--languages", "en", "--limit", 3, "--out", tmp_path)
     monkeypatch.setattr(capture, "MODEL_OPTIONS", {"attn_implementation": "eager"})
