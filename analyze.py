@@ -1313,7 +1313,8 @@ def run_contrast(dumps, args):
         of_layer[int(row["expert"])] = round(row["difference"], 6)
     selection = {"experts": experts, "revision": dumps[0]["revision"], "arguments": vars(args),
                  "inputs": inputs_of(dumps)}
-    write_whole(args.selection, lambda file: file.write(json.dumps(selection, default=str).encode()))
+    text = json.dumps(selection, default=str)
+    write_whole(args.selection, lambda file: file.write(text.encode()))
     rule = f"the {args.top} largest differences" if args.top else f"a difference above {args.tau}"
     rows.sort(key=lambda row: -abs(row["difference"]))
     print_tables([(f"{chosen.sum()} experts in layers {describe(layers[chosen.any(1)])}, by {rule}",
