@@ -1,329 +1,456 @@
 """
-Mask experts, layer band by layer band, and see which languages it hurts, against as many others.
+Mask a language's exclusive experts in a band of layers: is it hurt, and more
+than by control experts?
 
-    python ablate.py                                       # the tiny model; after capture.py
-    python ablate.py --model Qwen/Qwen3-30B-A3B --data 'data/mgsm_{lang}.tsv' \\
-                     --bands early=0-4 middle=22-26 late=43-47 --metrics accuracy prompt_nll
-    python ablate.py --selection selection.json            # what analyze.py --contrast selected
-    python ablate.py --experts each --bands all=0-7 --limit 24     # then: analyze.py --effects
+    python ablate.py                          # the tiny model; after capture.py
+    python ablate.py --model Qwen/Qwen3-30B-A3B --data 'mgsm/{lang}.tsv' \\
+        --bands early=0-4 middle=22-26 late=43-47 --metrics accuracy prompt_nll
+    python ablate.py --experts shared              # those that languages share
+    python ablate.py --selection selection.npz     # chosen in any other way
 
-reads   routing dumps, and evaluation data, best not what the dumps were captured on
-writes  results/ablate.jsonl    a line per cell: settings, scores of every example, their mean
-        results/ablate/         predictions, and of --experts each effects.npz
+reads   routing dumps, and evaluation data other than the dumps' own
+writes  results/ablate.jsonl    a row per band, target, language and mask
+        results/ablate/         responses, where a metric needs any
 
-A cell is band x target x evaluation language: the experts exclusive to the target (arXiv
-2601.14050) are never selected in the band (--how zero: selected, without a contribution). In the
-target's own language there are controls: as many experts drawn from those that the language uses at
-all, and others that carry as much of its routing weight. A language is hurt if it does worse than
-with every draw of both, and by an interval over problems and random draws that leaves out 0. One
-model load; three minutes on the tiny model. A stopped run goes on where it stopped.
+In each band the experts exclusive to a target language (arXiv 2601.14050) are
+never selected, and every language is scored. In the target's own language there
+are two controls: random draws of as many experts that the language uses, and
+matched draws of other experts that carry as much of its routing weight. A
+language is hurt if it does worse than under every draw of both, and if two 95 %
+intervals lie on the side of harm: that of its change, and that of the
+difference to the random draws. One model load; three minutes on the tiny model.
+A stopped run goes on where it stopped.
 """
 
 import itertools
-import json
 import math
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 import analyze
-import common
-from common import bootstrap_interval as interval
+from common import (
+    Evaluator, InputError, add_expert_arguments, add_model_arguments, add_scoring_arguments,
+    argument_parser, bootstrap_interval, change_text, metric_sign, print_now, range_text,
+    run_script)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
 ROUTING = analyze.DUMPS              # the dumps that the experts are chosen from
-DATA = "tests/data/eval_{lang}.tsv"  # what is evaluated; {lang} stands for the language
-EXPERTS_PER_LANGUAGE = 15 / 128      # a part below 1, or a number; the paper: 15, XQuAD 32, of 128
+DATA = "tests/data/eval_{lang}.tsv"  # what is scored; {lang} stands for the language
+SEGMENT = "all"                      # tokens of the dumps that count: all prompt response text
+EXPERTS_PER_LANGUAGE = 15 / 128      # a fraction below 1, or a number; the paper: 15, XQuAD 32
 THRESHOLD = 0.4                      # the paper's; XQuAD 0.5
 METRICS = ["prompt_nll"]             # prompt_nll answer_nll accuracy language
 CONTROL_SEEDS = 19                   # random draws; by chance, one row in 20 is beyond all
 MATCHED_SEEDS = 5                    # draws of others that carry as much routing weight
-BATCH_TOKENS = 8192                  # per forward pass, padding included
+BATCH_TOKENS = 8192                  # tokens per forward pass, padding included
 MAX_LENGTH = 4096                    # tokens of a prompt
-MAX_NEW_TOKENS = None                # of a response; None: the checkpoint's generation config
+MAX_NEW_TOKENS = None                # tokens of a response; None: the checkpoint's limit
 OUT = "results/ablate.jsonl"
 # ------------------------------------------------------------------------------------------------
-EDITS = {"reroute": "masks", "zero": "zeroed"}  # of edit_routing
-OF_ALL = ("shared", "selection")     # targets that are no language: all languages have controls
+EDITS = {"reroute": "masks", "zero": "zeroed"}  # --how, as an argument of edit_routing
+OF_ALL_LANGUAGES = ("shared", "selection")      # targets that are not languages
 
 
-def choose_experts(args, dumps):
-    """{target: bool (layers, experts)}: exclusive to a language, or to several as "bn+sw"; what all
-    share; or what a file selects.
+# ---------------------------------------------------------------------------------------- experts
+
+def choose_experts(args, routing):
+    """Return {target: bool (layers, experts)}: the experts to mask.
+
+    A target is a language, or several as "bn+sw", and has its exclusive experts. With --experts
+    shared there is one target, "shared"; with --selection one, "selection".
     """
-    if args.selection:  # of either sign, those that A's tokens select more
-        selection = analyze.load_selection(args.selection, dumps[0]) > 0
-        common.require(selection.any(), f"{args.selection}: A's tokens select no expert more")
-        return {"selection": selection}
-    share = analyze.language_shares(analyze.frequencies(dumps), args.experts_per_language)
+    if args.selection:
+        selected = analyze.load_selection(args.selection, routing) > 0
+        if not selected.any():
+            raise InputError(f"{args.selection} holds no value above 0, so there is no expert to "
+                             "mask")
+        return {"selection": selected}
+    share = analyze.language_shares(routing.activation_frequency, args.experts_per_language)
     if args.experts == "shared":
         return {"shared": analyze.shared_experts(share, args.threshold)}
-    targets = args.targets.split(",") if args.targets else [dump["language"] for dump in dumps]
-    return {target: analyze.exclusive_experts(
-        share[analyze.rows_of(target.split("+"), dumps)].sum(0), args.threshold)
-        for target in targets}
+    targets = routing.languages
+    if args.targets:
+        targets = args.targets.split(",")
+    experts = {}
+    for target in targets:
+        rows = analyze.language_indices(target.split("+"), routing)
+        experts[target] = analyze.exclusive_experts(share[rows].sum(0), args.threshold)
+    return experts
 
 
-def random_controls(masked, used, draws, seed):
-    """Different sets of as many experts per layer, uniform among all of those in use, but for the
-    masked set: bool (layers, experts) each. None at all where there are fewer than so many.
+def own_languages(target, languages):
+    """Return the languages whose experts a target's are: all of them if they are shared."""
+    if target in OF_ALL_LANGUAGES:
+        return list(languages)
+    return [language for language in languages if language in target.split("+")]
 
-    The seed is of band, target and language, so that no two rows share a draw.
+
+def routing_weights(routing, languages):
+    """Return {language: float64 (layers, experts)}: fractions of each layer's routing weight.
+
+    A language without a dump gets the mean of the others.
     """
-    rng, sets, numbers = np.random.default_rng(seed), {masked.tobytes(): masked}, masked.sum(1)
-    if math.prod(map(math.comb, used.sum(1).tolist(), numbers.tolist())) <= draws:
-        return []
-    while len(sets) <= draws:
-        order = np.argsort(np.where(used, rng.random(used.shape), 2))  # those in use come first
-        control = np.argsort(order) < numbers[:, None]
-        sets[control.tobytes()] = control
-    return list(sets.values())[1:]
+    fractions = analyze.normalize(routing.weight_sums)
+    of_dumps = dict(zip(routing.languages, fractions))
+    mean = fractions.mean(0)
+    return {language: of_dumps.get(language, mean) for language in languages}
 
 
-def matched_control(masked, share, top_k, seed):
-    """Other experts that carry as much of a language's routing weight, to a tenth, in every layer.
+# --------------------------------------------------------------------------------------- controls
 
-    share (layers, experts) of each layer's weight. Drawn in proportion to it, so that top_k experts
-    stay; where 100 draws do not reach as much, the one that carries the most.
+def random_controls(masked, used, num_draws, seed):
+    """Draw different sets of as many experts per layer, uniformly from those that are in use.
+
+    masked, used  bool (layers, experts)
+    Returns bool (draws, layers, experts), without the masked set itself; no draws at all if there
+    are not more sets than that.
     """
-    rng, control = np.random.default_rng(seed), np.zeros_like(masked)
-    for layer, (row, shares) in enumerate(zip(masked, share)):
-        wanted, most, others = shares[row].sum(), 0, np.flatnonzero(~row & (shares > 0))
+    per_layer = masked.sum(1)
+    num_sets = [math.comb(n, k) for n, k in zip(used.sum(1).tolist(), per_layer.tolist())]
+    if math.prod(num_sets) <= num_draws:
+        return np.empty((0, *masked.shape), bool)
+    rng = np.random.default_rng(seed)
+    controls = {}  # by their bytes, so that a set is drawn once
+    while len(controls) < num_draws:
+        # Experts in random order, those in use first; the first ones are the control
+        order = np.argsort(np.where(used, rng.random(used.shape), 2))
+        control = np.argsort(order) < per_layer[:, None]
+        if not (control == masked).all():
+            controls[control.tobytes()] = control
+    return np.array(list(controls.values()))
+
+
+def matched_control(masked, weights, top_k, seed):
+    """Draw other experts that carry as much routing weight, to a tenth, in every layer.
+
+    masked bool (layers, experts), weights float64 (layers, experts) -> bool (layers, experts)
+
+    An expert is drawn in proportion to its weight, and top_k experts are always left. Where 100
+    draws do not reach the weight, the one that carries the most is taken.
+    """
+    rng = np.random.default_rng(seed)
+    control = np.zeros_like(masked)
+    num_experts = masked.shape[1]
+    for layer in range(len(masked)):
+        wanted = weights[layer, masked[layer]].sum()
+        others = np.flatnonzero(~masked[layer] & (weights[layer] > 0))
+        most = 0
         for _ in range(100):
-            drawn, total = np.zeros_like(row), 0
-            # a random order, in which an expert comes next in proportion to its share
-            order = others[np.argsort(rng.exponential(size=len(others)) / shares[others])]
-            for expert in order[:len(row) - top_k]:
-                if total < 0.9 * wanted and total + shares[expert] <= 1.1 * wanted:
-                    drawn[expert], total = True, total + shares[expert]
+            # Exponential waiting times order the experts in proportion to their weight
+            waiting = rng.exponential(size=len(others)) / weights[layer, others]
+            order = others[np.argsort(waiting)][:num_experts - top_k]
+            drawn, total = take_weight(order, weights[layer], wanted)
             if total > most:
-                most, control[layer] = total, drawn
+                most = total
+                control[layer] = np.isin(range(num_experts), drawn)
             if most >= 0.9 * wanted:
                 break
     return control
 
 
-def part_removed(masks, share, masked):
-    """The part of a language's routing weight that masks (..., layers, experts) remove, in the
-    layers where the masked set (layers, experts), of which they are controls, has experts.
+def take_weight(order, weights, wanted):
+    """Take experts in order until they carry 0.9 of a weight, but none that would exceed 1.1.
+
+    Returns their indices, and the weight that they carry.
     """
-    return (masks * share).sum((-2, -1)) / max(1, masked.any(1).sum())
+    drawn, total = [], 0
+    for expert in order:
+        if total < 0.9 * wanted and total + weights[expert] <= 1.1 * wanted:
+            drawn.append(expert)
+            total += weights[expert]
+    return drawn, total
 
 
-def routing_shares(dumps, languages):
-    """{language: (layers, experts)}: each expert's share of a layer's routing weight; of a language
-    without a dump, the mean of the others'.
+def draw_controls(masked, weights, in_band, num_draws, top_k, name):
+    """Return the control masks {"random": ..., "matched": ...}, bool (draws, layers, experts).
+
+    masked   bool (layers, experts), none outside of the band
+    weights  float64 (layers, experts), the language's fractions of the routing weight
+    in_band  bool (layers,)
+    name     is the seed: no two names share a draw
     """
-    shares = {dump["language"]: analyze.distribution(dump["weights"]) for dump in dumps}
-    mean = np.mean(list(shares.values()), 0)
-    return {language: shares.get(language, mean) for language in languages}
+    seed = zlib.crc32(name.encode())
+    of_band, weights = masked[in_band], weights[in_band]
+    random = random_controls(of_band, weights > 0, num_draws, seed)
+    matched = [matched_control(of_band, weights, top_k, [seed, draw])
+               for draw in range(MATCHED_SEEDS)]
+    controls = {}
+    for condition, draws in (("random", random), ("matched", matched)):
+        controls[condition] = np.zeros((len(draws), *masked.shape), bool)
+        if len(draws):
+            controls[condition][:, in_band] = draws
+    return controls
 
 
-def plan_cells(args, chosen, bands, shares, top_k):
-    """{(band, target, language): {kind: bool (masks, layers, experts)}}; kind "masked" is what the
-    experiment is about, "random" (unless there are too few) and "matched" are its controls.
+# ------------------------------------------------------------------------------------------ cells
+
+@dataclass
+class Cell:
+    """The experts of a target, masked in a band, and what that changes in the scores of a language.
+
+    Condition "masked" is the experiment, of one draw. Where the experts are the language's own,
+    "random" and "matched" are its controls.
     """
-    plan = {}
-    for band, target, language in itertools.product(bands, chosen, shares):
-        masked, share = chosen[target] & bands[band][:, None], shares[language]
-        most, num_experts = masked.sum(1).max(), masked.shape[1]
-        common.require(args.how == "zero" or num_experts - most >= top_k,
-                       f"masking {most} of {num_experts} experts leaves fewer than top_k {top_k}")
-        cell = {"masked": [masked]}
-        if masked.any() and (target in OF_ALL or language in target.split("+")):
-            seed = zlib.crc32(f"{band} {target} {language}".encode())
-            cell["random"] = random_controls(masked, share > 0, args.control_seeds, seed)
-            cell["matched"] = [matched_control(masked, share, top_k, [seed, draw])
-                               for draw in range(MATCHED_SEEDS)]
-        plan[band, target, language] = {kind: np.array(masks) for kind, masks in cell.items()
-                                        if masks}
-    return plan
+    band: str
+    target: str
+    language: str
+    masks: dict           # {condition: bool (draws, layers, experts)}
+    changes: dict = None  # once it is run, {condition: {metric: float64 (draws, examples)}}
+
+    @property
+    def masked(self):
+        """The masked experts, bool (layers, experts)."""
+        return self.masks["masked"][0]
+
+    @property
+    def is_own(self):
+        """Whether the experts are the language's own, so that there are controls."""
+        return "random" in self.masks
 
 
-def run_cells(experiment, plan, metric, bands, layers):
-    """{band: {(target, language): {kind: (masks, changes (masks, examples))}}} of the plan's masks:
-    scores under each, less those of the unmasked model.
+def plan_cells(args, experts, bands, weights, top_k):
+    """Return a Cell for each band, target and language, with all of its masks."""
+    cells = []
+    for band, target, language in itertools.product(bands, experts, weights):
+        masked = experts[target] & bands[band][:, None]
+        masks = {"masked": masked[None]}
+        if masked.any() and language in own_languages(target, weights):
+            masks |= draw_controls(masked, weights[language], bands[band], args.control_seeds,
+                                   top_k, f"{band} {target} {language}")
+        cells.append(Cell(band, target, language, masks))
+    return cells
+
+
+def check_masks(cells, how, top_k):
+    """Raise an InputError if nothing is masked, or if fewer than top_k experts are left."""
+    most = max(cell.masked.sum(1).max() for cell in cells)
+    num_experts = cells[0].masked.shape[1]
+    if most == 0:
+        raise InputError("no expert to mask in these bands; give other --bands or --targets")
+    if how == "reroute" and num_experts - most < top_k:
+        raise InputError(
+            f"masking {most} of {num_experts} experts leaves fewer than top_k {top_k}")
+
+
+def run_cell(evaluator, cell, layers):
+    """Return the changes of a Cell: scores under each of its masks, less those without a mask."""
+    args = evaluator.args
+    unmasked = evaluator.evaluate(cell.language)["scores"]
+    changes = {}
+    for condition, masks in cell.masks.items():
+        changes[condition] = {metric: np.zeros((len(masks), len(unmasked[metric])))
+                              for metric in unmasked}
+        for draw, mask in enumerate(masks):
+            masked_layers = {int(layer): row for layer, row in zip(layers, mask) if row.any()}
+            if not masked_layers:
+                continue  # a mask without experts changes nothing
+            settings = {
+                "experiment": "ablate",
+                "experts": args.experts,
+                "target": cell.target,
+                "band": cell.band,
+                "condition": condition,
+                "draw": draw,
+                "how": args.how,
+            }
+            name = f"{cell.band}-{cell.target}-{condition}{draw}"
+            edit = {EDITS[args.how]: masked_layers}
+            scores = evaluator.evaluate(cell.language, name, edit, settings)["scores"]
+            for metric in unmasked:
+                changes[condition][metric][draw] = scores[metric] - unmasked[metric]
+    return changes
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+def is_hurt(sign, masked, random, matched):
+    """Return whether masking does harm, and more of it than every control.
+
+    sign     +1 where a higher score is better, else -1
+    masked   (examples,) changes of the score
+    random   (draws, examples), of random controls; worse than all 19 is chance in one row of 20
+    matched  (draws, examples), of matched controls
+
+    Harm has to be larger than under each draw; and the 95 % intervals of the change, and of its
+    difference to the random draws, have to lie on the side of harm.
     """
-    results, args = {}, experiment.args
-    for (band, target, language), kinds in tqdm(plan.items(), unit="cell", leave=False):
-        unmasked, cell = experiment.cell(language), {}
-        for kind, masks in kinds.items():
-            scores = []
-            for draw, mask in enumerate(masks):
-                edit = {layer: row for layer, row in zip(layers.tolist(), mask) if row.any()}
-                name = args.experts if kind == "masked" else f"{kind}-seed{draw}"
-                settings = {"experiment": "ablate", "band": layers[bands[band]].tolist(),
-                            "target": target, "experts": name, "of": args.experts, "how": args.how}
-                # a mask without experts changes nothing: the unmasked model is its result
-                after = unmasked if not edit else experiment.cell(
-                    language, f"{band}-{name}-{target}", settings, **{EDITS[args.how]: edit})
-                scores.append(after[metric])
-            cell[kind] = masks, np.array(scores) - unmasked[metric]
-        results.setdefault(band, {})[target, language] = cell
-    return results
+    controls = np.concatenate([random, matched])
+    worst_control = (sign * np.nanmean(controls, axis=1)).min()
+    _, highest_change = bootstrap_interval(sign * masked)
+    _, highest_difference = bootstrap_interval(sign * (masked - random))
+    is_worst = sign * np.nanmean(masked) < worst_control
+    return bool(is_worst and highest_change < 0 and highest_difference < 0)
 
 
-def is_hurt(sign, masked, random, *matched):
-    """Worse than every random draw (by chance one row of 20, with 19 draws), worse than every
-    matched one, and than the random ones by an interval over examples and draws without 0?
+def weight_removed(masks, weights, masked):
+    """Return the fraction of routing weight that masks carry, where the masked set has experts.
 
-    masked (examples,), random and matched (draws, examples); sign +1 where more is better, else -1
+    masks (..., layers, experts), weights and masked (layers, experts) -> (...)
     """
-    controls = np.concatenate([random, *matched])
-    worst = (sign * np.nanmean(masked) < sign * np.nanmean(controls, 1)).all()
-    return bool(worst and all(sign * bound < 0 for bound in interval(masked - random)))
+    num_layers = masked.any(1).sum()
+    return (masks * weights).sum((-2, -1)) / num_layers
 
 
-def control_rows(language, cell, share, metric):
-    """A language's masked, random and matched experts: how many they are, what part of its routing
-    weight goes, the mean change, its 95 % interval over problems or, of draws, the least and the
-    most; and the verdict. cell: {kind: (masks, changes)}
+def verdict(metric, cell, weights):
+    """Return "hurt" or "not hurt", and whether matched controls carry less than what is masked."""
+    masked, random, matched = (
+        cell.changes[condition][metric] for condition in ("masked", "random", "matched"))
+    if len(random) == 0:
+        return "none: too few other sets"
+    text = "not hurt"
+    if is_hurt(metric_sign(metric), masked[0], random, matched):
+        text = "hurt"
+    wanted = weight_removed(cell.masked, weights, cell.masked)
+    carried = weight_removed(cell.masks["matched"], weights, cell.masked)
+    if (carried < 0.9 * wanted).any():
+        text += "; matched carry less"
+    return text
+
+
+def effect_columns(metric, cells, weights):
+    """Return the columns of a table with a row for each language whose own experts are masked.
+
+    cells  of one band
     """
-    rows, (masked,) = [], cell["masked"][0]
-    for kind, (masks, changes) in cell.items():
-        removed, means = part_removed(masks, share, masked), np.nanmean(changes, 1)
-        low, high = interval(changes) if kind == "masked" else (means.min(), means.max())
-        rows.append({"own": language, "": kind, "experts": f"{masks.sum() / len(masks):.1f}",
-                     "weight": removed.mean(), "change": means.mean(), "low": low, "high": high,
-                     "verdict": ""})
-    rows[0]["verdict"] = "none: too few other sets"
-    if "random" in cell:
-        hurt = is_hurt(common.better(metric), *(changes for _, changes in cell.values()))
-        rows[0]["verdict"] = "hurt" if hurt else "not hurt"
-    if kind == "matched" and removed.min() < 0.9 * rows[0]["weight"]:
-        rows[-1]["verdict"] = "others do not carry as much"
-    return rows
+    columns = {"language": [], "experts": [], "weight removed": [], "change [95 % interval]": [],
+               "others": [], "random": [], "matched": [], "verdict": []}
+    for cell in cells:
+        if not cell.is_own:
+            continue
+        name = cell.language
+        if cell.target != cell.language:
+            name = f"{cell.target} in {cell.language}"
+        weight = weights[cell.language]
+        changes = {condition: draws[metric] for condition, draws in cell.changes.items()}
+        masked = changes["masked"][0]
+        others = [np.nanmean(other.changes["masked"][metric]) for other in cells
+                  if other.target == cell.target and not other.is_own]
+        columns["language"].append(name)
+        columns["experts"].append(cell.masked.sum())
+        columns["weight removed"].append(weight_removed(cell.masked, weight, cell.masked))
+        columns["change [95 % interval]"].append(
+            change_text(np.nanmean(masked), *bootstrap_interval(masked)))
+        columns["others"].append(f"{np.mean(others):+.3f}" if others else "-")
+        columns["random"].append(range_text(np.nanmean(changes["random"], axis=1)))
+        columns["matched"].append(range_text(np.nanmean(changes["matched"], axis=1)))
+        columns["verdict"].append(verdict(metric, cell, weight))
+    return columns
 
 
-def selectivity_rows(cells, shares, tokens):
-    """What a mask does to its own language less what it does to the mean of the others, problem by
-    problem, with the 95 % interval; likelihoods in nats per problem, since tokens differ. Beside it
-    the routing weight that goes from its own language and, on average, from the others.
+def change_columns(metric, cells, unmasked):
+    """Return the columns of a table of languages by targets: the score, and each mask's change.
 
-    cells of a band as of run_cells, tokens of each language's problems. Nothing without as many
-    problems in every language.
+    cells     of one band
+    unmasked  {language: row of the evaluator}
     """
-    rows, share = [], np.array(list(shares.values()))
-    if len(set(map(len, tokens))) > 1 or len(tokens) < 2:
-        return rows
-    for target in [target for target, language in cells if target == language]:
-        masks, _ = cells[target, target]["masked"]
-        own, removed = np.array(list(shares)) == target, part_removed(masks, share, masks[0])
-        change = np.array(tokens) * [cells[target, language]["masked"][1][0] for language in shares]
-        difference = change[own][0] - change[~own].mean(0)
-        low, high = interval(difference)
-        rows.append({"own": target, "own - others": np.nanmean(difference), "low": low,
-                     "high": high, "weight of own": removed[own][0],
-                     "of others": removed[~own].mean()})
-    return rows
+    columns = {
+        "language": list(unmasked),
+        "unmasked": [np.nanmean(row["scores"][metric]) for row in unmasked.values()],
+    }
+    for target in dict.fromkeys(cell.target for cell in cells):
+        changes = {cell.language: cell.changes["masked"][metric] for cell in cells
+                   if cell.target == target}
+        columns[target] = [f"{np.nanmean(changes[language]):+.3f}" for language in unmasked]
+    return columns
 
 
-def scored_tokens(example, metric):
-    """How many tokens of an example a likelihood is the mean of; 1 of another score."""
-    start, stop = example["text_span"]
-    return {"prompt_nll": stop - max(start, 1),
-            "answer_nll": len(example["answer_ids"])}.get(metric, 1)
+def print_effects(cells, metrics, bands, layers, weights, unmasked):
+    """Print two tables for each metric and band, and return all verdicts."""
+    verdicts = []
+    for metric, band in itertools.product(metrics, bands):
+        in_band = [cell for cell in cells if cell.band == band]
+        where = f"{band} (layers {analyze.describe(layers[bands[band]])})"
+        effects = effect_columns(metric, in_band, weights)
+        verdicts += effects["verdict"]
+        if effects["verdict"]:
+            analyze.print_table(
+                f"{metric}, {where}: change in the language whose own experts are masked, in the "
+                "other languages, and in that language under random and matched controls "
+                "(min..max)", effects)
+        analyze.print_table(
+            f"{metric}, {where}: change in each language (row) by masking the experts of each "
+            "target (column)", change_columns(metric, in_band, unmasked))
+    return verdicts
 
 
-def run_each(experiment, shares, rows, layers):
-    """Mask every expert that a language uses, one at a time, in the rows. effects.npz holds what
-    that does to the first metric, and what the results file knows of the other rows.
-
-    effect  float64 (languages, layers, experts): mean change, nan where not run
-    """
-    args, languages, used = experiment.args, list(shares), np.array(list(shares.values())) > 0
-    metric, effect = args.metrics[0], np.full(used.shape, np.nan)
-    print(f"{np.count_nonzero(used[:, rows])} evaluations")
-    for i, row, expert in tqdm(np.argwhere(used).tolist(), leave=False):
-        settings = {"layer": int(layers[row]), "expert": expert, "how": args.how}
-        edit = {EDITS[args.how]: {settings["layer"]: np.arange(used.shape[2]) == expert}}
-        after = experiment.cell(languages[i], "each", settings, rows[row], **edit)
-        if after:
-            change = after[metric] - experiment.cell(languages[i])[metric]
-            effect[i, row, expert] = np.nanmean(change)
-    path = experiment.folder / "effects.npz"
-    meta = json.dumps(experiment.settings | {"harm": -common.better(metric), "how": args.how})
-    common.write_whole(path, lambda file: np.savez(
-        file, effect=effect, languages=languages, layers=layers, metric=metric, meta=meta))
-    return path
+def print_verdicts(verdicts, num_draws):
+    """Print what "hurt" means, how many rows are, and how many chance would give."""
+    if not verdicts:
+        print("\nno controls: no scored language is a target; label=path renames a dump")
+        return
+    judged = [each for each in verdicts if not each.startswith("none")]
+    hurt = [each for each in judged if each.startswith("hurt")]
+    print(f"\nhurt: worse than under all {num_draws} random and all {MATCHED_SEEDS} matched draws, "
+          "and the 95 % intervals of the\nchange and of its difference to the random draws lie on "
+          f"the side of harm. {len(hurt)} of {len(judged)} rows are hurt;\nchance would give up to "
+          f"{len(judged) / (num_draws + 1):.1f}.")
 
 
 def parse_arguments():
-    p, add = common.task_parser(globals())
-    add("--experts", "the target's alone, the shared ones, or each, one at a time",
-        ("exclusive", "shared", "each"))
-    add("--how", "let others take their place, or zero their contribution", tuple(EDITS))
-    add("--targets", "whose experts, as bn,de or bn+sw (default: those of the dumps)")
-    add("--bands", "layers, as low=0-4 (default: first, middle and last tenth, or those of a "
-        "selection)", nargs="+")
-    args = p.parse_args()
+    parser = argument_parser(__doc__)
+    add_model_arguments(parser, model=MODEL, data=DATA, out=OUT, batch_tokens=BATCH_TOKENS,
+                        max_length=MAX_LENGTH)
+    add_scoring_arguments(parser, metrics=METRICS, max_new_tokens=MAX_NEW_TOKENS)
+    add = add_expert_arguments(
+        parser, routing=ROUTING, segments=analyze.SEGMENTS, segment=SEGMENT,
+        experts_per_language=EXPERTS_PER_LANGUAGE, threshold=THRESHOLD,
+        control_seeds=CONTROL_SEEDS)
+    add("--experts", choices=("exclusive", "shared"), default="exclusive",
+        help="the target's own, or those of all")
+    add("--how", choices=tuple(EDITS), default="reroute",
+        help="let others take their place, or zero their contribution (default: %(default)s)")
+    add("--targets", metavar="LANGUAGES",
+        help="whose experts: bn,de or bn+sw (default: those of all dumps)")
+    add("--bands", nargs="+", metavar="BAND",
+        help="layers: low=0-4 (default: first, middle and last tenth, or a selection's)")
+    args = parser.parse_args()
+    if args.selection and args.experts == "shared":
+        raise InputError("leave out --experts: --selection names them")
     if args.selection:
-        common.require(args.experts == "exclusive", "leave out --experts: --selection names them")
         args.experts = "selection"
-    common.require(args.experts != "each" or args.bands, "--experts each takes long; say in which "
-                   "--bands")
-    common.require(not args.targets or args.experts == "exclusive", "--targets has no part in the "
-                   f"{args.experts} experts; leave it out")
+    if args.targets and args.experts != "exclusive":
+        raise InputError(f"--targets has no part in the {args.experts} experts; leave it out")
     return args
-
-
-def effect_tables(experiment, plan, bands, layers, shares):
-    """[(title, rows)] of every metric and band of the plan, which is run."""
-    tables, tasks = [], experiment.tasks
-    for metric in experiment.cell(next(iter(tasks))):
-        tokens = [[scored_tokens(example, metric) for example in encoded]
-                  for encoded in tasks.values()]
-        for band, cells in run_cells(experiment, plan, metric, bands, layers).items():
-            where = analyze.describe(layers[bands[band]])
-            changes = [{"": language, "unmasked": np.nanmean(experiment.cell(language)[metric])}
-                       | {target: np.nanmean(cell["masked"][1])
-                          for (target, each), cell in cells.items() if each == language}
-                       for language in tasks]
-            controls = [control_rows(language, cell, shares[language], metric)
-                        for (_, language), cell in cells.items() if len(cell) > 1]
-            tables += [
-                (f"\n{band} (layers {where})  {metric}: change by masking experts of", changes),
-                ("in the target's own language; low, high: 95 % interval, or the least and most "
-                 "draw", sum(controls, [])),
-                ("selective? the change in the own language less that in the others, per problem",
-                 selectivity_rows(cells, shares, tokens))]
-    return tables
 
 
 def main():
     args = parse_arguments()
-    dumps = analyze.load_languages(args.routing, args.part)
-    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
-                                                          dumps[0]["num_experts"])
-    layers, chosen = dumps[0]["layers"], choose_experts(args, dumps)
-    bands = analyze.parse_bands(args.bands, layers)
+
+    # 1. Choose the experts of each target, and the bands of layers
+    routing = analyze.load_routing(args.routing, args.segment)
+    args.experts_per_language = analyze.number_of_experts(
+        args.experts_per_language, routing.num_experts)
+    experts = choose_experts(args, routing)
+    bands = analyze.parse_bands(args.bands, routing.layers)
     if args.selection and not args.bands:
-        bands = {"selected": chosen["selection"].any(1)}
-    experiment = common.Experiment(args, dumps)
-    shares = routing_shares(dumps, experiment.tasks)
-    if args.experts == "each":
-        return print(run_each(experiment, shares, np.any(list(bands.values()), 0), layers))
-    plan = plan_cells(args, chosen, bands, shares, dumps[0]["top_k"])
-    masks = np.concatenate([masks for cell in plan.values() for masks in cell.values()])
-    common.require(masks.any(), "no expert to mask in these bands; give other --bands or "
-                                "--targets")
-    print(f"{args.model}  {len(masks)} cells  {args.how} ", args.selection or
-          f"{args.experts} experts  experts_per_language {args.experts_per_language}  "
-          f"threshold {args.threshold}")
-    tables = effect_tables(experiment, plan, bands, layers, shares)
-    analyze.print_tables((title, rows) for title, rows in tables if rows)
-    verdicts = [row.get("verdict") for _, rows in tables for row in rows]
-    hurt, draws = verdicts.count("hurt"), args.control_seeds
-    number = hurt + verdicts.count("not hurt")
-    print(f"\nhurt: worse than all {draws} random draws and all {MATCHED_SEEDS} matched ones, and "
-          f"by an interval\nover problems and draws. {hurt} of {number} rows are hurt; "
-          f"chance would give up to {number / (draws + 1):.1f}")
-    if set(verdicts) == {None}:
-        print("no controls: no evaluated language is a target; label=path renames a dump")
-    common.print_end(experiment)
+        bands = {"selected": experts["selection"].any(1)}
+
+    # 2. Check model, data and results file; weights are read when the first score is needed
+    evaluator = Evaluator(args, routing)
+
+    # 3. Plan the masks: a target's experts in every language, and controls in its own
+    weights = routing_weights(routing, evaluator.tasks)
+    cells = plan_cells(args, experts, bands, weights, routing.top_k)
+    check_masks(cells, args.how, routing.top_k)
+
+    # 4. Score every language without a mask, and under each of them
+    print_now(f"{args.model}  {args.how}  {args.selection or args.experts} experts  "
+              f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
+    unmasked = {language: evaluator.evaluate(language)
+                for language in tqdm(evaluator.tasks, "unmasked", leave=False)}
+    for cell in tqdm(cells, "masked", unit="cell", leave=False):
+        cell.changes = run_cell(evaluator, cell, routing.layers)
+
+    # 5. Print, for each metric and band, effects beside those of controls, and all changes
+    metrics = cells[0].changes["masked"]
+    verdicts = print_effects(cells, metrics, bands, routing.layers, weights, unmasked)
+    print_verdicts(verdicts, args.control_seeds)
+    evaluator.print_summary()
 
 
 if __name__ == "__main__":
-    common.run_script(main, analyze.InputError)
+    run_script(main, analyze.InputError)

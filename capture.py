@@ -1,25 +1,26 @@
 """
-Record which experts the routers pick for every token of every language.
+Record which experts the routers select for every token, language by language.
 
-    python capture.py                                              # the tiny model in tests/
-    python capture.py --model Qwen/Qwen3-30B-A3B --data 'data/mgsm_{lang}.tsv'
-    python capture.py --null-router                                # and what random routers pick
-    python capture.py --tokens 'routing/{lang}.npz' --dtype bfloat16 --out routing/bf16
+    python capture.py                                 # the tiny model in tests/
+    python capture.py --model Qwen/Qwen3-30B-A3B --data 'mgsm/{lang}.tsv'
+    python capture.py --null-router       # and what random routers would select
 
-reads   data/mgsm_<lang>.tsv     prompts, one file per language (.tsv, .jsonl, .json or .txt)
-writes  routing/<lang>.npz       the routing dump of each language; then: python analyze.py
+reads   mgsm/<lang>.tsv      prompts, a file per language
+writes  routing/<lang>.npz   its routing dump; then: python analyze.py
 
-One forward pass over the prompts; nothing is generated. A dump that is there already is kept, so a
-run that was stopped goes on where it stopped. The tiny model takes a few seconds; a 30B model,
-about its bare prefill time.
+One forward pass over the prompts; nothing is generated. Prompts may come with
+responses, as those that ablate.py and steer.py write. A dump that was made with
+the same settings is kept, so a stopped run goes on where it stopped. The tiny
+model takes a few seconds, a 30B model about the time of a bare prefill. With
+several GPUs, start a process for each with its own --languages.
 """
 
-import argparse
 import contextlib
 import functools
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,295 +29,406 @@ import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 
-from common import (argument_parser, check_tokens, checkpoint_id, count, dtype_name, encode_example,
-                    explained, file_hash, find_data, find_routers, length_batches, load_config,
-                    load_weights, max_positions, MODEL_OPTIONS, padded_batch, read_task,
-                    record_routing, require, route, routing_shape, run_batches, run_script,
-                    tokenizer_id, try_model, vllm_version, VLLMEngine, write_whole)
+from common import (
+    MODEL_OPTIONS, InputError, add_model_arguments, argument_parser, check_model, check_token_ids,
+    checkpoint_id, dtype_name, encode_example, file_hash, find_data, find_routers, length_batches,
+    load_config, load_weights, max_positions, padded_batch, print_now, read_task, record_routing,
+    routing_shape, run_batches, run_script, tokenizer_id, whole_file)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
 DATA = "tests/data/routing_{lang}.tsv"  # {lang} stands for the language
 OUT = "routing"                         # folder of the dumps
-BATCH_TOKENS = 8192                     # per forward pass; lower it if memory runs out
-MAX_LENGTH = 4096                       # tokens; a longer sequence is cut, and that is reported
+BATCH_TOKENS = 8192                     # tokens per forward pass; lower it if memory runs out
+MAX_LENGTH = 4096                       # tokens; longer sequences are cut, and that is printed
 NULL_DRAWS = 5                          # random routers of every layer, with --null-router
 # ------------------------------------------------------------------------------------------------
-FORMAT = 1  # of the dump
-# a dump that was made with other ones of these is another dump
-SETTINGS = ("format", "revision", "tokenizer", "dtype", "data_sha256", "limit", "max_length",
-            "chat_template", "instruction", "stats_only", "null_router", "shard", "vllm",
-            "max_new_tokens", "options")
+
+FORMAT = 2  # version of the dump
+# A dump with other values of these is another dump; with the same values it is kept
+SETTINGS = ("format", "revision", "tokenizer", "dtype", "options", "data_sha256", "limit",
+            "max_length", "chat_template", "instruction", "stats_only", "null_router")
 
 
 @torch.inference_mode()
 def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_draws=0):
-    """Where the routers send every token of sequences (lists of ids), and how many were padded.
+    """Run sequences, lists of token IDs, and return how they were routed.
 
-    counts, weight_sums, mean_probs  (sequences, layers, experts): selections, weights given with
-                                     them, mean softmax(router_logits)
-    null_counts                      (sequences, null_draws, layers, experts), if there are draws
-    selected_experts                 (tokens, layers, top_k), one sequence after the other
+    Returns a dictionary of arrays and the number of padding tokens that were run along:
+    counts            int64 (sequences, layers, experts), tokens that selected the expert
+    weight_sums       float64 (sequences, layers, experts), sum of the routing weights given to it
+    mean_probs        float32 (sequences, layers, experts), mean of softmax(router_logits)
+    null_counts       int32 (sequences, null_draws, layers, experts), counts of random routers;
+                      only with null_draws
+    selected_experts  uint8 or uint16 (tokens, layers, top_k), one sequence after the other;
+                      not with stats_only
     """
-    layers, num_experts, top_k = one_shape(routing_shape(model))
-    lengths, kept = list(map(len, sequences)), 0 if stats_only else top_k  # IDs of a token
-    routing, real = {}, None  # of a batch: what each layer adds, and which tokens are no padding
+    lengths = [len(ids) for ids in sequences]
+    with tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress:
+        recorder = BatchRecorder(model, sequences, stats_only, null_draws, progress)
+        with recorder.hooks():
+            results = run_batches(recorder.run, length_batches(lengths, batch_tokens))
 
-    def on_router(layer, *answer):  # to one device, where a model is spread over several
-        answer = [x.to(real.device).reshape(*real.shape[:2], -1)
-                  for x in (*answer, *null_choices.pop(layer, ()))]
-        routing[layer] = sums_over(real, *answer), answer[2][..., :kept].short()
-
-    def run(batch):
-        nonlocal real
-        ids = padded_batch(model, sequences, batch)
-        length = torch.tensor([[[lengths[i]]] for i in batch])
-        real = (torch.arange(ids.shape[1])[:, None] < length).to(ids.device)
-        routing.clear()
-        model.get_decoder()(input_ids=ids, use_cache=False)
-        require(len(routing) == len(layers), f"{len(layers) - len(routing)} routers were bypassed")
-        # what leaves the device does so once per batch, all layers in one: (batch, layers, ...)
-        sums, chosen = (torch.stack(x, 1).cpu().numpy()
-                        for x in zip(*(routing[layer] for layer in layers)))
-        chosen = chosen.astype(np.uint8 if num_experts <= 256 else np.uint16)
-        progress.update(sum(lengths[i] for i in batch))
-        return zip([ids.shape[1] - lengths[i] for i in batch], sums,
-                   [experts[:, :lengths[i]].swapaxes(0, 1) for i, experts in zip(batch, chosen)])
-
-    with (null_routing(model, null_draws, num_experts, top_k) as null_choices,
-          record_routing(model, on_router),
-          tqdm(total=sum(lengths), unit="tok", unit_scale=True, leave=False) as progress):
-        padding, sums, selected = zip(*run_batches(run, length_batches(lengths, batch_tokens)))
-    counts, weight_sums, mean_probs, *null_counts = np.moveaxis(sums, 2, 0)
-    arrays = {"counts": counts.astype(np.int64), "weight_sums": weight_sums.astype(float),
-              "mean_probs": mean_probs.astype(np.float32)}
+    # (sequences, layers, 3 + null_draws, experts)
+    all_sums = np.stack([sums for sums, _ in results])
+    arrays = {
+        "counts": all_sums[:, :, 0].astype(np.int64),
+        "weight_sums": all_sums[:, :, 1].astype(np.float64),
+        "mean_probs": all_sums[:, :, 2].astype(np.float32),
+    }
     if null_draws:
-        arrays["null_counts"] = np.stack(null_counts, 1).astype(np.int32)
+        arrays["null_counts"] = all_sums[:, :, 3:].swapaxes(1, 2).astype(np.int32)
     if not stats_only:
-        arrays["selected_experts"] = np.concatenate(selected)
-    return arrays, sum(padding)
+        arrays["selected_experts"] = np.concatenate([selected for _, selected in results])
+    return arrays, recorder.num_padding
 
 
-def record(model, sequences, batch_tokens, max_new_tokens=None, **options):
-    """(sequences, arrays, padding) of capture(); of a VLLMEngine selected_experts alone, and of the
-    sequences with responses of max_new_tokens, but for their last.
+class BatchRecorder:
+    """Runs batches of sequences, and sums the routing of each over its tokens.
+
+        with recorder.hooks():
+            recorder.run([0, 1])  # the sequences of these indices
+
+    A layer is summed as soon as its router has run, so that no layer's logits have to be kept.
+    Nothing waits for the device before all layers have run.
     """
-    if isinstance(model, VLLMEngine):
-        sequences, selected = route(model, sequences, max_new_tokens=max_new_tokens or 1)
-        return sequences, {"selected_experts": selected}, 0
-    return sequences, *capture(model, sequences, batch_tokens, **options)
+
+    def __init__(self, model, sequences, stats_only, null_draws, progress):
+        self.model = model
+        self.sequences = sequences
+        self.stats_only = stats_only
+        self.progress = progress
+        self.layers, self.num_experts, self.top_k = one_shape(routing_shape(model))
+        self.null_routers = draw_null_routers(model, null_draws, self.num_experts)
+        self.num_padding = 0
+        # Of the batch that is being run
+        self.is_real = None      # bool (batch, tokens, 1), False for padding
+        self.null_selected = {}  # {layer: list of (batch, tokens, experts), one for each draw}
+        self.sums = {}           # {layer: (batch, 3 + draws, experts)}
+        self.selected = {}       # {layer: int16 (batch, tokens, top_k)}
+
+    @contextlib.contextmanager
+    def hooks(self):
+        """In the block, record what the model's routers do."""
+        routers = find_routers(self.model)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(record_routing(self.model, self.on_router))
+            for layer in self.null_routers:
+                hook = functools.partial(self.before_router, layer)
+                stack.enter_context(routers[layer].register_forward_pre_hook(hook))
+            yield
+
+    def run(self, batch):
+        """Return (sums, selected_experts) for each sequence of a batch, a list of indices.
+
+        sums              (layers, 3 + draws, experts), see sum_over_tokens
+        selected_experts  uint8 or uint16 (tokens, layers, top_k), or None with stats_only
+        """
+        ids = padded_batch(self.model, self.sequences, batch)  # (batch, longest)
+        lengths = [len(self.sequences[i]) for i in batch]
+        positions = torch.arange(ids.shape[1])[:, None]
+        is_real = positions < torch.tensor(lengths)[:, None, None]
+        self.is_real = is_real.to(ids.device)
+        self.sums, self.selected = {}, {}
+        self.model.get_decoder()(input_ids=ids, use_cache=False)
+        bypassed = set(self.layers) - self.sums.keys()
+        if bypassed:
+            raise InputError(f"the routers in layers {sorted(bypassed)} were bypassed")
+
+        self.num_padding += ids.numel() - sum(lengths)
+        self.progress.update(sum(lengths))
+        sums = self.fetch(self.sums)
+        if self.stats_only:
+            return [(sums_of_sequence, None) for sums_of_sequence in sums]
+        selected = self.fetch(self.selected)  # (batch, layers, longest, top_k)
+        selected = selected.astype(np.uint8 if self.num_experts <= 256 else np.uint16)
+        results = []
+        for row, length in enumerate(lengths):
+            results.append((sums[row], selected[row, :, :length].swapaxes(0, 1)))
+        return results
+
+    def fetch(self, tensors):
+        """Return {layer: (batch, ...)} as one array (batch, layers, ...), in a single transfer."""
+        return torch.stack([tensors[layer] for layer in self.layers], dim=1).cpu().numpy()
+
+    def before_router(self, layer, router, args):
+        """Select experts by null routers for the hidden states that a router is given."""
+        selected = select_by_null_routers(args[0], self.null_routers[layer], self.top_k)
+        self.null_selected[layer] = [self.by_sequence(draw) for draw in selected]
+
+    def on_router(self, layer, router_logits, routing_weights, selected_experts):
+        """Sum what a router returned over the real tokens of each sequence."""
+        selected_experts = self.by_sequence(selected_experts)
+        self.sums[layer] = sum_over_tokens(
+            self.is_real, self.by_sequence(router_logits), self.by_sequence(routing_weights),
+            selected_experts, self.null_selected.pop(layer, []))
+        if not self.stats_only:
+            self.selected[layer] = selected_experts.short()
+
+    def by_sequence(self, values):
+        """Return values as (batch, tokens, ...): some families' are (batch * tokens, ...).
+
+        They go to one device, where a model is spread over several.
+        """
+        batch, tokens, _ = self.is_real.shape
+        return values.to(self.is_real.device).reshape(batch, tokens, -1)
 
 
-def sums_over(real, router_logits, routing_weights, selected_experts, *more):
-    """Over real tokens selections, weights, mean probabilities, and more: (batch, each, experts).
+def sum_over_tokens(is_real, router_logits, routing_weights, selected_experts, null_selected):
+    """Return (batch, 3 + draws, experts), sums over the real tokens of each sequence.
 
-    All (batch, tokens, experts or top_k), real (batch, tokens, 1). No step waits for the device.
+    is_real           bool (batch, tokens, 1), False for padding
+    router_logits     (batch, tokens, experts)
+    routing_weights   (batch, tokens, top_k)
+    selected_experts  (batch, tokens, top_k)
+    null_selected     list of (batch, tokens, experts) of 0 and 1, one for each draw
+
+    The sums are, in this order: selections, routing weights, softmax(router_logits) divided by
+    the number of tokens, and each draw's selections.
     """
     weights = routing_weights.to(torch.promote_types(routing_weights.dtype, torch.float32))
-    none = torch.zeros_like(router_logits, dtype=weights.dtype)
-    chosen = none.scatter(-1, selected_experts, 1.0)
-    given = none.scatter(-1, selected_experts, weights)
-    probs = router_logits.softmax(-1, dtype=torch.float32) / real.sum(1, keepdim=True)
-    return torch.stack([(each * real).sum(1) for each in (chosen, given, probs, *more)], 1)
+    zeros = torch.zeros_like(router_logits, dtype=weights.dtype)
+    selected = zeros.scatter(-1, selected_experts, 1.0)
+    weight_of_expert = zeros.scatter(-1, selected_experts, weights)
+    num_tokens = is_real.sum(1, keepdim=True)
+    probs = router_logits.softmax(-1, dtype=torch.float32) / num_tokens
+    summands = [selected, weight_of_expert, probs, *null_selected]
+    return torch.stack([(values * is_real).sum(1) for values in summands], dim=1)
 
 
-@contextlib.contextmanager
-def null_routing(model, draws, num_experts, top_k):
-    """Inside the block, a dict of what random routers select for the hidden states that a layer's
-    router was given last: {layer: of each draw 0 or 1 (tokens, experts)}; empty without draws.
+def draw_null_routers(model, num_draws, num_experts):
+    """Return {layer: random linear routers (draws, experts, hidden_size)}; {} without draws.
 
-    They are linear, of random rows that have the norms of the trained one's; the same ones in every
-    run, since a layer is the seed of its draws.
+    Their rows have random directions and the norms of the trained router's rows. The layer is the
+    seed, so that they are the same in every run.
     """
-    choices = {}
+    if num_draws == 0:
+        return {}
+    null_routers = {}
+    for layer, router in find_routers(model).items():
+        weight = max(router.parameters(), key=torch.numel)  # (experts, hidden_size)
+        weight = weight[:num_experts].float()  # Inkling's has rows of always-on experts behind them
+        norms = weight.norm(dim=1, keepdim=True)
+        generator = torch.Generator().manual_seed(layer)
+        directions = F.normalize(torch.randn(num_draws, *weight.shape, generator=generator), dim=-1)
+        null_routers[layer] = directions.to(norms.device) * norms
+    return null_routers
 
-    def hook(layer, rows, router, args):
-        logits = torch.einsum("...h,deh->...de", args[0].float(), rows)
-        choices[layer] = torch.zeros_like(logits).scatter(
-            -1, logits.topk(top_k).indices, 1.0).unbind(-2)
 
-    with contextlib.ExitStack() as hooks:
-        for layer, router in find_routers(model).items() if draws else ():
-            trained = max(router.parameters(), key=torch.numel)  # (experts, hidden size)
-            trained = trained[:num_experts].float()  # Inkling: always-on ones, too
-            seeded, norms = torch.Generator().manual_seed(layer), trained.norm(dim=1, keepdim=True)
-            rows = F.normalize(torch.randn(draws, *trained.shape, generator=seeded), dim=-1)
-            hooks.enter_context(router.register_forward_pre_hook(
-                functools.partial(hook, layer, rows.to(norms.device) * norms)))
-        yield choices
+def select_by_null_routers(hidden_states, null_router, top_k):
+    """Return 1 where a random router selects an expert for a token and 0 elsewhere.
+
+    hidden_states (..., hidden_size), null_router (draws, experts, hidden_size)
+    -> tuple of draws tensors (..., experts)
+    """
+    logits = torch.einsum("...h,deh->...de", hidden_states.float(), null_router)
+    selected_experts = logits.topk(top_k).indices
+    selected = torch.zeros_like(logits).scatter(-1, selected_experts, 1.0)
+    return selected.unbind(-2)
 
 
 def one_shape(shape):
-    """([decoder layers], num_experts, top_k) of a routing_shape: a dump holds one of each."""
-    kinds = set(shape.values())
-    require(len(kinds) == 1, f"layers differ in (num_experts, top_k): {sorted(kinds)}; a dump "
-                             "cannot hold that")
-    return list(shape), *kinds.pop()
+    """Return ([decoder layers], num_experts, top_k) of a routing_shape.
+
+    Raises an InputError if layers differ: a dump holds one num_experts and one top_k.
+    """
+    sizes = set(shape.values())
+    if len(sizes) > 1:
+        raise InputError(f"layers differ in (num_experts, top_k): {sorted(sizes)}; a dump cannot "
+                         "hold that")
+    num_experts, top_k = sizes.pop()
+    return list(shape), num_experts, top_k
 
 
-def as_dump(arrays, layers, sequences, prompt_lengths, text_spans):
-    """What was recorded for one language's sequences, as the arrays of its dump."""
-    totals = {key: arrays[key].sum(0) for key in ("counts", "weight_sums", "null_counts")
-              if key in arrays}
-    dump = arrays | totals | {
-        "sequence_offsets": np.cumsum([0, *map(len, sequences)]),
-        "prompt_lengths": np.array(prompt_lengths), "text_spans": np.array(text_spans),
-        "layers": np.array(layers, np.int32)}
+# ---------------------------------------------------------------------------------------- prompts
+
+@dataclass
+class Corpus:
+    """The sequences of one language, cut to the maximum length."""
+
+    sequences: list       # lists of token IDs: a prompt, and its response if there is one
+    prompt_lengths: list  # tokens of each prompt
+    text_spans: list      # (start, stop): the tokens of the prompt's own text, without template
+    num_cut: int          # sequences that were longer
+
+
+def encode_corpus(tokenizer, examples, chat_template, max_length):
+    """Return the Corpus of a language's examples."""
+    corpus = Corpus(sequences=[], prompt_lengths=[], text_spans=[], num_cut=0)
+    for example in examples:
+        prompt, (start, stop) = encode_example(tokenizer, example, chat_template)
+        response = tokenizer(example.get("response", ""), add_special_tokens=False)
+        ids = prompt + response["input_ids"]
+        corpus.sequences.append(ids[:max_length])
+        corpus.prompt_lengths.append(min(len(prompt), max_length))
+        corpus.text_spans.append((min(start, max_length), min(stop, max_length)))
+        if len(ids) > max_length:
+            corpus.num_cut += 1
+    return corpus
+
+
+def plan_dumps(args, config, tokenizer, shape):
+    """Return [(Corpus, meta, path)] of the dumps that have to be made, one for each language.
+
+    Prints which dumps are kept, and how many sequences are cut.
+    """
+    max_length = min(args.max_length, max_positions(config))
+    meta_of_all = model_meta(args, config, tokenizer, shape)
+    plan = []
+    for language, data in find_data(args.data, args.languages).items():
+        path = Path(args.out, f"{language}.npz")
+        examples = read_task(args, language, data)
+        meta = meta_of_all | {
+            "language": language,
+            "data": data,
+            "data_sha256": file_hash(data),
+            "instruction": examples[0].get("instruction"),
+        }
+        if path.exists() and not args.overwrite:
+            check_settings(path, meta)
+            print_now(f"{language:<8} kept  {path}")
+            continue
+        corpus = encode_corpus(tokenizer, examples, args.chat_template, max_length)
+        check_token_ids(corpus.sequences, config, data)
+        meta["truncated"] = corpus.num_cut
+        if corpus.num_cut:
+            print_now(f"{language:<8} {corpus.num_cut} sequences are cut at {max_length} tokens; "
+                      "see --max-length")
+        plan.append((corpus, meta, path))
+    return plan
+
+
+# ------------------------------------------------------------------------------------------ dumps
+
+def model_meta(args, config, tokenizer, shape):
+    """Return what the dumps of all languages record of model, arguments and versions."""
+    _, num_experts, top_k = one_shape(shape)
+    return vars(args) | {
+        "format": FORMAT,
+        "revision": checkpoint_id(args.model, config, shape),
+        "tokenizer": tokenizer_id(tokenizer),
+        "quantization": str(getattr(config, "quantization_config", None)),
+        "dtype": dtype_name(args.dtype, config),
+        "options": MODEL_OPTIONS or None,
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def check_settings(path, meta):
+    """Raise an InputError if the dump that is there was made with other settings."""
+    made_with = read_meta(path)
+    different = [f"{key} {made_with.get(key)} there, {meta[key]} now"
+                 for key in SETTINGS if made_with.get(key) != meta[key]]
+    if different:
+        raise InputError(f"{path} was made with other settings ({'; '.join(different)}); add "
+                         "--overwrite or another --out")
+
+
+def read_meta(path):
+    """Return the meta of a dump as a dictionary."""
+    not_a_dump = f"{path} is not a routing dump; move it away or add --overwrite"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            text = str(file["meta"])
+    except Exception as error:  # for a damaged file, numpy raises any kind
+        raise InputError(not_a_dump) from error
+    try:
+        meta = json.loads(text)
+    except ValueError as error:
+        raise InputError(not_a_dump) from error
+    if not isinstance(meta, dict):
+        raise InputError(not_a_dump)
+    return meta
+
+
+def make_dump(arrays, layers, corpus):
+    """Return the arrays of a dump: those of capture(), summed over sequences, and the corpus's."""
+    lengths = [len(ids) for ids in corpus.sequences]
+    dump = arrays | {
+        "layers": np.array(layers, np.int32),
+        "sequence_offsets": np.cumsum([0, *lengths]),
+        "prompt_lengths": np.array(corpus.prompt_lengths),
+        "text_spans": np.array(corpus.text_spans),
+    }
+    for key in ("counts", "weight_sums", "null_counts"):
+        if key in arrays:
+            dump[key] = arrays[key].sum(0)
     if "selected_experts" in arrays:
-        dump["token_ids"] = np.concatenate(sequences).astype(np.int32)
+        dump["token_ids"] = np.concatenate(corpus.sequences).astype(np.int32)
     return dump
 
 
 def save_dump(path, dump, meta):
-    """Write a dump, whole or not at all. Every token must be counted top_k times in every layer."""
-    if "mean_probs" in dump:  # vLLM tells IDs alone
-        broken = dump["layers"][~np.isfinite(dump["mean_probs"]).all((0, 2))].tolist()
-        require(not broken, f"router logits are NaN or infinite in layers {broken}; try --dtype "
-                            "float32")
-    selections = dump["sequence_offsets"][-1] * meta["top_k"]
-    counted = dump["counts"].sum(1) if "counts" in dump else dump["selected_experts"][:, 0].size
-    if not np.all(counted == selections):
-        raise RuntimeError(f"{path}: counts do not add up to {selections}, tokens * top_k")
-    # not compressed: that saves a third, takes ten times as long, and reading could skip nothing
-    write_whole(path, lambda file: np.savez(file, **dump, meta=json.dumps(meta, default=str)))
+    """Write a dump, whole or not at all.
+
+    Raises an InputError if router logits were no finite numbers, and a RuntimeError unless every
+    token was counted top_k times in every layer.
+    """
+    is_finite = np.isfinite(dump["mean_probs"]).all((0, 2))
+    if not is_finite.all():
+        broken = dump["layers"][~is_finite].tolist()
+        raise InputError(f"router logits are NaN or infinite in layers {broken}; try --dtype "
+                         "float32")
+    num_selections = dump["sequence_offsets"][-1] * meta["top_k"]
+    if not (dump["counts"].sum(1) == num_selections).all():
+        raise RuntimeError(f"{path}: counts do not add up to {num_selections}, tokens * top_k")
+    # Not compressed: that would save a third, take ten times as long, and make reading one array
+    # of many as slow as reading all
+    with whole_file(path) as file:
+        np.savez(file, **dump, meta=json.dumps(meta, default=str))
 
 
-def is_done(path, meta, overwrite):
-    """Whether the dump is there with the same settings; InputError says which are others."""
-    if overwrite or not path.exists():
-        return False
-    with (explained(f"{path} is no routing dump; move it away or add --overwrite"),
-          np.load(path, allow_pickle=False) as file):
-        made = json.loads(str(file["meta"]))
-        differ = [f"{key} {made.get(key)} there, {meta[key]} now"
-                  for key in SETTINGS if made.get(key) != meta[key]]
-    require(not differ, f"{path} was made with other settings ({'; '.join(differ)}); add "
-                        "--overwrite or another --out")
-    return True
-
-
-def plan_dumps(args, config, tokenizer, shape):
-    """[(columns of read_corpus, meta, path of the dump)] of those that are not there yet."""
-    (index, parts), plan, (_, num_experts, top_k) = args.shard, [], one_shape(shape)
-    revision, tokenizer_hash = checkpoint_id(args.model, config, shape), tokenizer_id(tokenizer)
-    longest = min(args.max_length, max_positions(config) - (args.engine == "vllm"))  # it adds one
-    for language, data in find_data(args.tokens or args.data, args.languages).items():
-        path = Path(args.out, f"{language}{f'.{index}of{parts}' * (parts > 1)}.npz")
-        examples = [] if args.tokens else read_task(args, language, data)
-        meta = vars(args) | {
-            "format": FORMAT, "revision": revision, "tokenizer": tokenizer_hash,
-            "quantization": str(getattr(config, "quantization_config", None)),
-            "num_experts": num_experts, "top_k": top_k, "dtype": dtype_name(args.dtype, config),
-            "shard": f"{index}/{parts}", "language": language, "data": data,
-            "instruction": examples[0].get("instruction") if examples else None,
-            "data_sha256": file_hash(data), "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "vllm": vllm_version(config) if args.engine == "vllm" else None,
-            "options": MODEL_OPTIONS or None}
-        if is_done(path, meta, args.overwrite):
-            print(f"{language:<8} there already  {path}")
-            continue
-        corpus = read_tokens(data, tokenizer_hash) if args.tokens else read_corpus(
-            tokenizer, examples, args.chat_template)
-        first, last = (len(corpus) * part // parts for part in (index - 1, index))
-        require(first < last, f"{data}: fewer prompts than shards; lower N of --shard I/{parts}")
-        corpus = corpus[first:last]
-        check_tokens([ids for ids, *_ in corpus], config, data)
-        meta["truncated"] = sum(len(ids) > longest for ids, *_ in corpus)
-        if meta["truncated"]:
-            print(f"{language:<8} {meta['truncated']} sequences were cut at {longest} tokens; see "
-                  "--max-length")
-        columns = zip(*((ids[:longest], min(prompt, longest), np.minimum(span, longest))
-                        for ids, prompt, span in corpus))
-        plan.append((list(columns), meta, path))
-    return plan
-
-
-def read_corpus(tokenizer, examples, chat_template):
-    """[(ids of prompt and response, tokens of the prompt, where in them its own text lies)]"""
-    corpus = []
-    for example in examples:
-        prompt, span = encode_example(tokenizer, example, chat_template)
-        ids = prompt + tokenizer(example.get("response", ""), add_special_tokens=False)["input_ids"]
-        corpus.append((ids, len(prompt), span))
-    return corpus
-
-
-def read_tokens(path, tokenizer_hash):
-    """read_corpus of the very tokens of a whole dump."""
-    with (explained(f"{path} is no whole dump with token_ids and text_spans; --tokens takes one"),
-          np.load(path, allow_pickle=False) as file):
-        offsets, ids, prompts, spans = (file[key] for key in (
-            "sequence_offsets", "token_ids", "prompt_lengths", "text_spans"))
-        made = json.loads(str(file["meta"]))
-        require(made.get("shard", "1/1") == "1/1", "it is a shard")
-        if made.get("tokenizer", tokenizer_hash) != tokenizer_hash:
-            print(f"note: {path} has the tokens of another tokenizer, or chat template")
-        sequences = [part.tolist() for part in np.split(ids, offsets[1:-1])]
-        lengths = list(map(len, sequences))
-        require(ids.dtype.kind in "iu" and lengths == np.diff(offsets).tolist() and 0 not in lengths
-                and len(lengths) == len(prompts) == len(spans) and (prompts <= lengths).all()
-                and (spans <= prompts[:, None]).all(), "its sequences do not fit its tokens")
-        return list(zip(sequences, prompts.tolist(), spans))
-
-
-def parse_shard(text):
-    """"2/4" -> (2, 4): the second of four parts."""
-    index, _, parts = text.partition("/")
-    if not (index.isdigit() and parts.isdigit() and 1 <= int(index) <= int(parts)):
-        raise argparse.ArgumentTypeError(f"'{text}' is not I/N with 1 <= I <= N")
-    return int(index), int(parts)
-
+# ----------------------------------------------------------------------------------------- script
 
 def parse_arguments():
-    p = argument_parser(__doc__, model=MODEL, data=DATA, out=OUT, batch_tokens=BATCH_TOKENS,
+    parser = argument_parser(__doc__)
+    add_model_arguments(parser, model=MODEL, data=DATA, out=OUT, batch_tokens=BATCH_TOKENS,
                         max_length=MAX_LENGTH)
-    add = p.add_argument_group("what is captured").add_argument
-    add("--tokens", metavar="DUMP", help="instead, the very tokens of dumps, as 'a/{lang}.npz'")
-    add("--shard", type=parse_shard, default=(1, 1), metavar="I/N", help="part I of N of each one")
+    add = parser.add_argument_group("what is captured").add_argument
     add("--stats-only", action="store_true", help="no expert IDs token by token: small dumps")
     add("--null-router", action="store_const", const=NULL_DRAWS, default=0,
-        help="count what random routers pick, too")
-    add("--max-new-tokens", type=count, help="of responses that vLLM gives, recorded as well")
-    add("--overwrite", action="store_true", help="replace dumps that were made with other settings")
-    args = p.parse_args()
-    require(not os.path.isfile(args.out), f"{args.out} is a file; --out takes a folder")
-    require(not args.tokens or (args.data, args.limit, args.instruction, args.chat_template) == (
-        DATA, None, None, "auto"), "--tokens runs dumps as they are, without --data, --limit, "
-            "--instruction and --chat-template")
-    require(args.engine == "vllm" or not args.max_new_tokens,
-            "--max-new-tokens needs --engine vllm")
-    require(args.engine != "vllm" or not (args.stats_only or args.null_router),
-            "--engine vllm gives IDs alone, without --stats-only and --null-router")
+        help=f"also count what {NULL_DRAWS} random routers select")
+    add("--overwrite", action="store_true", help="replace dumps that have other settings")
+    args = parser.parse_args()
+    if os.path.isfile(args.out):
+        raise InputError(f"{args.out} is a file; --out takes a folder")
     return args
 
 
 def main():
     args = parse_arguments()
+
+    # 1. Read model config, prompts and dumps that are there, before any weights
     config, tokenizer, shape = load_config(args.model)
     layers, num_experts, top_k = one_shape(shape)
     plan = plan_dumps(args, config, tokenizer, shape)
     if not plan:
         return
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    dtype = dtype_name(args.dtype, config)
-    if args.engine == "vllm":
-        model = VLLMEngine(args.model, shape, dtype, **args.engine_options)
-    else:
-        model = load_weights(args.model, config, args.dtype, args.device)
-        try_model(model, plan[0][0][0][0], edits=False)
-    print(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  {dtype}")
-    for (prompts, *rest), meta, path in plan:
+
+    # 2. Load the model, and check on one prompt that its routers can be recorded
+    model = load_weights(args.model, config, args.dtype, args.device)
+    first_corpus, meta, _ = plan[0]
+    check_model(model, first_corpus.sequences[0], edits=False)
+    print_now(f"{args.model}  {len(layers)} MoE layers  {num_experts} experts  top_k {top_k}  "
+              f"{meta['dtype']}")
+
+    # 3. Run each language's sequences, and save its dump
+    for corpus, meta, path in plan:
         started = time.perf_counter()
-        sequences, arrays, padded = record(
-            model, prompts, args.batch_tokens, args.max_new_tokens, stats_only=args.stats_only,
-            null_draws=args.null_router)
-        tokens, seconds = sum(map(len, sequences)), time.perf_counter() - started
-        is_done(path, meta, args.overwrite)  # another run may have written it meanwhile
-        save_dump(path, as_dump(arrays, layers, sequences, *rest), meta)
-        print(f"{meta['language']:<8} {len(sequences):>6} sequences {tokens:>10,} tokens  "
-              f"{padded / (padded + tokens):.1%} padding  {tokens / seconds:>7,.0f} tokens/s  "
-              f"{path}")
+        arrays, num_padding = capture(model, corpus.sequences, args.batch_tokens,
+                                      stats_only=args.stats_only, null_draws=args.null_router)
+        seconds = time.perf_counter() - started
+        if path.exists() and not args.overwrite:  # another process wrote it meanwhile
+            check_settings(path, meta)
+        save_dump(path, make_dump(arrays, layers, corpus), meta)
+        num_tokens = sum(len(ids) for ids in corpus.sequences)
+        padding = num_padding / (num_padding + num_tokens)
+        print_now(f"{meta['language']:<8} {len(corpus.sequences):>6} sequences {num_tokens:>10,} "
+                  f"tokens  {padding:.1%} padding  {num_tokens / seconds:>7,.0f} tokens/s  {path}")
 
 
 if __name__ == "__main__":

