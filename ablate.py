@@ -174,10 +174,11 @@ def draw_controls(masked, weights, in_band, num_draws, top_k, name):
     name     is the seed: no two names share a draw
     """
     seed = zlib.crc32(name.encode())
-    of_band, weights = masked[in_band], weights[in_band]
-    random = random_controls(of_band, weights > 0, num_draws, seed)
-    matched = [matched_control(of_band, weights, top_k, [seed, draw])
+    masked_in_band, weights_in_band = masked[in_band], weights[in_band]
+    random = random_controls(masked_in_band, weights_in_band > 0, num_draws, seed)
+    matched = [matched_control(masked_in_band, weights_in_band, top_k, [seed, draw])
                for draw in range(MATCHED_SEEDS)]
+    matched = [draw for draw in matched if draw.any()]  # no other experts carry so little
     controls = {}
     for condition, draws in (("random", random), ("matched", matched)):
         controls[condition] = np.zeros((len(draws), *masked.shape), bool)
@@ -207,8 +208,8 @@ class Cell:
         return self.masks["masked"][0]
 
     @property
-    def is_own(self):
-        """Whether the experts are the language's own, so that there are controls."""
+    def has_controls(self):
+        """Whether the masked experts, if there are any, are the language's own."""
         return "random" in self.masks
 
 
@@ -306,7 +307,7 @@ def verdict(metric, cell, weights):
         text = "hurt"
     wanted = weight_removed(cell.masked, weights, cell.masked)
     carried = weight_removed(cell.masks["matched"], weights, cell.masked)
-    if (carried < 0.9 * wanted).any():
+    if len(carried) == 0 or (carried < 0.9 * wanted).any():
         text += "; matched carry less"
     return text
 
@@ -319,7 +320,7 @@ def effect_columns(metric, cells, weights):
     columns = {"language": [], "experts": [], "weight removed": [], "change [95 % interval]": [],
                "others": [], "random": [], "matched": [], "verdict": []}
     for cell in cells:
-        if not cell.is_own:
+        if not cell.has_controls:
             continue
         name = cell.language
         if cell.target != cell.language:
@@ -328,7 +329,7 @@ def effect_columns(metric, cells, weights):
         changes = {condition: draws[metric] for condition, draws in cell.changes.items()}
         masked = changes["masked"][0]
         others = [np.nanmean(other.changes["masked"][metric]) for other in cells
-                  if other.target == cell.target and not other.is_own]
+                  if other.target == cell.target and not other.has_controls]
         columns["language"].append(name)
         columns["experts"].append(cell.masked.sum())
         columns["weight removed"].append(weight_removed(cell.masked, weight, cell.masked))

@@ -149,20 +149,20 @@ def boost_settings(args, condition, coefficients, strength):
 
 def score_boost(evaluator, languages, condition, coefficients, strength):
     """Return {language: row of the evaluator} under coefficients times a strength."""
-    boost = boost_settings(evaluator.args, condition, coefficients, strength)
-    return {language: evaluator.evaluate(language, *boost)
-            for language in tqdm(languages, boost[0], leave=False)}
+    name, edit, settings = boost_settings(evaluator.args, condition, coefficients, strength)
+    return {language: evaluator.evaluate(language, name, edit, settings)
+            for language in tqdm(languages, name, leave=False)}
 
 
-def changed_selections(evaluator, languages, condition, coefficients, strength):
+def mean_changed_selections(evaluator, languages, condition, coefficients, strength):
     """Return {layer: fraction of the selections that a boost changes}, mean over languages.
 
     It is counted on 20 prompts of each language, given the same hidden states: what the boost
     changes in lower layers does not count.
     """
-    boost = boost_settings(evaluator.args, condition, coefficients, strength)
-    by_language = [evaluator.changed_selections(language, *boost)
-                   for language in tqdm(languages, f"{boost[0]} selections", leave=False)]
+    name, edit, settings = boost_settings(evaluator.args, condition, coefficients, strength)
+    by_language = [evaluator.changed_selections(language, name, edit, settings)
+                   for language in tqdm(languages, f"{name} selections", leave=False)]
     return {layer: np.mean([changed[layer] for changed in by_language])
             for layer in by_language[0]}
 
@@ -228,10 +228,11 @@ def related_languages(languages, sources):
     if not sources:
         return []
     labels = analyze.language_labels([sources[0], *languages])
-    families = [family.split("/")[0] for family in labels["families"]]
-    of_source = families[0]
-    return [language for language, family in zip(languages, families[1:])
-            if family == of_source != "" and language != sources[0]]
+    source_family, *families = [family.split("/")[0] for family in labels["families"]]
+    if source_family == "":
+        return []
+    return [language for language, family in zip(languages, families)
+            if family == source_family and language != sources[0]]
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -339,7 +340,9 @@ def print_related(metric, examples, unsteered, steered, related):
 def target_languages(args, tasks):
     """Return the languages to score: the sources are left out, unless languages are named."""
     others = [language for language in tasks if language not in args.sources]
-    return list(tasks) if args.languages or not others else others
+    if args.languages or not others:
+        return list(tasks)
+    return others
 
 
 def parse_arguments():
@@ -387,8 +390,10 @@ def main():
         args.experts_per_language, routing.num_experts)
     condition = "selection" if args.selection else "shared"
     coefficients = choose_coefficients(args, routing, args.band)
-    of_bands = {band: choose_coefficients(args, routing, band) for band in args.control_bands}
-    of_random = [random_coefficients(coefficients, seed) for seed in range(args.control_seeds)]
+    band_controls = {band: choose_coefficients(args, routing, band)
+                     for band in args.control_bands}
+    random_controls = [random_coefficients(coefficients, seed)
+                       for seed in range(args.control_seeds)]
 
     # 2. Check model, data and results file; weights are read when the first score is needed
     evaluator = Evaluator(args, routing, sources=args.sources)
@@ -403,8 +408,9 @@ def main():
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
 
     # 3. Leave out lambdas that change no selection
-    changed = {strength: changed_selections(evaluator, languages, condition, coefficients, strength)
-               for strength in args.lambdas}
+    changed = {
+        strength: mean_changed_selections(evaluator, languages, condition, coefficients, strength)
+        for strength in args.lambdas}
     candidates = [strength for strength in changed if any(changed[strength].values())]
     if not candidates:
         raise InputError("no lambda changes any selection; take larger ones")
@@ -422,13 +428,13 @@ def main():
 
     # 5. Score the controls with this lambda: random experts, and other bands of layers
     random, changed_by_random = [], []
-    for seed, of_draw in enumerate(of_random):
-        boost = f"random{seed}", of_draw, best
-        random.append(score_boost(evaluator, languages, *boost))
-        by_layer = changed_selections(evaluator, languages, *boost)
+    for seed, control in enumerate(random_controls):
+        condition = f"random{seed}"
+        random.append(score_boost(evaluator, languages, condition, control, best))
+        by_layer = mean_changed_selections(evaluator, languages, condition, control, best)
         changed_by_random.append(np.mean(list(by_layer.values())))
-    bands = {band: score_boost(evaluator, languages, f"band {band}", of_band, best)
-             for band, of_band in of_bands.items()}
+    bands = {band: score_boost(evaluator, languages, f"band {band}", control, best)
+             for band, control in band_controls.items()}
 
     # 6. Print the choice of lambda, and metric by metric its effect on the other examples
     print_choice(metric, changed, gains, best, changed_by_random)

@@ -15,7 +15,6 @@ engine   generation, plain and edited, by static batches and generate_batch of t
 import argparse
 import functools
 import io
-import logging
 import os
 import subprocess
 import sys
@@ -46,8 +45,7 @@ SHAPES = {  # as far as they differ from the defaults of Qwen3MoeConfig
         "moe_intermediate_size": 128, "vocab_size": 8192, "dtype": "float32"},
     "qwen3-30b-a3b": {"num_hidden_layers": 48, "head_dim": 128, "dtype": "bfloat16"},
 }
-# Tokens of an MGSM problem with Qwen3's tokenizer and chat template; within a language, lengths
-# are log-normal with sigma 0.4
+# Mean number of tokens of an MGSM problem with Qwen3's tokenizer and chat template
 MEAN_LENGTHS = {"bn": 270, "de": 94, "en": 73, "es": 90, "fr": 92, "ja": 93, "sw": 118, "zh": 78}
 ENGINES = ("static batches", "generate_batch", "vllm")
 # ------------------------------------------------------------------------------------------------
@@ -61,13 +59,12 @@ def build_model(shape, device):
         return AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
 
 
-def draw_prompts(shape, num_prompts):
+def draw_prompts(num_prompts):
     """Return lists of random token IDs, num_prompts of each language, one after the other."""
-    vocab_size = Qwen3MoeConfig(**SHAPES[shape]).vocab_size
     rng = np.random.default_rng(0)
     means = np.repeat(list(MEAN_LENGTHS.values()), num_prompts)
     lengths = rng.lognormal(np.log(means) - 0.08, 0.4).clip(16, 1000).astype(int)
-    return [rng.integers(3, vocab_size, length).tolist() for length in lengths]
+    return [rng.integers(3, 8192, length).tolist() for length in lengths]
 
 
 def timed(run, device="cpu"):
@@ -147,7 +144,7 @@ def host_waits(model, prompts, batch_tokens):
 def bench_capture(args):
     """Print the speed of capture.py in relation to a bare forward pass."""
     model = build_model(args.shape, args.device)
-    prompts = draw_prompts(args.shape, args.prompts)
+    prompts = draw_prompts(args.prompts)
     run_capture = functools.partial(capture.capture, model, prompts, args.batch_tokens)
     seconds = measure_in_turn({
         "bare forward": lambda: run_bare(model, prompts, args.batch_tokens),
@@ -206,18 +203,16 @@ def time_analyze(num_tokens, rounds, *flags):
 
 def bench_analyze(args):
     """Print the seconds of whole processes of analyze.py."""
-    million = dict.fromkeys(MEAN_LENGTHS, 1_000_000)
     hundred = dict.fromkeys([f"{i:03}" for i in range(100)], 1000)
     mgsm = {language: 250 * mean for language, mean in MEAN_LENGTHS.items()}
     seconds = {
         "8 languages, a million tokens counted from their IDs":
-            time_analyze(million, args.rounds, "--segment", "prompt"),
+            time_analyze(dict.fromkeys(MEAN_LENGTHS, 10**6), args.rounds, "--segment", "prompt"),
         "100 languages, without reading IDs": time_analyze(hundred, args.rounds),
         "8 languages, 250 problems, bootstrap and vocabulary":
             time_analyze(mgsm, 1, "--bootstrap", "1000", "--vocabulary"),
     }
-    print_table("analyze.py, whole processes",
-                {"": list(seconds), "seconds": list(seconds.values())})
+    print_table("analyze.py processes", {"": list(seconds), "seconds": list(seconds.values())})
 
 
 # ------------------------------------------------------------------------------------------- cells
@@ -237,9 +232,8 @@ def bench_cells(args):
         with patch.object(sys, "argv", ["capture.py", "--out", folder, "--limit", "20"]):
             capture.main()
         paths = [f"{folder}/{language}.npz" for language in MEAN_LENGTHS]
-        command_line = ["ablate.py", "--routing", *paths, "--limit", "20", "--out",
-                        f"{folder}/cells.jsonl"]
-        with patch.object(sys, "argv", command_line), patch.multiple(common, **functions):
+        argv = ["ablate.py", "--routing", *paths, "--limit", "20", "--out", f"{folder}/out.jsonl"]
+        with patch.object(sys, "argv", argv), patch.multiple(common, **functions):
             took, _ = timed(ablate.main)
     num_cells = len(seconds["score_prompts"])
     beyond = took - sum(sum(times) for times in seconds.values())
@@ -259,8 +253,7 @@ def load_engine(args):
     with tempfile.TemporaryDirectory() as folder:
         skeleton.config.architectures = [type(skeleton).__name__]
         skeleton.config.save_pretrained(folder)
-        # Dummy weights are random, and written nowhere. Without the prefix cache, since the
-        # prompts come again in every round.
+        # Dummy weights are random. No prefix cache, since the prompts come again in every round.
         engine = common.VLLMEngine(
             folder, routing_shape, load_format="dummy", max_model_len=2048,
             skip_tokenizer_init=True, enable_prefix_caching=False,
@@ -282,9 +275,9 @@ def generate(args, model, prompts, edit):
                 pad_token_id=0, progress_bar=False)
         else:
             tokenizer = AutoTokenizer.from_pretrained("tests/tiny_moe")
-            examples = [{"ids": ids} for ids in prompts]
-            common.generate(model, tokenizer, examples, 4 * args.batch_tokens,
-                            max_new_tokens=args.new_tokens, eos_token_id=None)
+            common.generate(
+                model, tokenizer, [{"ids": ids} for ids in prompts], 4 * args.batch_tokens,
+                max_new_tokens=args.new_tokens, eos_token_id=None)
 
 
 def run_engine(args):
@@ -299,7 +292,7 @@ def run_engine(args):
         "masked": {"masks": {layer: [3, 5] for layer in layers[:max(1, len(layers) // 10)]}},
         "steered": {"boosts": dict.fromkeys(paper_band, boost)},
     }
-    prompts = draw_prompts(args.shape, args.responses)
+    prompts = draw_prompts(args.responses)
     variants = {name: functools.partial(generate, args, model, prompts, edit)
                 for name, edit in edits.items()}
     seconds = measure_in_turn(variants, args.rounds, args.device)
@@ -317,7 +310,8 @@ def bench_engine(args):
         if lines:
             rows.append([engine, *lines[0].split()[1:], ""])
         else:
-            rows.append([engine, "-", "-", "-", f"does not run here: {done.stderr.strip()[-50:]}"])
+            _, _, error = done.stderr.strip().rpartition("\n")
+            rows.append([engine, "-", "-", "-", f"does not run here: {error[:50]}"])
     headings = ["", "plain", "masked", "steered", "note"]
     print_table(f"engine: tokens/s, {args.new_tokens} new tokens for each of "
                 f"{args.responses * len(MEAN_LENGTHS)} prompts", dict(zip(headings, zip(*rows))))
@@ -328,8 +322,7 @@ PARTS = {"capture": bench_capture, "analyze": bench_analyze, "cells": bench_cell
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.argument_parser(__doc__)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--shape", choices=SHAPES, default="small", help="of random models (%(default)s)")
@@ -341,14 +334,12 @@ def main():
     add("--rounds", type=int, default=3, help="of each variant (%(default)s)")
     add("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # of a process of bench_engine
     args = parser.parse_args()
-    logging.disable(logging.ERROR)
     os.chdir(ROOT)  # the scripts' default paths are relative to it
     if args.engine:
         run_engine(args)
         return
-    machine = f"{torch.get_num_threads()} CPU threads"
-    if args.device == "cuda":
-        machine = torch.cuda.get_device_name()
+    on_gpu = args.device == "cuda"
+    machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{time.strftime('%Y-%m-%d')}  {machine}  torch {torch.__version__}  "
           f"transformers {transformers.__version__}  {args.shape}")
     for part in args.only:

@@ -210,21 +210,21 @@ def test_every_language_is_masked_in_the_band_and_a_targets_own_has_controls():
         assert (cell.masked == expected).all()
         conditions = {condition: len(draws) for condition, draws in cell.masks.items()}
         if (cell.target, cell.language) == ("aa+cc", "aa"):
-            assert cell.is_own
+            assert cell.has_controls
             assert conditions == {"masked": 1, "random": 2, "matched": ablate.MATCHED_SEEDS}
         else:
-            assert not cell.is_own
+            assert not cell.has_controls
             assert conditions == {"masked": 1}
 
 
 def test_what_all_languages_share_has_controls_in_every_language():
     _, cells = plan("--experts", "shared")
-    assert [cell.language for cell in cells if cell.is_own] == ["aa", "a"] * 2
+    assert [cell.language for cell in cells if cell.has_controls] == ["aa", "a"] * 2
 
 
 def test_a_target_without_experts_has_no_controls():
     _, cells = plan("--targets", "aa")
-    assert not any(cell.is_own for cell in cells)
+    assert not any(cell.has_controls for cell in cells)
 
 
 def test_no_two_cells_share_a_draw():
@@ -463,8 +463,8 @@ def test_every_language_is_scored_under_each_mask_and_controls_in_its_own(ablati
 
 
 def test_scores_are_those_of_an_edit_by_hand(ablation, dumps, tiny):
-    frequency = analyze.load_routing(dumps).activation_frequency
-    exclusive = analyze.language_shares(frequency, 4)[1] > 0.4  # of en, sw, zh
+    routing = analyze.load_routing(dumps)  # of en, sw, zh
+    exclusive = analyze.language_shares(routing.activation_frequency, 4)[1] > 0.4
     masks = {layer: experts_of(exclusive[layer]) for layer in (0, 1, 2)}
     row = ablation.rows["low-sw-masked0", "sw"]
     assert row["experts"] == {str(layer): len(ids) for layer, ids in masks.items() if ids}
@@ -473,6 +473,12 @@ def test_scores_are_those_of_an_edit_by_hand(ablation, dumps, tiny):
     unmasked = ablation.rows["unedited", "sw"]["scores"]["prompt_nll"]
     assert unmasked == pytest.approx(prompt_nll_one_by_one(tiny, "sw", 6), abs=1e-5)
     assert np.abs(np.subtract(expected, unmasked)).max() > 0.01
+    weights = routing.weight_sums[1]
+    removed = np.mean([weights[layer, ids].sum() / weights[layer].sum()
+                       for layer, ids in masks.items() if ids])
+    cells = read_table(ablation.printed, "prompt_nll, low", "controls")["sw"]
+    assert cells["experts"] == str(sum(map(len, masks.values())))
+    assert cells["weight removed"] == f"{removed:.3f}"
 
 
 def change(ablation, metric, name, language):

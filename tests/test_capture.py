@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import capture
 import common
@@ -193,9 +194,16 @@ def test_ids_of_more_than_256_experts_are_exact():
 
 def test_a_router_that_its_block_bypasses_is_an_error(model, monkeypatch):
     block = model.model.layers[2].mlp
-    monkeypatch.setattr(block, "forward", lambda hidden_states: hidden_states)
+    forward = block.forward
+    batches = []
+
+    def bypass_in_second_batch(hidden_states):
+        batches.append(hidden_states)
+        return forward(hidden_states) if len(batches) == 1 else hidden_states
+
+    monkeypatch.setattr(block, "forward", bypass_in_second_batch)
     with pytest.raises(InputError, match=r"layers \[2\] were bypassed"):
-        capture.capture(model, [[1, 2, 3]])
+        capture.capture(model, [[1, 2, 3], [4, 5, 6]], batch_tokens=1)
 
 
 def test_layers_of_two_shapes_do_not_fit_into_a_dump():
@@ -256,6 +264,7 @@ def test_a_dump_is_saved_as_it_is(tmp_path):
 def test_counts_that_do_not_add_up_are_not_saved(tmp_path, row):
     dump = small_dump()
     dump["counts"][row, 0] += 1
+    dump["counts"][row - 1, 0] -= 1  # all in all, they would add up
     with pytest.raises(RuntimeError, match="do not add up to 2"):
         capture.save_dump(tmp_path / "a.npz", dump, {"top_k": 1})
     assert os.listdir(tmp_path) == []
@@ -292,13 +301,13 @@ def test_a_dump_with_another_setting_is_refused_and_the_setting_named(tmp_path, 
         capture.check_settings(path, meta | {setting: "y"})
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short", "no meta", "a list"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short", "no meta", "[1]", "x"])
 def test_a_file_that_is_not_a_dump_stays_as_it_is(tmp_path, content):
     path = tmp_path / "en.npz"
     if content == "no meta":
         np.savez(path, counts=np.ones(3))
-    elif content == "a list":
-        np.savez(path, meta="[1]")
+    elif isinstance(content, str):
+        np.savez(path, meta=content)
     else:
         path.write_bytes(content)
     before = path.read_bytes()
@@ -398,6 +407,7 @@ def test_less_than_7_in_100_tokens_of_the_data_are_padding(tmp_path):
     assert len(printed) == 1 + len(os.listdir(tmp_path)) == 9
     for line in printed[1:]:
         dump = load(line.split()[-1])
+        assert "selected_experts" not in dump
         lengths = np.diff(dump["sequence_offsets"])
         num_padding = 0
         for batch in length_batches(lengths.tolist(), capture.BATCH_TOKENS):
@@ -450,6 +460,18 @@ def test_responses_of_an_earlier_run_are_captured_behind_their_prompts(tmp_path,
     first, second = dump["prompt_lengths"]
     assert tiny[1].decode(dump["token_ids"][first:dump["sequence_offsets"][1]]) == "2+3=5"
     assert second == np.diff(dump["sequence_offsets"])[1]
+
+
+def test_a_response_has_no_special_tokens_and_a_sequence_of_the_maximum_length_is_not_cut():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    examples = [{"prompt": "Tom has 2 eggs.", "response": "2+3=5"}]
+    corpus = capture.encode_corpus(tokenizer, examples, "never", max_length=99)
+    assert tokenizer.decode(corpus.sequences[0]) == "<bos>Tom has 2 eggs.2+3=5"
+    length = len(corpus.sequences[0])
+    assert capture.encode_corpus(tokenizer, examples, "never", max_length=length) == corpus
+    assert capture.encode_corpus(tokenizer, examples, "never", max_length=length - 1).num_cut == 1
 
 
 @pytest.mark.parametrize("max_length, max_positions", [(8, 2048), (4096, 8)])

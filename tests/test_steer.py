@@ -414,7 +414,7 @@ def test_changed_selections_are_counted_on_real_tokens(dumps, tiny, tmp_path):
     slowly = count_changes_slowly(tiny, "sw", coefficients, 0.3)
     assert by_language["sw"] == pytest.approx(slowly, abs=1e-9)
     assert 0.01 < np.mean(list(slowly.values())) < 0.1
-    mean = steer.changed_selections(evaluator, ["sw", "de"], "shared", coefficients, 0.3)
+    mean = steer.mean_changed_selections(evaluator, ["sw", "de"], "shared", coefficients, 0.3)
     for layer in mean:
         of_layer = [changed[layer] for changed in by_language.values()]
         assert mean[layer] == pytest.approx(np.mean(of_layer))

@@ -372,6 +372,7 @@ def test_where_nothing_is_planted_nothing_is_found(tmp_path):
 
 # -------------------------------------------------------------------------------------- vocabulary
 
+@pytest.mark.filterwarnings("error")
 def test_vocabulary_is_controlled_pair_by_pair_and_token_by_token(tmp_path):
     rng = np.random.default_rng(0)
     ids, experts, paths = {}, {}, []
