@@ -1185,7 +1185,8 @@ def print_notes(routing, result, args):
     if num_languages > MAX_PRINTED_LANGUAGES:
         notes.append(f"note: with more than {MAX_PRINTED_LANGUAGES} languages, tables with a "
                      f"column per language are not printed; see {args.out}")
-    for key in ("dtype", "chat_template", "tokenizer", "max_length", "limit"):
+    for key in ("dtype", "chat_template", "chat_template_options", "tokenizer", "max_length",
+                "limit"):
         values = {str(meta[key]) for meta in routing.meta if key in meta}
         if len(values) > 1:
             notes.append(f"note: the dumps were made with different settings of {key}: "

@@ -33,7 +33,7 @@ from common import (
     MODEL_OPTIONS, InputError, add_model_arguments, argument_parser, check_model, check_token_ids,
     checkpoint_id, dtype_name, encode_example, file_hash, find_data, find_routers, length_batches,
     load_config, load_weights, max_positions, padded_batch, print_now, read_task, record_routing,
-    routing_shape, run_batches, run_script, tokenizer_id, whole_file)
+    routing_shape, run_batches, run_script, short_hash, tokenizer_id, whole_file)
 
 # ------------------------------------------------------------------------------------------------
 MODEL = "tests/tiny_moe"                # a folder, or a hub id such as Qwen/Qwen3-30B-A3B
@@ -46,15 +46,17 @@ NULL_DRAWS = 5                          # random routers of every layer, with --
 
 FORMAT = 2  # version of the dump
 # A dump with other values of these is another dump; with the same values it is kept
-SETTINGS = ("format", "revision", "tokenizer", "dtype", "options", "data_sha256", "limit",
-            "max_length", "chat_template", "instruction", "stats_only", "null_router")
+SETTINGS = ("format", "revision", "dtype", "options", "sequences", "stats_only", "null_router")
+# Where sequences differ, one of these says why
+SEQUENCE_SETTINGS = ("tokenizer", "data_sha256", "limit", "max_length", "chat_template",
+                     "chat_template_options", "instruction")
 
 
 @torch.inference_mode()
 def capture(model, sequences, batch_tokens=BATCH_TOKENS, stats_only=False, null_draws=0):
     """Run sequences, lists of token IDs, and return how they were routed.
 
-    Returns a dictionary of arrays and the number of padding tokens that were run along:
+    Returns (arrays, number of padding tokens that were run along). The arrays are
     counts            int64 (sequences, layers, experts), tokens that selected the expert
     weight_sums       float64 (sequences, layers, experts), sum of the routing weights given to it
     mean_probs        float32 (sequences, layers, experts), mean of softmax(router_logits)
@@ -103,7 +105,8 @@ class BatchRecorder:
         self.num_padding = 0
         # Of the batch that is being run
         self.is_real = None      # bool (batch, tokens, 1), False for padding
-        self.null_selected = {}  # {layer: list of (batch, tokens, experts), one for each draw}
+        self.null_selected = {}  # {layer: list of (batch, tokens, experts), one for each draw};
+                                 # filled before a router is called, and emptied after it
         self.sums = {}           # {layer: (batch, 3 + draws, experts)}
         self.selected = {}       # {layer: int16 (batch, tokens, top_k)}
 
@@ -252,11 +255,12 @@ class Corpus:
     num_cut: int          # sequences that were longer
 
 
-def encode_corpus(tokenizer, examples, chat_template, max_length):
+def encode_corpus(tokenizer, examples, args, max_length):
     """Return the Corpus of a language's examples."""
     corpus = Corpus(sequences=[], prompt_lengths=[], text_spans=[], num_cut=0)
     for example in examples:
-        prompt, (start, stop) = encode_example(tokenizer, example, chat_template)
+        prompt, (start, stop) = encode_example(
+            tokenizer, example, args.chat_template, args.chat_template_options)
         response = tokenizer(example.get("response", ""), add_special_tokens=False)
         ids = prompt + response["input_ids"]
         corpus.sequences.append(ids[:max_length])
@@ -284,13 +288,14 @@ def plan_dumps(args, config, tokenizer, shape):
             "data_sha256": file_hash(data),
             "instruction": examples[0].get("instruction"),
         }
+        corpus = encode_corpus(tokenizer, examples, args, max_length)
+        check_token_ids(corpus.sequences, config, data)
+        meta["sequences"] = short_hash([corpus.sequences, corpus.prompt_lengths, corpus.text_spans])
+        meta["truncated"] = corpus.num_cut
         if path.exists() and not args.overwrite:
             check_settings(path, meta)
             print_now(f"{language:<8} kept  {path}")
             continue
-        corpus = encode_corpus(tokenizer, examples, args.chat_template, max_length)
-        check_token_ids(corpus.sequences, config, data)
-        meta["truncated"] = corpus.num_cut
         if corpus.num_cut:
             print_now(f"{language:<8} {corpus.num_cut} sequences are cut at {max_length} tokens; "
                       "see --max-length")
@@ -320,10 +325,13 @@ def model_meta(args, config, tokenizer, shape):
 def check_settings(path, meta):
     """Raise an InputError if the dump that is there was made with other settings."""
     made_with = read_meta(path)
-    different = [f"{key} {made_with.get(key)} there, {meta[key]} now"
-                 for key in SETTINGS if made_with.get(key) != meta[key]]
+    different = [key for key in SETTINGS if made_with.get(key) != meta[key]]
+    if "sequences" in different:
+        reasons = [key for key in SEQUENCE_SETTINGS if made_with.get(key) != meta[key]]
+        different = reasons + [key for key in different if key != "sequences" or not reasons]
     if different:
-        raise InputError(f"{path} was made with other settings ({'; '.join(different)}); add "
+        details = [f"{key} {made_with.get(key)} there, {meta[key]} now" for key in different]
+        raise InputError(f"{path} was made with other settings ({'; '.join(details)}); add "
                          "--overwrite or another --out")
 
 

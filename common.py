@@ -14,6 +14,7 @@ routing_weights, selected_experts), as they do from 5.6 on. The sections, in thi
 
 import argparse
 import contextlib
+import datetime
 import functools
 import glob
 import hashlib
@@ -40,10 +41,14 @@ from safetensors import SafetensorError, safe_open
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor,
+    LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 MODEL_OPTIONS = {}    # more arguments of from_pretrained: {"attn_implementation": "sdpa"}
 MAX_NEW_TOKENS = 512  # tokens of a response, where neither flag nor checkpoint says
+CHAT_TEMPLATE_OPTIONS = {"enable_thinking": False}  # arguments of chat templates
+TEMPLATE_DATE = "2026-01-01"  # "today" in chat templates, so that a prompt is the same every day
 
 # ---------------------------------------------------------------------------------------- routers
 # Find, record and edit the routers of a Mixture-of-Experts model of transformers. This section is
@@ -84,16 +89,50 @@ def record_routing(model, on_router):
     selected_experts  (tokens, top_k), expert IDs
 
     In some families they are (batch, tokens, ...). Padding tokens are included.
+
+    On leaving, a RuntimeError is raised if the model ran and none of its routers was called: it was
+    compiled before.
     """
-    handles = []
+    handles, calls = [], Counter()
+
+    def count_call(name, *_):
+        calls[name] += 1
+
     try:
         for layer, (router, router_logits, _) in probe_routers(model).items():
             # Gemma 4 returns probabilities for logits. Their log has the same softmax.
             take_log = is_probability(router_logits)
             hook = functools.partial(call_on_router, on_router, layer, take_log)
             handles.append(router.register_forward_hook(hook))
+            handles.append(router.register_forward_hook(functools.partial(count_call, "router")))
+        with count_forwards(model, functools.partial(count_call, "model")):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if calls["model"] and not calls["router"]:
+        raise RuntimeError("the model ran, but none of its routers was called: it was compiled "
+                           "before. Load it again, and record before you compile it")
+
+
+@contextlib.contextmanager
+def count_forwards(model, count_call):
+    """In the block, call count_call() whenever the model or its decoder runs, compiled or not."""
+    handles = [module.register_forward_pre_hook(count_call)
+               for module in {model, model.get_decoder()}]
+    compiled = getattr(model, "_compiled_call_impl", None)  # of model.compile()
+
+    def call_compiled(*args, **kwargs):
+        count_call()
+        return compiled(*args, **kwargs)
+
+    if compiled is not None:
+        model._compiled_call_impl = call_compiled
+    try:
         yield
     finally:
+        if compiled is not None:
+            model._compiled_call_impl = compiled
         for handle in handles:
             handle.remove()
 
@@ -110,13 +149,17 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", zeroed=Non
     count_changes  run each boosted router a second time without the edit, to count its changes
 
     Yields a dict that is filled on leaving: {layer: fraction of the selections that boosts changed,
-    given the same hidden states, or that were zeroed}. A layer has one edit at a time: give masks,
-    boosts and zeroed together.
+    given the same hidden states, or that were zeroed}; layers with masks alone are not in it. A
+    layer has one edit at a time: give masks, boosts and zeroed together. Blocks may be nested if
+    they edit different layers.
 
     The edit is proven. Before anything runs, an InputError says what does not fit the model. On
     leaving, a RuntimeError is raised if an edited router was never called or if a masked expert
     was selected, and a warning given if nothing changed.
     """
+    if is_compiled(model):
+        raise InputError("the model is compiled, and compiled code does not notice an edit; load "
+                         "it again, without torch.compile")
     edits = validate_edits(routing_shape(model), masks, boosts, rule, zeroed, count_changes)
     changed = {}
     with replace_forwards(model, edits) as router_edits:
@@ -125,6 +168,13 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", zeroed=Non
     changed.update(check_reports(reports))
     if count_changes and changed and not any(changed.values()):
         warnings.warn("the edit changed no selection in any layer")
+
+
+def is_compiled(model):
+    """Return whether torch.compile(model), or compile() of it or of a module in it, was called."""
+    if hasattr(model, "_orig_mod"):
+        return True
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def boost_logits(router_logits, boost, rule="proportional"):
@@ -642,7 +692,7 @@ def check_model(model, ids, edits=True, generation=None):
     logits must not be NaN. A block may call its router and ignore what it returns: so the output
     has to change, layer by layer, if the experts that the last token selected are masked.
     """
-    ids = torch.tensor([(ids * 16)[:16]], device=model.device)
+    ids = torch.tensor([(ids * 16)[:16]], device=model.device)  # short, and never a single token
     selected = {layer: [] for layer in routing_shape(model)}
 
     def on_router(layer, router_logits, routing_weights, selected_experts):
@@ -652,15 +702,17 @@ def check_model(model, ids, edits=True, generation=None):
         logits = compute_logits(model, ids)
         if generation is not None:
             generate_two_tokens(model, ids, generation)
-    num_calls = 1 if generation is None else 3
+    num_calls = 1  # of the forward pass
+    if generation is not None:
+        num_calls = 3  # and of the two steps that generate two tokens
     bypassed = [layer for layer in selected if len(selected[layer]) != num_calls]
     if bypassed:  # as by some kernels of quantised models
         raise InputError(f"the routers in layers {bypassed} are bypassed; load the model without "
                          "such kernels")
     if edits:
         for layer in selected:
-            of_last_token = selected[layer][0].flatten(0, -2)[-1].tolist()
-            check_edit_of_layer(model, ids, layer, of_last_token, logits)
+            experts = selected[layer][0].flatten(0, -2)[-1].tolist()  # of the last token
+            check_edit_of_layer(model, ids, layer, experts, logits)
 
 
 def generate_two_tokens(model, ids, generation):
@@ -671,6 +723,28 @@ def generate_two_tokens(model, ids, generation):
             model.generate(input_ids=ids)
         except Exception as error:  # raises every kind for a model that cannot
             raise InputError(f"the model does not generate: {first_line(error)}") from error
+
+
+@torch.inference_mode()
+def padding_changes_logits(model, ids, generation):
+    """Return whether padding on the left changes a prompt's logits by more than rounding.
+
+    So it is where a model pools windows of tokens, as DeepSeek-V4. ids are a prompt's.
+    """
+    ids = torch.tensor([(ids * 16)[:16]], device=model.device)
+    settings = generation_config(generation | {"max_new_tokens": 1})
+    settings.output_logits = True
+    settings.return_dict_in_generate = True
+    logits = []
+    with patch.object(model, "generation_config", settings):
+        for num_padding in (0, 1, 7):
+            padded = F.pad(ids, (num_padding, 0), value=generation["pad_token_id"])
+            mask = F.pad(torch.ones_like(ids), (num_padding, 0), value=0)
+            output = model.generate(input_ids=padded, attention_mask=mask)
+            logits.append(output.logits[0].float())
+    difference = max((each - logits[0]).abs().max().item() for each in logits[1:])
+    rounding = torch.finfo(model.dtype).eps ** 0.5  # .0003 in float32, .09 in bfloat16
+    return difference > rounding * logits[0].abs().max().item()
 
 
 def check_edit_of_layer(model, ids, layer, experts, logits):
@@ -830,10 +904,10 @@ def matching_languages(pattern):
     Where {lang} is there more than once, it stands for the same text.
     """
     language = "([^/]+)"
-    first, *others = [re.escape(part) for part in pattern.split("{lang}")]
+    first, *others = [re.escape(part) for part in pattern.replace(os.sep, "/").split("{lang}")]
     expression = first + language + r"\1".join(others)
     paths = sorted(glob.glob(glob.escape(pattern).replace("{lang}", "*")))
-    matches = [re.fullmatch(expression, path) for path in paths]
+    matches = [re.fullmatch(expression, path.replace(os.sep, "/")) for path in paths]
     found = [match[1] for match in matches if match]
     if not found:
         raise InputError(f"no file matches '{pattern}' ({{lang}} stands for a language)")
@@ -845,21 +919,23 @@ def read_examples(path):
 
     .tsv    question, tab, answer; no header (MGSM)
     .jsonl  an object per line: "prompt", "question" or "text"; optionally "instruction",
-            "response", "answer" and "kind"; or a row of Belebele
+            "response", "answer" and "kind"; or a row of Belebele, Global-MMLU or MMLU-ProX
     .json   SQuAD's layout (XQuAD)
-    .txt    one prompt per line
+    .txt    one prompt per line; so are .dev and .devtest (FLORES)
 
     What an example may have beside its prompt:
     instruction  str, appended to the prompt
     response     str, of an earlier run
     answer       [str, ...], any of which is right
-    kind         how answers are compared: "number", "choice" (a letter) or "span" (a text)
+    kind         how answers are compared: "number", "math", "choice" (a letter) or "span" (a text);
+                 see answer_kind for what it is by default
 
     Prompts keep their spaces. Raises an InputError that names the file and line.
     """
     suffix = Path(path).suffix
-    if suffix not in (".tsv", ".jsonl", ".json", ".txt"):
-        raise InputError(f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json or .txt")
+    if suffix in (".dev", ".devtest"):  # FLORES
+        suffix = ".txt"
+    check_suffix(path, suffix)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -877,6 +953,19 @@ def read_examples(path):
     if not examples:
         raise InputError(f"{path}: no prompts in it")
     return examples
+
+
+def check_suffix(path, suffix):
+    """Raise an InputError, which says how to convert the file, if its suffix is not known."""
+    if suffix in (".csv", ".parquet"):
+        reader = f"read_{suffix[1:]}"
+        raise InputError(
+            f"{path}: cannot read {suffix}; convert it to .jsonl: python -c \"import pandas; "
+            f"pandas.{reader}('{path}').to_json('{Path(path).stem}.jsonl', orient='records', "
+            "lines=True, force_ascii=False)\"")
+    if suffix not in (".tsv", ".jsonl", ".json", ".txt"):
+        raise InputError(f"{path}: cannot read '{suffix}'; give .tsv, .jsonl, .json (SQuAD) or "
+                         ".txt; a file with a prompt per line is renamed to .txt")
 
 
 def text_lines(text):
@@ -906,6 +995,8 @@ def parse_jsonl(line):
     row = parse_json(line)
     if "flores_passage" in row:
         return convert_belebele(row)
+    if "option_a" in row or "option_0" in row:
+        return convert_options(row)
     return row
 
 
@@ -914,7 +1005,10 @@ def parse_json(text):
     try:
         row = json.loads(text)
     except ValueError as error:
-        raise InputError(f"not JSON: {error}") from error
+        hint = ""
+        if str(error).startswith("Extra data"):
+            hint = "; a file with an object per line is renamed to .jsonl"
+        raise InputError(f"not JSON: {error}{hint}") from error
     if not isinstance(row, dict):
         raise InputError("not an object, {...}")
     try:
@@ -934,6 +1028,25 @@ def convert_belebele(row):
         raise InputError(f"not a row of Belebele: {error!r}") from error
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options))
     return {"prompt": f"{passage}\n\n{question}\n{listed}", "answer": answer, "kind": "choice"}
+
+
+def convert_options(row):
+    """Return a row of Global-MMLU or MMLU-ProX with its question and options as the prompt.
+
+    Options are option_a, option_b, ... or option_0, option_1, ...; the answer is a letter. Options
+    that are empty or "N/A" are left out.
+    """
+    keys = [f"option_{letter}" for letter in string.ascii_lowercase]
+    if "option_0" in row:
+        keys = [f"option_{number}" for number in range(26)]
+    options = [row[key] for key in keys if row.get(key) not in (None, "", "N/A")]
+    letters = string.ascii_uppercase[:len(options)]
+    question, answer = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or answer not in tuple(letters):
+        raise InputError(f"not a question with options: the answer is {answer!r}, not one of "
+                         f"{letters}")
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
+    return {"prompt": f"{question}\n{listed}", "answer": answer, "kind": "choice"}
 
 
 def read_squad(path, text):
@@ -975,17 +1088,31 @@ def make_example(row):
     if row.get("answer") in (None, ""):
         return example
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    example["answer"] = [as_text(answer) for answer in answers]
-    example["kind"] = row.get("kind") or answer_kind(example["answer"])
+    # GSM8K's answers are a rationale, #### and the number
+    example["answer"] = [as_text(answer).rpartition("####")[2] for answer in answers]
+    example["kind"] = row.get("kind")
+    if not example["kind"]:
+        check_no_lone_letter(example["answer"])
+        example["kind"] = answer_kind(example["answer"])
     check_kind(example["kind"], example["answer"])
     return example
 
 
+def check_no_lone_letter(answers):
+    """Raise an InputError if an answer is a lone letter: it could be a choice, or a text."""
+    for answer in answers:
+        if re.fullmatch("[A-Za-z]", answer.strip()):
+            raise InputError(f"the answer '{answer}' could be a choice or a text; give a .jsonl "
+                             'row with "kind": "choice" or "span"')
+
+
 def check_nothing_ignored(row, prompt):
     """Raise an InputError if a row asks more than its prompt says."""
-    more = row.keys() & {"text", "context", "passage", "choices", "options", "answers"}
+    names = ("text", "answers", "passage", "context", "paragraph", "article", "premise", "option",
+             "choice", "mc_answer", "endings")
+    more = [key for key in row if key.startswith(names) or key.endswith(("_passage", "_context"))]
     if more and "prompt" not in row and prompt != row.get("text"):
-        raise InputError(f'{sorted(more)} beside a "question": put all that is asked into '
+        raise InputError(f'{more} beside a "question": put all that is asked into '
                          '"prompt", and the right answer into "answer"')
 
 
@@ -998,10 +1125,35 @@ def as_text(value):
 
 
 def answer_kind(answers):
-    """Return "number" if there is nothing but a number in each answer, else "span"."""
-    pattern = number_pattern()
-    is_number = [pattern.fullmatch(plain_digits(answer).strip()) for answer in answers]
-    return "number" if answers and all(is_number) else "span"
+    r"""Return how right answers are compared: "number", "math" or "span".
+
+    A number is one of which nothing is lost when it is read: 1,234, $18, 50%, \frac{1}{2}. Other
+    answers with LaTeX or operators and without words are math: \sqrt{3}, 2^{10}, [2,3).
+    """
+    if answers and all(is_plain_number(answer) for answer in answers):
+        return "number"
+    if answers and all(is_plain_number(answer) or is_math(answer) for answer in answers):
+        return "math"
+    return "span"
+
+
+def is_plain_number(text):
+    """Return whether a text is a number and nothing else, signs and separators aside."""
+    text = plain_digits(text).translate(PLAIN_SIGNS).strip()
+    text = re.sub(r"^\$(.*)\$$", r"\1", text)                       # $18$
+    text = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    text = re.sub(r"\{,\}|\\,|\\!", ",", text)                        # 2{,}125
+    text = re.sub(r"\\?[$%€£¥৳₹]", "", text).strip()
+    return number_pattern().fullmatch(text) is not None
+
+
+def is_math(text):
+    """Return whether a text has LaTeX or operators, and no words beside LaTeX's commands."""
+    text = re.sub(r"\\(text|mathrm|mbox|operatorname)\s*\{[^{}]*\}", "", text)
+    has_operator = re.search(r"[\\^=+*/<>(){}\[\]|√π∞]", text)
+    without_commands = re.sub(r"\\[a-zA-Z]+", " ", text)
+    has_word = re.search(r"[^\W\d_]{2,}", without_commands)
+    return bool(has_operator) and not has_word
 
 
 def check_kind(kind, answers):
@@ -1010,10 +1162,12 @@ def check_kind(kind, answers):
         return
     if kind == "number" and all(last_number(answer) is not None for answer in answers):
         return
+    if kind == "math" and all(answer.strip() for answer in answers):
+        return
     if kind == "choice" and all(answer in tuple(string.ascii_uppercase) for answer in answers):
         return
-    raise InputError(f"kind {kind!r} of {answers} is none of number, choice (a letter, as A) and "
-                     "span")
+    raise InputError(f"kind {kind!r} of {answers} is none of number, math, choice (a letter, as "
+                     "A) and span")
 
 
 def read_task(args, language, path):
@@ -1041,47 +1195,70 @@ def read_instruction(path, language):
     return instruction
 
 
-def rendered(tokenizer, prompt, chat_template="auto"):
+def rendered(tokenizer, prompt, chat_template="auto", options=None):
     """Return the text that the model reads, and where in it the prompt starts.
 
-    It is one turn of a user, with thinking turned off, up to where the answer starts. The bare
-    prompt is returned with chat_template "never", or if the tokenizer has no chat template. Leading
-    spaces do not belong to the prompt. Raises an InputError if the template fails, or changes the
-    prompt.
+    options  arguments of the chat template, by default CHAT_TEMPLATE_OPTIONS
+
+    It is one turn of a user, up to where the answer starts. The bare prompt is returned with
+    chat_template "never", or if the tokenizer has no chat template. Leading spaces do not belong to
+    the prompt. Raises an InputError if the template fails, or changes the prompt.
     """
     own = prompt.strip()
     if chat_template == "never" or not tokenizer.chat_template:
         return prompt, prompt.index(own)
+    if options is None:
+        options = CHAT_TEMPLATE_OPTIONS
     reason = "it does not hold the prompt as it is"
     for as_parts in (False, True):  # some templates take a content of several parts
         try:
-            text = apply_template(tokenizer, prompt, as_parts)
-            marked = apply_template(tokenizer, prompt.replace(own, PLACEHOLDER), as_parts)
+            text = apply_template(tokenizer, prompt, as_parts, options)
+            marked = apply_template(tokenizer, prompt.replace(own, PLACEHOLDER), as_parts, options)
         except InputError as error:
             reason = str(error)
             continue
         before, _, after = marked.partition(PLACEHOLDER)
         if before + own + after == text:
             return text, len(before)
-    raise InputError(f"the chat template fails for the prompt {prompt[:40]!r}: {reason}; mend it, "
-                     "or give --chat-template never")
+    raise InputError(f"the chat template fails for the prompt {prompt[:40]!r}: {reason}; give "
+                     "other --chat-template-options, or --chat-template never")
 
 
 PLACEHOLDER = "\ue000"  # a private character, in the place of a prompt
 
 
-def apply_template(tokenizer, prompt, as_parts):
-    """Return a user's prompt in the chat template of the tokenizer, as text."""
+def apply_template(tokenizer, prompt, as_parts, options):
+    """Return a user's prompt in the chat template of the tokenizer, as text.
+
+    Some templates write today's date: it is TEMPLATE_DATE. Raises an InputError with the template's
+    own reason if it fails.
+    """
     content = [{"type": "text", "text": prompt}] if as_parts else prompt
     messages = [{"role": "user", "content": content}]
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    except Exception as error:  # templates are programs, which raise what they like
-        raise InputError(first_line(error)) from error
+    with patch("transformers.utils.chat_template_utils.datetime", FixedDate, create=True):
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **options)
+        except Exception as error:  # templates are programs, which raise what they like
+            raise InputError(first_line(error)) from error
 
 
-def encode_example(tokenizer, example, chat_template="auto"):
+class FixedDate(datetime.datetime):
+    """datetime.datetime on which it is always TEMPLATE_DATE."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromisoformat(TEMPLATE_DATE)
+
+
+def full_prompt(example):
+    """Return an example's prompt, and behind it its instruction, if there is one."""
+    if example.get("instruction"):
+        return f"{example['prompt']}\n\n{example['instruction']}"
+    return example["prompt"]
+
+
+def encode_example(tokenizer, example, chat_template="auto", options=None):
     """Return the token IDs of an example's prompt, rendered, and the span of its own text.
 
     The span (start, stop) is of tokens: those of the prompt itself, without template and
@@ -1089,48 +1266,55 @@ def encode_example(tokenizer, example, chat_template="auto"):
     none.
     """
     own = example["prompt"].strip()
-    prompt = example["prompt"]
-    if "instruction" in example:
-        prompt = f"{prompt}\n\n{example['instruction']}"
-    text, start = rendered(tokenizer, prompt, chat_template)
+    prompt = full_prompt(example)
+    text, start = rendered(tokenizer, prompt, chat_template, options)
     stop = start + len(own)
     # A template brings its own special tokens, unless it adds nothing to the prompt
-    options = {"add_special_tokens": text in prompt}
-    if tokenizer.is_fast:
-        encoding = tokenizer(text, return_offsets_mapping=True, **options)
+    is_bare = text in prompt
+    if getattr(tokenizer, "is_fast", False):
+        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=is_bare)
         ids = encoding["input_ids"]
         offsets = encoding["offset_mapping"]
         inside = [i for i, (first, last) in enumerate(offsets) if first < stop and last > start]
     else:
-        ids = tokenizer(text, **options)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=is_bare)["input_ids"]
         # Without offsets: all tokens but those that two other prompts have around them in common
-        other_ids = [tokenizer(text[:start] + other + text[stop:], **options)["input_ids"]
-                     for other in ("a", "1")]
+        others = [text[:start] + other + text[stop:] for other in ("a", "1")]
+        other_ids = [tokenizer(other, add_special_tokens=is_bare)["input_ids"] for other in others]
         before = len(os.path.commonprefix(other_ids))
         after = len(os.path.commonprefix([other[::-1] for other in other_ids]))
         inside = range(before, len(ids) - after)
     if not inside:
         raise InputError(f"the prompt {own[:40]!r} has no tokens")
+    # Some tokenizers end a bare text, behind which a model would say nothing
+    if is_bare and ids[-1] == tokenizer.eos_token_id and inside[-1] < len(ids) - 1:
+        ids = ids[:-1]
     return ids, (inside[0], inside[-1] + 1)
 
 
-def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096):
-    """Return examples with "ids" and "text_span", of encode_example, and "answer_ids".
+def encode_examples(tokenizer, examples, chat_template="auto", max_length=4096, options=None):
+    """Return examples with what a model needs of them: ids, text_span, answer_ids, in_thinking.
 
-    answer_ids are those of the first right answer, without special tokens. Raises an InputError
-    for a prompt of more than max_length tokens, since half a question has no answer.
+    ids, text_span  of encode_example
+    answer_ids      token IDs of the first right answer, without special tokens
+    in_thinking     whether the prompt ends inside of thinking: see ends_in_thinking
+
+    Raises an InputError for a prompt of more than max_length tokens, since half a question has no
+    answer.
     """
     encoded = []
     for number, example in enumerate(examples, start=1):
-        ids, text_span = encode_example(tokenizer, example, chat_template)
+        ids, text_span = encode_example(tokenizer, example, chat_template, options)
         if len(ids) > max_length:
             raise InputError(f"prompt {number} has {len(ids)} tokens, more than {max_length}; take "
                              "it out, or raise --max-length, up to the model's positions")
+        text, _ = rendered(tokenizer, full_prompt(example), chat_template, options)
         answers = example.get("answer") or [""]
         encoded.append(example | {
             "ids": ids,
             "text_span": text_span,
             "answer_ids": tokenizer.encode(answers[0], add_special_tokens=False),
+            "in_thinking": ends_in_thinking(text),
         })
     return encoded
 
@@ -1209,14 +1393,19 @@ DECIMAL_COMMA = """
     tr uk uz uzn vi
 """.split()
 # Languages that write no spaces between words, so that texts are compared by character
-NO_SPACES = "ja km khm lao lo my mya th yue zh".split()
-# FLORES codes of the languages that langdetect knows, and its own codes
-LANGDETECT_CODES = dict(pair.split(":") for pair in """
-    afr:af arb:ar bul:bg ben:bn cat:ca ces:cs cym:cy dan:da deu:de ell:el eng:en spa:es est:et
-    pes:fa fin:fi fra:fr guj:gu heb:he hin:hi hrv:hr hun:hu ind:id ita:it jpn:ja kan:kn kor:ko
-    lit:lt lvs:lv mkd:mk mal:ml mar:mr npi:ne nld:nl nob:no pan:pa pol:pl por:pt ron:ro rus:ru
-    slk:sk slv:sl som:so als:sq swe:sv swh:sw tam:ta tel:te tha:th tgl:tl tur:tr ukr:uk urd:ur
-    vie:vi zho:zh
+NO_SPACES = "ja km lo my th wuu yue zh bo dz".split()
+# FLORES codes of languages that have a code of two letters
+SHORT_CODES = dict(pair.split(":") for pair in """
+    afr:af als:sq amh:am arb:ar asm:as azj:az bel:be ben:bn bod:bo bos:bs bul:bg cat:ca ces:cs
+    cmn:zh cym:cy dan:da deu:de dzo:dz ell:el eng:en epo:eo est:et eus:eu fao:fo fin:fi fra:fr
+    gla:gd gle:ga glg:gl guj:gu hat:ht hau:ha heb:he hin:hi hrv:hr hun:hu hye:hy ibo:ig ind:id
+    isl:is ita:it jav:jv jpn:ja kan:kn kat:ka kaz:kk khk:mn khm:km kin:rw kir:ky kmr:ku kor:ko
+    lao:lo lin:ln lit:lt ltz:lb lug:lg lvs:lv mal:ml mar:mr mkd:mk mlt:mt mri:mi mya:my nld:nl
+    nno:nn nob:no npi:ne nya:ny oci:oc ory:or pan:pa pbt:ps pes:fa plt:mg pol:pl por:pt ron:ro
+    run:rn rus:ru sag:sg san:sa sin:si slk:sk slv:sl sna:sn snd:sd som:so sot:st spa:es srp:sr
+    ssw:ss sun:su swa:sw swe:sv swh:sw tam:ta tat:tt tel:te tgk:tg tgl:tl tha:th tir:ti tsn:tn
+    tso:ts tuk:tk tur:tr twi:tw uig:ug ukr:uk urd:ur uzn:uz vie:vi wol:wo xho:xh ydd:yi yor:yo
+    zho:zh zsm:ms zul:zu
 """.split())
 
 
@@ -1231,24 +1420,97 @@ def base_language(language):
     "zh-Hans" -> "zh", "ben_Beng" -> "bn"
     """
     code = re.split("[-_]", language or "")[0]
-    return LANGDETECT_CODES.get(code, code)
+    return SHORT_CODES.get(code, code)
 
 
-# Numbers. The last \boxed{} that is not empty holds the answer, else it is the text's last number.
+# Thinking. What a model thinks is no part of its answer.
 
-BOX = r"\\boxed\s*{\s*([^{}]*[^{}\s])\s*}"
-FRACTION = r"\\[dt]?frac\s*{([^{}]*)}\s*{([^{}]*)}"           # \frac{1}{2}
-WRAPPED = r"\\(?!boxed|[dt]?frac)[a-zA-Z]+\s*{([^{}]*)}"       # \text{18}, \mathbf{18}
-# In verbose form. SEPARATOR and POINT depend on the language.
+# How a response marks where thinking starts, and where the answer starts behind it
+THINKING_MARKERS = [
+    ("<think>", "</think>"),  # Qwen3, DeepSeek, GLM, MiniMax, Nemotron, ERNIE, Hunyuan, ...
+    ("<|START_THINKING|>", "<|END_THINKING|>"),              # Cohere
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),  # GPT-OSS
+    ("<|channel>thought", "<channel|>"),                     # Gemma 4
+    ("<|think|>", "<|content|>"),                            # Solar Open
+    ("[THINK]", "[/THINK]"),                                 # Mistral
+    ("<seed:think>", "</seed:think>"),                       # Seed-OSS
+    ("◁think▷", "◁/think▷"),                                 # Kimi
+]
+
+
+def final_answer(response, in_thinking=False):
+    """Return what a response says after its thinking; None if the thinking does not end.
+
+    in_thinking  the prompt itself has started the thinking, as some chat templates do
+
+    "<think>9*2</think>It is 18." -> "It is 18.", "<think>First 9*2" -> None
+    """
+    starts = [response.rfind(start) for start, _ in THINKING_MARKERS]
+    ends = [response.rfind(end) + len(end) for _, end in THINKING_MARKERS if end in response]
+    answer_start = max(ends, default=0)
+    starts_again = max(starts) >= answer_start
+    if starts_again or (in_thinking and not ends):
+        return None
+    return response[answer_start:].strip() if ends else response
+
+
+def ends_in_thinking(text):
+    """Return whether a rendered prompt ends inside a thinking block that it has opened.
+
+    GPT-OSS's prompts end before the model chooses between thinking and answering.
+    """
+    if text.endswith("<|start|>assistant"):
+        return True
+    return text.rstrip().endswith(tuple(start for start, _ in THINKING_MARKERS))
+
+
+# Numbers. The last \boxed{} that holds anything has the answer, else it is the last number.
+
+# Minus signs, separators, and spaces of every script; \x1f may stand between thousands
+PLAIN_SIGNS = str.maketrans(
+    "−–－﹣，٬．٫⁄×\u00a0\u202f\u2009\u2007~",
+    "----,,../*\x1f\x1f\x1f\x1f\x1f")
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+# Chinese, Japanese and Korean units, the longer ones first
+MYRIADS = {
+    "千万": 10**7, "百万": 10**6,
+    "億": 10**8, "亿": 10**8, "억": 10**8,
+    "万": 10**4, "萬": 10**4, "만": 10**4,
+    "千": 10**3, "천": 10**3,
+}
+MYRIAD_UNITS = "|".join(MYRIADS)
+MYRIAD_TERM = r"\d[\d,]*(?:\.\d+)?"  # 27, 1.8 or 6,000
+# LaTeX around numbers, as (pattern, replacement), in this order
+COMMAND = r"\\(?!boxed|[dtc]?frac)[a-zA-Z]+\s*\{([^{}]*)\}"
+PLAIN_LATEX = [
+    (r"\\left|\\right|\\!|\\displaystyle", ""),
+    (r"\{,\}", ","),                                                # 2{,}125
+    (r"\\[,;: ]", "\x1f"),                                          # 2\,125
+    (r"\\?[$€£¥৳₹]\s?", ""),
+    (r"\\(?:times|cdot)(?![a-zA-Z])", "*"),
+    (r"\^\s*\{?\s*\\circ\s*\}?", ""),                               # 18^\circ
+    (COMMAND, r" \1 "),                                             # \text{18}
+    (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r" \1\2/\3\4 "),
+    (COMMAND, r" \1 "),                                             # \mathbf{\frac{3}{4}}
+    (r"([A-Za-z])\s*\^\s*\{?\s*-?\d+\s*\}?", r"\1"),                # cm^2
+    (r"(\d\s?[cdkm]?m)[23](?!\d)", r"\1"),                          # 18 m2
+    (r"(?<=\d)\s*\*\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?", r"e\1"),  # 1.5 \times 10^3
+    (r"(\d)\s*\^\s*\{?\s*(-?\d{1,3})\s*\}?", r"\1**\2"),            # 10^3
+]
+# A number in plain text, in verbose form. SEPARATOR and POINT depend on the language.
 NUMBER = r"""
     (?P<sign> (?<![0-9A-Za-z)]) (?<![0-9]\ ) -\ ? )?           # -5, but not the minus of 14-9
-    (?P<whole>
-        [1-9]\d{0,2} (?P<separator>SEPARATOR) \d{3} (?:(?P=separator)\d{3})* (?!\d)    # 2,125
-        | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                     # 1,00,000, as in India
-        | \d+ )
-    (?: POINT (?P<decimals>\d+) )?                             # .50
+    (?:
+        (?P<whole>
+            [1-9]\d{0,2} (?P<separator>SEPARATOR) \d{3} (?:(?P=separator)\d{3})* (?!\d)    # 2,125
+            | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                 # 1,00,000, as in India
+            | \d+ )
+        (?: POINT (?P<decimals>\d+) )?                         # .50
+        | (?<![\w.,]) POINT (?P<only_decimals>\d+) )           # .5
     (?: [eE] (?P<exponent>[+-]?\d{1,3}) )?                     # e5
-    (?: \ ?/\ ? (?P<divisor>\d+) )?                            # /4
+    (?: \*\* (?P<power>-?\d{1,3}) )?                           # **3
+    (?: \ + (?P<numerator>\d+) / (?P<denominator>[1-9]\d*)     # 3 1/2
+        | \ ?/\ ? (?P<divisor>\d+) )?                          # 1/2
 """
 
 
@@ -1262,52 +1524,99 @@ def number_pattern(language=None):
 
 
 def plain_digits(text):
-    r"""Return a text with numbers as ASCII writes them, without currency and LaTeX around them.
+    """Return a text with the digits of every script as ASCII. "১২" -> "12" """
+    return "".join(str(unicodedata.decimal(character, character)) for character in text)
 
-    Digits, minus signs and separators of every script become ASCII, no-break and thin spaces \x1f.
-    "−২,১২৫" -> "-2,125", r"\$2{,}125" -> "2,125", r"\frac{1}{2}" -> "1/2"
+
+def plain_numbers(text):
+    r"""Return a text in which numbers stand as NUMBER reads them, without LaTeX and currency.
+
+    "−২,১২৫" -> "-2,125", r"\$2{,}125" -> "2,125", r"3\frac{1}{2}" -> "3 1/2 ", "10³" -> "10**3",
+    "27万6000" -> "276000"
     """
-    text = "".join(str(unicodedata.decimal(character, character)) for character in text)
-    text = text.translate(str.maketrans(
-        "−–－﹣，٬．٫\u00a0\u202f\u2009\u2007~",
-        "----,,..\x1f\x1f\x1f\x1f\x1f"))
-    text = re.sub(r"\{,\}", ",", text)                          # 2{,}125
-    text = re.sub(r"\\[,;:! ]", "\x1f", text)                   # 2\,125
-    text = re.sub(r"\\?[$€£¥৳₹]\s?", "", text)
-    text = re.sub(r"\^\s*(?:{[^{}]*}|\\?\w+)", "", text)        # 18 \text{ m}^2, 18^\circ
-    text = re.sub(WRAPPED, r" \1 ", text)
-    text = re.sub(FRACTION, r"\1/\2", text)
-    return re.sub(WRAPPED, r" \1 ", text)                       # \mathbf{\frac{3}{4}}
+    text = plain_digits(text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^" + match[0].translate(SUPERSCRIPTS), text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
+    text = text.translate(PLAIN_SIGNS)
+    for pattern, replacement in PLAIN_LATEX:
+        text = re.sub(pattern, replacement, text)
+    with_units = rf"(?<!\d)(?:{MYRIAD_TERM}\s*(?:{MYRIAD_UNITS})\s*)+(?:{MYRIAD_TERM})?"
+    return re.sub(with_units, sum_of_myriads, text)
+
+
+def sum_of_myriads(match):
+    """Return the number that a match such as "27万6000" means: "276000"."""
+    total = Decimal(0)
+    for number, unit in re.findall(rf"({MYRIAD_TERM})\s*({MYRIAD_UNITS})?", match[0]):
+        total += Decimal(number.replace(",", "")) * MYRIADS.get(unit, 1)
+    return f"{total.normalize():f}"
+
+
+def last_box(text):
+    r"""Return what stands in a text's last \boxed{} that is not empty, or None."""
+    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth = 1
+        for position in range(match.end(), len(text)):
+            if text[position] == "{":
+                depth += 1
+            elif text[position] == "}":
+                depth -= 1
+            if depth == 0:
+                content = text[match.end():position]
+                if content.strip("{} \n"):
+                    return content
+                break
+    return None
 
 
 def last_number(text, language=None):
     r"""Return the number that a text gives as its answer, as an exact Fraction, or None.
 
-    It is the last number in the last \boxed{} that is not empty, or else in the text; its
-    separators are those of the language.
-
-    \boxed{\text{18}}, \boxed{18\text{ m}^2}, \boxed{x=18}, \boxed{\$18}  18
-    \frac{1}{2}, \dfrac{1}{2}, 1/2                                        1/2
-    2,125, 2{,}125, 2\,125                                                2125
-    1,00,000, 1e5                                                         100000
-    -$18                                                                  -18
-    14-9=5                                                                5
-    2.125, 2 125, 12,50 where a comma is decimal                          2125, 2125, 25/2
+    It is the last number in the last \boxed{} that is not empty, or else in the text. Separators
+    are those of the language: 2.125 is 2125 in German.
     """
-    text = plain_digits(text)
-    boxes = re.findall(BOX, text)
-    if boxes:
-        text = boxes[-1]
-    matches = list(number_pattern(language).finditer(text))
-    if not matches:
-        return None
-    last = matches[-1]
-    sign = "-" if last["sign"] else ""
-    whole = re.sub("[^0-9]", "", last["whole"])
+    box = last_box(text)
+    matches = list(number_pattern(language).finditer(plain_numbers(text if box is None else box)))
+    return number_value(matches[-1]) if matches else None
+
+
+def number_value(match):
+    """Return the value of a match of NUMBER as a Fraction."""
+    whole = re.sub("[^0-9]", "", match["whole"] or "0")
+    decimals = match["decimals"] or match["only_decimals"] or "0"
     # Decimal takes texts of any length, int() refuses more than 4,300 digits
-    number = Fraction(Decimal(f"{sign}{whole}.{last['decimals'] or 0}e{last['exponent'] or 0}"))
-    divisor = Fraction(Decimal(last["divisor"] or 1))
-    return number / divisor if divisor else number
+    number = Fraction(Decimal(f"{whole}.{decimals}e{match['exponent'] or 0}"))
+    if match["power"] and number and len(whole) < 10:
+        number = number ** int(match["power"])
+    if match["numerator"]:
+        number += Fraction(Decimal(match["numerator"])) / Fraction(Decimal(match["denominator"]))
+    if match["divisor"] and Decimal(match["divisor"]):
+        number /= Fraction(Decimal(match["divisor"]))
+    return -number if match["sign"] else number
+
+
+# Mathematics
+
+def is_equal_math(response, gold):
+    r"""Return whether a response gives a mathematical gold, such as \sqrt{3}, by math-verify.
+
+    The answer is the response's last \boxed{}, or what math-verify finds in it. Raises an
+    InputError if math-verify is not installed.
+    """
+    math_verify = import_math_verify()
+    box = last_box(response)
+    answer = response if box is None else f"${box}$"
+    return math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(answer))
+
+
+def import_math_verify():
+    """Return the optional package math_verify."""
+    try:
+        import math_verify
+    except ImportError as error:
+        raise InputError("answers such as \\sqrt{3} need math-verify; run: pip install "
+                         "'math-verify[antlr4_13_2]'") from error
+    return math_verify
 
 
 # Spans
@@ -1332,57 +1641,137 @@ def span_scores(prediction, golds, language=None, score="exact"):
             continue
         if words == gold_words:
             right = True
-        if score == "contains" and f" {' '.join(gold_words)} " in f" {' '.join(words)} ":
+        if score == "contains" and contains_span(prediction, gold, language):
             right = True
         in_both = (Counter(words) & Counter(gold_words)).total()
         f1 = max(f1, 2 * in_both / (len(words) + len(gold_words)))
     return right, f1
 
 
-def span_words(text, language):
+def span_words(text, language, punctuation=""):
     """Return the words of a text, or its characters in a language without spaces, for span_scores.
 
-    "The Eiffel Tower!" -> ["eiffel", "tower"]
+    punctuation  what takes the place of punctuation
+
+    "The Eiffel Tower!" -> ["eiffel", "tower"]; articles that stand alone are words
     """
-    kept = [character for character in text.lower()
-            if unicodedata.category(character)[0] != "P" and character not in string.punctuation]
-    words = "".join(kept).split()
+    text = unicodedata.normalize("NFC", text).lower()
+    for character in set(text):
+        if unicodedata.category(character)[0] == "P" or character in string.punctuation:
+            text = text.replace(character, punctuation)
+    words = text.split()
     if base_language(language) in NO_SPACES:
         return list("".join(words))
-    return [word for word in words if word not in ("a", "an", "the")]
+    without_articles = [word for word in words if word not in ("a", "an", "the")]
+    return without_articles or words
+
+
+def contains_span(prediction, gold, language):
+    """Return whether a prediction holds a right answer in whole words.
+
+    Punctuation separates words: "Steelers'ı" holds "Steelers". In languages without spaces, the
+    answer does not begin or end within a number: "2010年" does not hold "10".
+    """
+    words = span_words(prediction, language, punctuation=" ")
+    gold_words = span_words(gold, language, punctuation=" ")
+    if base_language(language) not in NO_SPACES:
+        return f" {' '.join(gold_words)} " in f" {' '.join(words)} "
+    pattern = re.escape("".join(gold_words))
+    if gold_words[0].isdigit():
+        pattern = r"(?<!\d)" + pattern
+    if gold_words[-1].isdigit():
+        pattern += r"(?!\d)"
+    return re.search(pattern, "".join(words)) is not None
 
 
 # Languages
 
-def in_language(responses, language):
-    """Return for each response whether langdetect finds the language; variants of Chinese are one.
+def language_scores(responses, language, candidates):
+    """Return for each response 1.0 if it is in the language, else 0.0, by py3langid.
 
-    Raises an InputError if langdetect is not installed, or does not know the language.
+    candidates  the languages to choose from; English is always one of them
+
+    A response is nan if it has no letters beside LaTeX, or none that tell languages apart. Raises
+    an InputError if py3langid is not installed, or does not know a language.
     """
-    langdetect = import_langdetect()
-    langdetect.DetectorFactory.seed = 0
-    code = base_language(language)
-    if code not in LANGDETECT_CODES.values():
-        raise InputError(f"langdetect does not know the language '{language}'; leave out this "
-                         "metric")
-    results = []
-    for response in responses:
-        try:
-            detected = langdetect.detect(response)
-        except langdetect.LangDetectException:  # nothing but digits, for example
-            detected = None
-        results.append(base_language(detected) == code)
-    return results
-
-
-def import_langdetect():
-    """Return the optional package langdetect."""
+    py3langid = import_py3langid()
+    codes = {base_language(candidate) for candidate in [language, "en", *candidates]}
     try:
-        import langdetect
+        py3langid.set_languages(sorted(codes))
+    except ValueError as error:
+        raise InputError(f"--metrics language: {error}; leave out this metric") from error
+    scores = []
+    for response in responses:
+        text = re.sub(r"\\[a-zA-Z]+|\d", " ", response or "")
+        detected, evidence = py3langid.classify(text)
+        has_letters = any(character.isalpha() for character in text)
+        if not has_letters or evidence <= np.finfo(np.float32).min:
+            scores.append(math.nan)
+        else:
+            scores.append(float(detected == base_language(language)))
+    return scores
+
+
+def import_py3langid():
+    """Return the optional package py3langid."""
+    try:
+        import py3langid
     except ImportError as error:
-        raise InputError("the metric 'language' needs langdetect; run: pip install langdetect"
+        raise InputError("the metric 'language' needs py3langid; run: pip install py3langid"
                          ) from error
-    return langdetect
+    return py3langid
+
+
+# Responses
+
+def score_response(response, example, language=None, score="exact"):
+    """Return 1.0 if a response answers an example rightly, else 0.0.
+
+    example   with "answer", the right answers, and "kind", how they are compared:
+              number  the response's last_number is equal
+              math    equal by math-verify
+              span    see span_scores
+              choice  the letter alone
+    language  of the response: its separators and words
+    score     of spans, "exact" or "contains"
+
+    Thinking is no part of an answer, and thinking that does not end has none.
+    """
+    answer = final_answer(response, example.get("in_thinking", False))
+    if answer is None:
+        return 0.0
+    golds, kind = example["answer"], example["kind"]
+    if kind == "number":
+        right = last_number(answer, language) in [last_number(gold) for gold in golds]
+    elif kind == "math":
+        right = any(is_equal_math(answer, gold) for gold in golds)
+    elif kind == "choice":
+        right = answer.strip(" .()") in golds
+    else:
+        right, _ = span_scores(answer, golds, language, score)
+    return float(right)
+
+
+def score_responses(responses, examples, metrics, language, score="exact", languages=()):
+    """Return the scores of generated responses, {metric: float64 (examples,)}.
+
+    metrics    of accuracy (see score_response; spans have f1 beside it) and language (see
+               language_scores)
+    languages  candidates for the metric language
+    """
+    answers = [final_answer(response, example.get("in_thinking", False))
+               for response, example in zip(responses, examples)]
+    scores = {}
+    if "accuracy" in metrics:
+        scores["accuracy"] = [score_response(response, example, language, score)
+                              for response, example in zip(responses, examples)]
+        if examples[0]["kind"] == "span":
+            f1 = [span_scores(answer or "", example["answer"], language)[1]
+                  for answer, example in zip(answers, examples)]
+            scores["f1"] = f1
+    if "language" in metrics:
+        scores["language"] = language_scores(answers, language, languages)
+    return {metric: np.array(values, float) for metric, values in scores.items()}
 
 
 # Scores of a model
@@ -1401,7 +1790,7 @@ def score_prompts(model, tokenizer, examples, batch_tokens=8192):
     """
     sequences = [example["ids"] + example["answer_ids"] for example in examples]
     letters = answer_letters(examples)
-    first_tokens = letter_tokens(tokenizer, letters)
+    forms = letter_tokens(tokenizer, letters)
 
     def run(batch):
         ids = padded_batch(model, sequences, batch)
@@ -1415,7 +1804,8 @@ def score_prompts(model, tokenizer, examples, batch_tokens=8192):
                 "answer_nll": nll[prompt_length:].mean().item(),
             }
             if letters:
-                of_letters = logits[prompt_length - 1, first_tokens]
+                of_forms = torch.stack([logits[prompt_length - 1, form] for form in forms])
+                of_letters = of_forms.amax(0)  # the larger one of a letter's forms
                 result["accuracy"] = letters[of_letters.argmax()] in examples[i]["answer"]
             results.append(result)
         return results
@@ -1432,7 +1822,7 @@ def token_nll(logits, ids):
     """
     targets = torch.tensor(ids[1:], dtype=torch.long, device=logits.device)
     nll = F.cross_entropy(logits[:len(targets)].float(), targets, reduction="none")
-    return F.pad(nll.double().cpu(), (1, 0), value=torch.nan)
+    return F.pad(nll.cpu().double(), (1, 0), value=torch.nan)  # some devices have no float64
 
 
 def answer_letters(examples):
@@ -1444,24 +1834,36 @@ def answer_letters(examples):
 
 
 def letter_tokens(tokenizer, letters):
-    """Return the first token ID of each letter."""
-    tokens = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]
-    if len(set(tokens)) < len(letters):
+    """Return the token IDs of letters, a list for each of their forms.
+
+    Behind a prompt, a model may continue with "A" or " A". The second form counts if the tokenizer
+    has all letters as one token in both.
+    """
+    alone = [tokenizer.encode(letter, add_special_tokens=False) for letter in letters]
+    behind_space = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in letters]
+    first = [ids[0] for ids in alone]
+    if len(set(first)) < len(letters):
         raise InputError(f"this tokenizer does not tell {letters} apart by their first token")
-    return tokens
+    forms = [first]
+    if all(len(ids) == 1 for ids in alone + behind_space):
+        forms.append([ids[0] for ids in behind_space])
+    return forms
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, examples, batch_tokens=8192, seed=0, **settings):
+def generate(model, tokenizer, examples, batch_tokens=8192, seed=0, equal_lengths=False,
+             **settings):
     """Return the model's response to each prompt, and how many were cut at max_new_tokens.
 
-    examples      with "ids", as of encode_examples
-    batch_tokens  tokens in a batch, new ones included
-    seed          the same one draws the same samples
-    settings      of a GenerationConfig, over those of generation_settings. Nothing else counts: not
-                  the checkpoint's own sampling, penalties, beams or caches.
+    examples       with "ids", as of encode_examples
+    batch_tokens   tokens in a batch, new ones included
+    seed           the same one draws the same samples, in whatever batches
+    equal_lengths  batches hold prompts of one length: for models whose logits change by padding
+    settings       over those of generation_settings. Nothing else counts: not the checkpoint's own
+                   sampling, penalties, beams or caches.
+
+    Thinking that does not end counts as cut.
     """
-    torch.manual_seed(seed)
     checkpoint = model.generation_config
     settings = generation_settings(checkpoint, tokenizer, vocab_size(model.config)) | settings
     prompts = [example["ids"] for example in examples]
@@ -1470,23 +1872,77 @@ def generate(model, tokenizer, examples, batch_tokens=8192, seed=0, **settings):
         # Marked as -1 first, since the padding token may also stand in a prompt
         ids = padded_batch(model, prompts, batch, fill=-1, side="left")
         is_padding = ids < 0
+        processors = LogitsProcessorList()
+        if settings["do_sample"]:
+            processors.append(PromptSampler([seed + i for i in batch], model.device, settings))
         output = model.generate(
             input_ids=ids.masked_fill(is_padding, settings["pad_token_id"]),
-            attention_mask=(~is_padding).long())
+            attention_mask=(~is_padding).long(),
+            logits_processor=processors)
         return output[:, ids.shape[1]:].tolist()
 
     # As few batches as there can be, since each takes max_new_tokens steps
     lengths = [len(ids) + settings["max_new_tokens"] for ids in prompts]
+    batches = length_batches(lengths, batch_tokens, fill=1 if equal_lengths else 0)
     with patch.object(model, "generation_config", generation_config(settings)):
-        responses = run_batches(run, length_batches(lengths, batch_tokens, fill=0))
+        output = run_batches(run, batches)
     ends = set(settings["eos_token_id"] or [])
-    num_cut = sum(ends.isdisjoint(ids) for ids in responses)
-    return tokenizer.batch_decode(responses, skip_special_tokens=True), num_cut
+    responses = [decode_response(tokenizer, ids) for ids in output]
+    num_cut = 0
+    for ids, response, example in zip(output, responses, examples):
+        answer = final_answer(response, example.get("in_thinking", False))
+        num_cut += ends.isdisjoint(ids) or answer is None
+    return responses, num_cut
+
+
+def decode_response(tokenizer, ids):
+    """Return the text of a response, with those special tokens that mark thinking."""
+    markers = " ".join(start + end for start, end in THINKING_MARKERS)
+    skipped = set()
+    for token_id in set(ids) & special_ids(tokenizer):
+        if tokenizer.convert_ids_to_tokens(token_id) not in markers:
+            skipped.add(token_id)
+    return tokenizer.decode([token_id for token_id in ids if token_id not in skipped])
+
+
+def special_ids(tokenizer):
+    """Return the IDs of a tokenizer's special tokens, the ones that have no name included."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    unnamed = [token_id for token_id, token in added.items() if token.special]
+    return {*tokenizer.all_special_ids, *unnamed}
+
+
+class PromptSampler(LogitsProcessor):
+    """Samples the next token of each prompt in a batch by a random generator of the prompt's own.
+
+    So a prompt's samples do not depend on the batch that it is in. It takes the place of sampling
+    in generate(): the largest of p / e, with e exponential noise, is a sample of p.
+    """
+
+    def __init__(self, seeds, device, settings):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(settings["temperature"])])
+        if settings["top_k"]:
+            self.warpers.append(TopKLogitsWarper(settings["top_k"]))
+        if settings["top_p"] < 1:
+            self.warpers.append(TopPLogitsWarper(settings["top_p"]))
+
+    def __call__(self, input_ids, scores):
+        """Return p / e for the logits of the next tokens (prompts, vocabulary)."""
+        probabilities = self.warpers(input_ids, scores.float()).softmax(-1)
+        noise = torch.empty_like(probabilities)
+        for row, generator in zip(noise, self.generators):
+            row.exponential_(generator=generator)
+        return probabilities / noise.clamp(min=1e-30)
 
 
 def generation_config(settings):
-    """Return the GenerationConfig of settings; it takes the place of the checkpoint's."""
-    return GenerationConfig(disable_compile=True, **settings)
+    """Return a GenerationConfig of settings, to take the place of the checkpoint's.
+
+    It is greedy: PromptSampler samples.
+    """
+    greedy = {key: settings[key] for key in ("max_new_tokens", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(disable_compile=True, do_sample=False, **greedy)
 
 
 def generation_settings(checkpoint, tokenizer, vocab_size, max_new_tokens=None):
@@ -1506,6 +1962,9 @@ def generation_settings(checkpoint, tokenizer, vocab_size, max_new_tokens=None):
         "eos_token_id": ends or None,
         "pad_token_id": known[0],
         "do_sample": False,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
     }
 
 
@@ -1517,40 +1976,22 @@ def response_metrics(metrics, examples):
     return [metric for metric in metrics if metric in needed]
 
 
-def score_responses(responses, examples, metrics, language, score="exact"):
-    """Return the scores of generated responses, {metric: float64 (examples,)}.
-
-    metrics  of accuracy (1 or 0: the number, or the span by its score; spans have f1 beside it) and
-             language (1 or 0: the response is in the language)
-    """
-    scores = {}
-    if "accuracy" in metrics:
-        right, f1 = [], []
-        for response, example in zip(responses, examples):
-            if example["kind"] == "span":
-                is_right, overlap = span_scores(response, example["answer"], language, score)
-                f1.append(overlap)
-            else:
-                answers = [last_number(answer) for answer in example["answer"]]
-                is_right = last_number(response, language) in answers
-            right.append(is_right)
-        scores["accuracy"] = right
-        if f1:
-            scores["f1"] = f1
-    if "language" in metrics:
-        scores["language"] = in_language(responses, language)
-    return {metric: np.array(values, float) for metric, values in scores.items()}
-
-
-def check_metrics(metrics, examples, path, language):
+def check_metrics(metrics, examples, path, language, languages=()):
     """Raise an InputError if the examples of a file cannot give the metrics."""
     kinds = {example.get("kind") for example in examples}
     if None in kinds and ("accuracy" in metrics or "answer_nll" in metrics):
         raise InputError(f"{path} has prompts without an answer; --metrics prompt_nll needs none")
-    if "accuracy" in metrics and len(kinds) > 1:
-        raise InputError(f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
+    if "accuracy" in metrics:
+        if len(kinds) > 1 and kinds != {"number", "math"}:
+            raise InputError(f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
+        if "math" in kinds:
+            import_math_verify()  # refuses if it is not installed
+        if kinds == {"choice"} and any(example["in_thinking"] for example in examples):
+            raise InputError(f"{path}: no letter can follow prompts that end inside of thinking; "
+                             "turn thinking off by --chat-template-options, as "
+                             """'{"enable_thinking": false}' or '{"reasoning_effort": "none"}'""")
     if "language" in metrics:
-        in_language([], language)  # refuses unknown languages
+        language_scores([], language, languages)  # refuses unknown languages
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -1698,9 +2139,9 @@ class Evaluator:
             "segment": args.segment,
             "dumps": {language: digests[language] for language in sources or digests},
         }
-        self.tasks, self.data_sha256 = load_tasks(args, self.config, self.tokenizer)
+        self.tasks = load_tasks(args, self.config, self.tokenizer)
         os.makedirs(Path(args.out).parent, exist_ok=True)  # before anything runs
-        warn_of_same_data(routing, self.data_sha256)
+        warn_of_same_data(routing, find_data(args.data, args.languages))
 
     @functools.cached_property
     def model(self):
@@ -1710,9 +2151,19 @@ class Evaluator:
         examples = next(iter(self.tasks.values()))
         generation = None
         if response_metrics(args.metrics, examples) and self.engine is None:
-            generation = without_seed(self.settings["generation"])
+            generation = self.settings["generation"]
         check_model(model, examples[0]["ids"], generation=generation)
         return model
+
+    @functools.cached_property
+    def equal_lengths(self):
+        """Whether the model's batches have to hold prompts of one length."""
+        ids = next(iter(self.tasks.values()))[0]["ids"]
+        changes = padding_changes_logits(self.model, ids, self.settings["generation"])
+        if changes:
+            print_now("note: padding changes this model's logits, so batches hold prompts of one "
+                      "length")
+        return changes
 
     @functools.cached_property
     def engine(self):
@@ -1730,7 +2181,8 @@ class Evaluator:
         The row's scores are {metric: float64 (examples,)}.
         """
         settings = self.edit_settings(edit, settings)
-        folder = f"{name}-{short_hash(settings)}".replace("/", "_")
+        # The folder is the same for all languages; its name tells from other prompts, too
+        folder = f"{name}-{short_hash(settings | prompt_settings(self.args))}".replace("/", "_")
         predictions = self.folder / folder / f"{language}.jsonl"
         row = self.run_once(
             name, language, settings, lambda: self.score(language, edit or {}, predictions))
@@ -1757,10 +2209,12 @@ class Evaluator:
 
     def run_once(self, name, language, settings, run):
         """Return the row with these settings from the results file, or else make it by run()."""
-        settings = settings | {"language": language, "data_sha256": self.data_sha256[language]}
+        examples = short_hash([example_identity(each) for each in self.tasks[language]])
+        settings = settings | {"language": language, "examples": examples}
         key = settings_key(settings)
         if key not in self.rows:
             row = {"cell": name, "settings": settings} | run()
+            row["prompts"] = prompt_settings(self.args)
             append_row(self.args.out, row)
             self.rows[key] = json.loads(json_line(row))  # as it will be read from the file
         self.used[key] = self.rows[key]
@@ -1776,22 +2230,27 @@ class Evaluator:
         scores, responses = {}, None
         if from_response:
             responses, num_cut, zeroed = self.respond(examples, edit)
-            scores |= score_responses(responses, examples, from_response, language, args.score)
+            scores |= score_responses(responses, examples, from_response, language, args.score,
+                                      languages=list(self.tasks))
         if from_prompt:
             with edit_routing(self.model, **edit, count_changes=False) as zeroed:
                 of_prompts = score_prompts(self.model, self.tokenizer, examples, args.batch_tokens)
             scores |= {metric: of_prompts[metric] for metric in from_prompt}
         order = [metric for metric in (*args.metrics, "f1") if metric in scores]
         row = {
-            "scores": {metric: scores[metric].round(6).tolist() for metric in order},
-            "mean": {metric: np.nanmean(scores[metric]) for metric in order},
+            "scores": {metric: without_nan(scores[metric].round(6)) for metric in order},
+            "mean": {metric: without_nan(mean_score(scores[metric])) for metric in order},
             "experts": number_of_edited_experts(edit),
         }
         if zeroed:
             row["zeroed"] = zeroed
         if responses is not None:
             save_predictions(predictions, examples, responses, row["scores"].get("accuracy"))
-            row |= {"predictions": str(predictions), "cut_responses": num_cut}
+            row |= {
+                "predictions": str(predictions),
+                "cut_responses": num_cut,
+                "empty_responses": sum(not response.strip() for response in responses),
+            }
         return row
 
     def respond(self, examples, edit):
@@ -1803,7 +2262,8 @@ class Evaluator:
         else:
             with edit_routing(self.model, **edit, count_changes=False) as zeroed:
                 responses, num_cut = generate(
-                    self.model, self.tokenizer, examples, self.args.batch_tokens, **generation)
+                    self.model, self.tokenizer, examples, self.args.batch_tokens,
+                    equal_lengths=self.equal_lengths, **generation)
         return responses, num_cut, zeroed
 
     @torch.inference_mode()
@@ -1833,17 +2293,21 @@ class Evaluator:
                   "--max-new-tokens")
         if num_cut > num_responses / 10:
             print("warning: that is more than a tenth, so their scores say little")
+        num_empty = sum(row["empty_responses"] for row in generated)
+        if num_empty > num_responses / 2:
+            print(f"\nwarning: {num_empty} of {num_responses} responses are empty; does the prompt "
+                  "end as the model expects? see --chat-template and --instruction")
+        of_language = [row["scores"]["language"] for row in rows if "language" in row["scores"]]
+        num_unknown = sum(scores.count(None) for scores in of_language)
+        if num_unknown:
+            print(f"\n{num_unknown} of {sum(map(len, of_language))} responses have no language: "
+                  "nothing but numbers or names")
         zeroed = [row for row in rows if "zeroed" in row]
         without_effect = [row for row in zeroed if not any(row["zeroed"].values())]
         if without_effect:
             print(f"\nno prompt selected what was zeroed in {len(without_effect)} of {len(zeroed)} "
                   "rows")
         print(f"\n{self.args.out}")
-
-
-def without_seed(generation):
-    """Return settings of generate() that belong into a GenerationConfig."""
-    return {key: value for key, value in generation.items() if key != "seed"}
 
 
 def predictions_folder(out):
@@ -1885,28 +2349,65 @@ def save_predictions(path, examples, responses, accuracy=None):
             file.write(json_line(fields | {"response": response, "score": score}))
 
 
+def mean_score(scores):
+    """Return the mean of scores (examples,) that are not nan; nan if all are."""
+    known = scores[~np.isnan(scores)]
+    return known.mean() if len(known) else np.float64(np.nan)
+
+
+def without_nan(scores):
+    """Return a score, or a list of scores, for JSON, which has None for nan."""
+    return np.where(np.isnan(scores), None, scores).tolist()
+
+
+def prompt_settings(args):
+    """Return the settings that prompts are made by, for whoever reads the results.
+
+    What counts are the token IDs that they lead to: see example_identity.
+    """
+    names = ("data", "limit", "instruction", "chat_template", "chat_template_options")
+    return {name: getattr(args, name) for name in names}
+
+
+def example_identity(example):
+    """Return what makes two encoded examples the same: their token IDs and right answers."""
+    keys = ("ids", "text_span", "answer_ids", "answer", "kind")
+    return [example.get(key) for key in keys]
+
+
 def load_tasks(args, config, tokenizer):
-    """Return {language: encoded examples} and {language: sha256 of its data file}."""
+    """Return {language: encoded examples}."""
     max_length = min(args.max_length, max_positions(config))
-    tasks, data_sha256 = {}, {}
-    for language, path in find_data(args.data, args.languages).items():
-        examples = read_task(args, language, path)
-        examples = encode_examples(tokenizer, examples, args.chat_template, max_length)
-        check_metrics(args.metrics, examples, path, language)
+    data = find_data(args.data, args.languages)
+    note_unknown_codes(data)
+    tasks = {}
+    for language, path in data.items():
+        examples = encode_examples(tokenizer, read_task(args, language, path), args.chat_template,
+                                   max_length, args.chat_template_options)
+        check_metrics(args.metrics, examples, path, language, list(data))
         sequences = [example["ids"] + example["answer_ids"] for example in examples]
         check_token_ids(sequences, config, path)
         tasks[language] = examples
-        data_sha256[language] = file_hash(path)
-    return tasks, data_sha256
+    return tasks
 
 
-def warn_of_same_data(routing, data_sha256):
-    """Print a warning if the routing was captured on the data that is scored."""
+def note_unknown_codes(languages):
+    """Print a note on languages that are not called by a code, as "de", "deu_Latn" or "zh-Hans"."""
+    for language in languages:
+        if not re.fullmatch("[a-z]{2,3}([-_][A-Za-z0-9]+)*", language):
+            print_now(f"note: '{language}' is not a code of ISO 639 or FLORES, by which separators "
+                      "and families are looked up; rename the file, as de or deu_Latn")
+
+
+def warn_of_same_data(routing, data):
+    """Print a warning if the routing was captured on the files, {language: path}, that are scored.
+
+    """
     captured = [meta.get("data_sha256") for meta in routing.meta]
-    for language, sha256 in data_sha256.items():
-        if sha256 in captured:
-            print_now(f"warning: the routing was captured on the data of {language}: experts are "
-                      "chosen on the examples that they are judged by")
+    for path in data.values():
+        if file_hash(path) in captured:
+            print_now(f"warning: the routing was captured on {path}: experts are chosen on the "
+                      "examples that they are judged by")
 
 
 def check_routing(routing, shape, revision):
@@ -1924,7 +2425,7 @@ def check_routing(routing, shape, revision):
 
 
 def evaluation_settings(args, config, tokenizer, shape):
-    """Return what makes two evaluations of one data file the same."""
+    """Return what makes two evaluations of the same examples the same."""
     if not set(args.metrics) <= set(METRICS):
         raise InputError(f"METRICS {args.metrics} are not some of {METRICS}")
     version = transformers.__version__
@@ -1933,17 +2434,12 @@ def evaluation_settings(args, config, tokenizer, shape):
         check_engine_metrics(args.metrics, args.engine_options)
     elif args.engine_options:
         raise InputError("--engine-options have no effect without --engine vllm")
-    instruction = file_hash(args.instruction) if args.instruction else None
     return {
         "revision": checkpoint_id(args.model, config, shape),
-        "tokenizer": tokenizer_id(tokenizer),
         "dtype": dtype_name(args.dtype, config),
         "options": str(MODEL_OPTIONS),
         "engine": f"{args.engine} {version}",
         "engine_options": args.engine_options,
-        "limit": args.limit,
-        "instruction": instruction,
-        "chat_template": args.chat_template,
         "metrics": args.metrics,
         "score": args.score,
         "generation": response_settings(args, config, tokenizer),
@@ -1971,7 +2467,7 @@ def response_settings(args, config, tokenizer):
         checkpoint = GenerationConfig.from_model_config(config)
     settings = generation_settings(checkpoint, tokenizer, vocab_size(config), args.max_new_tokens)
     if not args.temperature:
-        return settings | {"seed": 0}
+        return settings
     return settings | {
         "seed": args.seed,
         "do_sample": True,
@@ -2034,6 +2530,8 @@ def add_model_arguments(parser, model, data, out, batch_tokens, max_length):
     add("--max-length", type=positive_int, default=max_length, metavar="N",
         help="tokens of a sequence (default: %(default)s)")
     add("--chat-template", choices=("auto", "never"), default="auto", help="never: the bare text")
+    add("--chat-template-options", type=json_object, default=CHAT_TEMPLATE_OPTIONS, metavar="JSON",
+        help="(default: \'{\"enable_thinking\": false}\')")
     add("--dtype", default="auto", help="float32, ... (default: the checkpoint's)")
     add("--device", help="cuda, cpu, or auto: all GPUs (default: a GPU)")
 
@@ -2089,6 +2587,8 @@ def print_now(text):
 
 def run_script(main, *errors):
     """Run main(). An InputError, or an error of the file system, is one line and exit status 1."""
+    # A mean of no known scores is nan, and printed as nan
+    warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
     # A console may lack a letter
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
@@ -2232,9 +2732,12 @@ class VLLMEngine:
     def generate(self, examples, seed=0, **settings):
         """Return a response for each example, and how many were cut; see generate above."""
         outputs = self.complete([example["ids"] for example in examples], seed, **settings)
-        responses = self.llm.get_tokenizer().batch_decode(
-            [output.token_ids for output in outputs], skip_special_tokens=True)
-        num_cut = sum(output.finish_reason == "length" for output in outputs)
+        tokenizer = self.llm.get_tokenizer()
+        responses = [decode_response(tokenizer, output.token_ids) for output in outputs]
+        num_cut = 0
+        for output, response, example in zip(outputs, responses, examples):
+            answer = final_answer(response, example.get("in_thinking", False))
+            num_cut += output.finish_reason == "length" or answer is None
         return responses, num_cut
 
     def complete(self, sequences, seed=0, max_new_tokens=1, eos_token_id=None, do_sample=False,
