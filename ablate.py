@@ -51,8 +51,10 @@ MAX_LENGTH = 4096                    # tokens of a prompt
 MAX_NEW_TOKENS = None                # tokens of a response; None: the checkpoint's limit
 OUT = "results/ablate.jsonl"
 # ------------------------------------------------------------------------------------------------
-EDITS = {"reroute": "masks", "zero": "zeroed"}  # --how, as an argument of edit_routing
-OF_ALL_LANGUAGES = ("shared", "selection")      # targets that are not languages
+EDIT_ARGUMENT = {"reroute": "masks", "zero": "zeroed"}  # of common.edit_routing, by --how
+NOT_A_LANGUAGE = ("shared", "selection")  # targets whose experts count as every language's own
+MATCH_TOLERANCE = 0.1  # matched controls carry 0.9 to 1.1 of the weight that is masked
+MATCH_TRIES = 100      # draws of a matched control in a layer
 
 
 # ---------------------------------------------------------------------------------------- experts
@@ -83,8 +85,11 @@ def choose_experts(args, routing):
 
 
 def own_languages(target, languages):
-    """Return the languages whose experts a target's are: all of them if they are shared."""
-    if target in OF_ALL_LANGUAGES:
+    """Return those of the scored languages whose own experts a target's experts are.
+
+    Shared or selected experts count as every language's own.
+    """
+    if target in NOT_A_LANGUAGE:
         return list(languages)
     return [language for language in languages if language in target.split("+")]
 
@@ -107,7 +112,7 @@ def random_controls(masked, used, num_draws, seed):
 
     masked, used  bool (layers, experts)
     Returns bool (draws, layers, experts), without the masked set itself; no draws at all if there
-    are not more sets than that.
+    are only num_draws such sets, or fewer.
     """
     per_layer = masked.sum(1)
     num_sets = [math.comb(n, k) for n, k in zip(used.sum(1).tolist(), per_layer.tolist())]
@@ -129,8 +134,8 @@ def matched_control(masked, weights, top_k, seed):
 
     masked bool (layers, experts), weights float64 (layers, experts) -> bool (layers, experts)
 
-    An expert is drawn in proportion to its weight, and top_k experts are always left. Where 100
-    draws do not reach the weight, the one that carries the most is taken.
+    An expert is drawn in proportion to its weight, and top_k experts are always left. Where
+    MATCH_TRIES draws do not reach the weight, the one that carries the most is taken.
     """
     rng = np.random.default_rng(seed)
     control = np.zeros_like(masked)
@@ -139,27 +144,28 @@ def matched_control(masked, weights, top_k, seed):
         wanted = weights[layer, masked[layer]].sum()
         others = np.flatnonzero(~masked[layer] & (weights[layer] > 0))
         most = 0
-        for _ in range(100):
-            # Exponential waiting times order the experts in proportion to their weight
+        for _ in range(MATCH_TRIES):
+            # Sorting by exponential noise over weight draws without replacement, by weight
             waiting = rng.exponential(size=len(others)) / weights[layer, others]
             order = others[np.argsort(waiting)][:num_experts - top_k]
             drawn, total = take_weight(order, weights[layer], wanted)
             if total > most:
                 most = total
                 control[layer] = np.isin(range(num_experts), drawn)
-            if most >= 0.9 * wanted:
+            if most >= (1 - MATCH_TOLERANCE) * wanted:
                 break
     return control
 
 
 def take_weight(order, weights, wanted):
-    """Take experts in order until they carry 0.9 of a weight, but none that would exceed 1.1.
+    """Take experts in order until they carry a weight, to MATCH_TOLERANCE, and none that exceed it.
 
     Returns their indices, and the weight that they carry.
     """
+    least, most = (1 - MATCH_TOLERANCE) * wanted, (1 + MATCH_TOLERANCE) * wanted
     drawn, total = [], 0
     for expert in order:
-        if total < 0.9 * wanted and total + weights[expert] <= 1.1 * wanted:
+        if total < least and total + weights[expert] <= most:
             drawn.append(expert)
             total += weights[expert]
     return drawn, total
@@ -171,14 +177,14 @@ def draw_controls(masked, weights, in_band, num_draws, top_k, name):
     masked   bool (layers, experts), none outside of the band
     weights  float64 (layers, experts), the language's fractions of the routing weight
     in_band  bool (layers,)
-    name     is the seed: no two names share a draw
+    name     of the cell; its hash is the seed, so that each cell has draws of its own
     """
     seed = zlib.crc32(name.encode())
     masked_in_band, weights_in_band = masked[in_band], weights[in_band]
     random = random_controls(masked_in_band, weights_in_band > 0, num_draws, seed)
     matched = [matched_control(masked_in_band, weights_in_band, top_k, [seed, draw])
                for draw in range(MATCHED_SEEDS)]
-    matched = [draw for draw in matched if draw.any()]  # no other experts carry so little
+    matched = [draw for draw in matched if draw.any()]  # none, if any other expert weighs more
     controls = {}
     for condition, draws in (("random", random), ("matched", matched)):
         controls[condition] = np.zeros((len(draws), *masked.shape), bool)
@@ -193,8 +199,8 @@ def draw_controls(masked, weights, in_band, num_draws, top_k, name):
 class Cell:
     """The experts of a target, masked in a band, and what that changes in the scores of a language.
 
-    Condition "masked" is the experiment, of one draw. Where the experts are the language's own,
-    "random" and "matched" are its controls.
+    Condition "masked" is the experiment, one mask. If the experts are the language's own, "random"
+    and "matched" are its controls, a mask for each draw.
     """
     band: str
     target: str
@@ -209,17 +215,21 @@ class Cell:
 
     @property
     def has_controls(self):
-        """Whether the masked experts, if there are any, are the language's own."""
+        """Whether controls were drawn: some experts are masked, and they are the language's own."""
         return "random" in self.masks
 
 
 def plan_cells(args, experts, bands, weights, top_k):
-    """Return a Cell for each band, target and language, with all of its masks."""
+    """Return a Cell for each band, target and language, with all of its masks.
+
+    weights  {language: routing_weights}, of the languages that are scored
+    """
     cells = []
-    for band, target, language in itertools.product(bands, experts, weights):
+    languages = list(weights)
+    for band, target, language in itertools.product(bands, experts, languages):
         masked = experts[target] & bands[band][:, None]
         masks = {"masked": masked[None]}
-        if masked.any() and language in own_languages(target, weights):
+        if masked.any() and language in own_languages(target, languages):
             masks |= draw_controls(masked, weights[language], bands[band], args.control_seeds,
                                    top_k, f"{band} {target} {language}")
         cells.append(Cell(band, target, language, masks))
@@ -240,7 +250,7 @@ def check_masks(cells, how, top_k):
 def run_cell(evaluator, cell, layers):
     """Return the changes of a Cell: scores under each of its masks, less those without a mask."""
     args = evaluator.args
-    unmasked = evaluator.evaluate(cell.language)["scores"]
+    unmasked = evaluator.evaluate(cell.language)["scores"]  # of the results file by now
     changes = {}
     for condition, masks in cell.masks.items():
         changes[condition] = {metric: np.zeros((len(masks), len(unmasked[metric])))
@@ -259,7 +269,7 @@ def run_cell(evaluator, cell, layers):
                 "how": args.how,
             }
             name = f"{cell.band}-{cell.target}-{condition}{draw}"
-            edit = {EDITS[args.how]: masked_layers}
+            edit = {EDIT_ARGUMENT[args.how]: masked_layers}
             scores = evaluator.evaluate(cell.language, name, edit, settings)["scores"]
             for metric in unmasked:
                 changes[condition][metric][draw] = scores[metric] - unmasked[metric]
@@ -268,46 +278,47 @@ def run_cell(evaluator, cell, layers):
 
 # ----------------------------------------------------------------------------------------- tables
 
-def is_hurt(sign, masked, random, matched):
+def is_hurt(sign, changes, random_changes, matched_changes):
     """Return whether masking does harm, and more of it than every control.
 
-    sign     +1 where a higher score is better, else -1
-    masked   (examples,) changes of the score
-    random   (draws, examples), of random controls; worse than all 19 is chance in one row of 20
-    matched  (draws, examples), of matched controls
+    sign             +1 where a higher score is better, else -1
+    changes          (examples,), of the score by the mask
+    random_changes   (draws, examples), by random controls; to be worse than all n is chance in one
+                     of n + 1 cases
+    matched_changes  (draws, examples), by matched controls
 
     Harm has to be larger than under each draw; and the 95 % intervals of the change, and of its
     difference to the random draws, have to lie on the side of harm.
     """
-    controls = np.concatenate([random, matched])
-    worst_control = (sign * np.nanmean(controls, axis=1)).min()
-    _, highest_change = bootstrap_interval(sign * masked)
-    _, highest_difference = bootstrap_interval(sign * (masked - random))
-    is_worst = sign * np.nanmean(masked) < worst_control
-    return bool(is_worst and highest_change < 0 and highest_difference < 0)
+    # Times sign, what is below 0 is harm
+    controls = sign * np.concatenate([random_changes, matched_changes])
+    is_worst = sign * np.nanmean(changes) < np.nanmean(controls, axis=1).min()
+    _, change_ci_high = bootstrap_interval(sign * changes)
+    _, difference_ci_high = bootstrap_interval(sign * (changes - random_changes))
+    return bool(is_worst and change_ci_high < 0 and difference_ci_high < 0)
 
 
 def weight_removed(masks, weights, masked):
-    """Return the fraction of routing weight that masks carry, where the masked set has experts.
+    """Return the routing weight that masks carry, a mean over the layers with masked experts.
 
-    masks (..., layers, experts), weights and masked (layers, experts) -> (...)
+    masks (..., layers, experts), weights and masked (layers, experts) -> (...); a layer's weight
+    is 1
     """
     num_layers = masked.any(1).sum()
     return (masks * weights).sum((-2, -1)) / num_layers
 
 
 def verdict(metric, cell, weights):
-    """Return "hurt" or "not hurt", and whether matched controls carry less than what is masked."""
-    masked, random, matched = (
-        cell.changes[condition][metric] for condition in ("masked", "random", "matched"))
-    if len(random) == 0:
+    """Return "hurt", "not hurt" or "none", and what is to be known about the controls."""
+    changes = {condition: of_draws[metric] for condition, of_draws in cell.changes.items()}
+    if len(changes["random"]) == 0:
         return "none: too few other sets"
     text = "not hurt"
-    if is_hurt(metric_sign(metric), masked[0], random, matched):
+    if is_hurt(metric_sign(metric), changes["masked"][0], changes["random"], changes["matched"]):
         text = "hurt"
     wanted = weight_removed(cell.masked, weights, cell.masked)
     carried = weight_removed(cell.masks["matched"], weights, cell.masked)
-    if len(carried) == 0 or (carried < 0.9 * wanted).any():
+    if len(carried) == 0 or (carried < (1 - MATCH_TOLERANCE) * wanted).any():
         text += "; matched carry less"
     return text
 
@@ -346,7 +357,7 @@ def change_columns(metric, cells, unmasked):
     """Return the columns of a table of languages by targets: the score, and each mask's change.
 
     cells     of one band
-    unmasked  {language: row of the evaluator}
+    unmasked  {language: row of Evaluator.evaluate}
     """
     columns = {
         "language": list(unmasked),
@@ -378,6 +389,39 @@ def print_effects(cells, metrics, bands, layers, weights, unmasked):
     return verdicts
 
 
+def draw_changes(figure, cells, metric, bands, weights):
+    """Draw the change in each language by masking each target's experts, a panel for each band.
+
+    Cells of a language whose own experts are masked are outlined; those that are hurt have a star.
+    """
+    figure.set_size_inches(4.5 * len(bands), 4.5)
+    axes = figure.subplots(1, len(bands), squeeze=False)[0]
+    targets = list(dict.fromkeys(cell.target for cell in cells))
+    languages = list(weights)
+    means = {(cell.band, cell.language, cell.target): np.nanmean(cell.changes["masked"][metric])
+             for cell in cells}
+    largest = max(abs(mean) for mean in means.values())
+    for axis, band in zip(axes, bands):
+        matrix = [[means[band, language, target] for target in targets] for language in languages]
+        image = axis.imshow(matrix, cmap="PuOr", vmin=-largest, vmax=largest)
+        axis.set_title(f"{band} layers")
+        axis.set_xticks(range(len(targets)), targets, rotation=90)
+        axis.set_yticks(range(len(languages)), languages)
+        axis.set_xlabel("experts masked")
+        for cell in cells:
+            if cell.band != band or not cell.has_controls:
+                continue
+            x, y = targets.index(cell.target), languages.index(cell.language)
+            axis.plot([x - .5, x + .5, x + .5, x - .5, x - .5],
+                      [y - .5, y - .5, y + .5, y + .5, y - .5], color="black")
+            if verdict(metric, cell, weights[cell.language]).startswith("hurt"):
+                is_dark = abs(means[band, cell.language, cell.target]) > largest / 2
+                axis.text(x, y, "*", ha="center", va="center", fontsize="large",
+                          color="white" if is_dark else "black")
+    axes[0].set_ylabel("language scored")
+    figure.colorbar(image, ax=axes, label=f"change of {metric} (* hurt)")
+
+
 def print_verdicts(verdicts, num_draws):
     """Print what "hurt" means, how many rows are, and how many chance would give."""
     if not verdicts:
@@ -391,6 +435,8 @@ def print_verdicts(verdicts, num_draws):
           f"{len(judged) / (num_draws + 1):.1f}.")
 
 
+# ----------------------------------------------------------------------------------------- script
+
 def parse_arguments():
     parser = argument_parser(__doc__)
     add_model_arguments(parser, model=MODEL, data=DATA, out=OUT, batch_tokens=BATCH_TOKENS,
@@ -402,13 +448,16 @@ def parse_arguments():
         control_seeds=CONTROL_SEEDS)
     add("--experts", choices=("exclusive", "shared"), default="exclusive",
         help="the target's own, or those of all")
-    add("--how", choices=tuple(EDITS), default="reroute",
+    add("--how", choices=tuple(EDIT_ARGUMENT), default="reroute",
         help="let others take their place, or zero their contribution (default: %(default)s)")
     add("--targets", metavar="LANGUAGES",
         help="whose experts: bn,de or bn+sw (default: those of all dumps)")
     add("--bands", nargs="+", metavar="BAND",
         help="layers: low=0-4 (default: first, middle and last tenth, or a selection's)")
+    add("--figures", metavar="FOLDER", help="write changes.png; needs matplotlib")
     args = parser.parse_args()
+    if args.figures:
+        analyze.prepare_figures(args.figures)
     if args.selection and args.experts == "shared":
         raise InputError("leave out --experts: --selection names them")
     if args.selection:
@@ -447,7 +496,10 @@ def main():
         cell.changes = run_cell(evaluator, cell, routing.layers)
 
     # 5. Print, for each metric and band, effects beside those of controls, and all changes
-    metrics = cells[0].changes["masked"]
+    metrics = list(cells[0].changes["masked"])  # those of --metrics, and f1 where there is one
+    if args.figures:
+        analyze.save_figure(f"{args.figures}/changes.png", draw_changes, cells, metrics[0], bands,
+                            weights)
     verdicts = print_effects(cells, metrics, bands, routing.layers, weights, unmasked)
     print_verdicts(verdicts, args.control_seeds)
     evaluator.print_summary()

@@ -10,9 +10,12 @@ reads   routing dumps, one .npz per language, as capture.py writes them
 writes  analysis.npz, whose arrays are listed at save_analysis; with --figures
         two pictures
 
-Exclusive and shared experts are those of arXiv 2601.14050. They depend on which
-languages are compared, so name the dumps. Needs numpy and tqdm. Takes a second;
-with 1000 bootstrap draws, seconds to a minute.
+In each layer, a language keeps its N most frequent experts. Its share of an
+expert is its frequency over the sum of those of all languages that keep it. An
+expert is exclusive to a language whose share is above a threshold, and shared
+if some language keeps it and all shares are below (arXiv 2601.14050). So both
+depend on which languages are compared: name the dumps. Needs numpy and tqdm.
+Takes a second; with 1000 bootstrap draws, seconds to a minute.
 """
 
 import argparse
@@ -112,7 +115,7 @@ SEGMENTS = {  # the array of a dump that says where each segment of a sequence l
 }
 MEASURES = ["similarity", "divergence", "jaccard"]  # of two languages, see pair_measures
 
-# Figures that get a bootstrap interval, by how resampling biases them, see interval
+# Statistics that get a bootstrap interval, by how resampling biases them: see interval
 SMOOTH = [
     "entropy", "layer_entropy",
     "layer_similarity", "mean_similarity", "band_similarity",
@@ -163,7 +166,7 @@ class Routing:
 
     @property
     def revision(self):
-        """Hash or commit of the model; None if no dump names it, as with IDs of other engines."""
+        """Hash or commit of the model; None if no dump names it: those of other engines do not."""
         for meta in self.meta:
             if meta.get("revision") is not None:
                 return meta["revision"]
@@ -254,7 +257,7 @@ def read_dump(path, segment):
         weight_sums = arrays.get("weight_sums", counts)
         top_k = meta.get("top_k", 0)
         num_tokens = meta.get("num_tokens")
-        if num_tokens is None:  # only records of other software name it
+        if num_tokens is None:  # named by records of other software alone
             num_tokens = int(check_offsets(path, arrays.get("sequence_offsets"))[-1])
     else:
         tokens = read_tokens(path, segment)
@@ -413,7 +416,7 @@ def read_tokens(path, segment="all"):
         raise InputError(f"{path}: selected_experts is {selected.dtype} {selected.shape}, not "
                          "integers (tokens, layers, top_k)")
     if selected.dtype == np.uint64:
-        selected = selected.astype(np.int64)  # 2**64 - 1 is -1
+        selected = selected.astype(np.int64)  # where an engine stores -1 without a sign
     if "counts" not in arrays:  # not from capture.py
         check_selected_experts(path, selected, meta["num_experts"])
     token_ids = arrays.get("token_ids")
@@ -491,6 +494,7 @@ def count_by_group(selected_experts, group, num_groups, num_experts):
     num_layers = selected_experts.shape[1]
     counts = np.empty((num_groups, num_layers, num_experts), np.int64)
     for layer in range(num_layers):
+        # One number for each pair of group and expert
         cells = group[:, None] * num_experts + selected_experts[:, layer].astype(np.int64)
         flat = np.bincount(cells.ravel(), minlength=num_groups * num_experts)
         counts[:, layer] = flat.reshape(num_groups, num_experts)
@@ -592,7 +596,8 @@ def load_selection(path, routing):
 # ------------------------------------------------ Exclusive and shared experts (arXiv 2601.14050)
 
 def number_of_experts(experts_per_language, num_experts):
-    """Convert experts_per_language to a number: 15 is 15; 15/128, below 1, is 4 of 32 experts."""
+    """Convert experts_per_language to a number: 15 is 15; a fraction, 15/128, is 4 of 32 experts.
+    """
     number = experts_per_language
     if 0 < number < 1:
         number = max(1, round(number * num_experts))
@@ -605,13 +610,13 @@ def number_of_experts(experts_per_language, num_experts):
 def most_frequent(frequency, experts_per_language):
     """Return which experts are among the most frequent ones of their layer, as bool.
 
-    frequency             (..., experts), as is what is returned
-    experts_per_language  a number, or a fraction of all experts below 1
+    frequency             (..., experts); what is returned has the same shape
+    experts_per_language  a number, or a fraction of all experts: see number_of_experts
     Of equally frequent experts, those with the lower index come first.
     """
     number = number_of_experts(experts_per_language, frequency.shape[-1])
     order = np.argsort(-frequency, axis=-1, kind="stable")
-    rank = np.argsort(order, axis=-1)
+    rank = np.argsort(order, axis=-1)  # the order of an order
     return rank < number
 
 
@@ -619,8 +624,8 @@ def language_shares(frequency, experts_per_language):
     """Return each language's share in the use of each expert, over the languages that keep it.
 
     frequency             (L, layers, experts), activation frequency
-    experts_per_language  a language keeps so many of its most frequent experts in each layer: a
-                          number, or a fraction of all experts below 1
+    experts_per_language  how many of its most frequent experts a language keeps in each layer: a
+                          number, or a fraction of all experts
     returns               (L, layers, experts); an expert's shares sum to 1, or to 0 if no language
                           keeps it
     [[[.6, .4]], [[.2, .8]]] with 1 expert per language -> [[[1, 0]], [[0, 1]]]
@@ -704,7 +709,7 @@ def entropy_bits(p):
 def jensen_shannon(p, q):
     """Compare two distributions over the last axis: (similarity, divergence).
 
-    p, q        float (..., experts), each sums to 1
+    The two do not sum to 1. p, q are float (..., experts), and each sums to 1.
     similarity  (...), 1 - Jensen-Shannon divergence in bits; 1 for equal distributions, 0 for
                 disjoint ones
     divergence  (...), JSD / (log E - (H(p) + H(q)) / 2), the fraction of the largest JSD that two
@@ -785,9 +790,12 @@ def band_means(values, bands):
 
 
 def measure(frequency, bands, experts_per_language, threshold):
-    """Compute all figures that follow from activation frequencies alone.
+    """Compute all statistics that follow from activation frequencies alone.
 
-    frequency (L, layers, experts) -> a dictionary of arrays, listed at save_analysis
+    frequency (L, layers, experts) in any unit, since only ratios count within a layer
+    -> a dictionary of arrays, listed at save_analysis: X is a statistic of each layer, layer_X its
+    mean over languages or pairs, mean_X that over the layers of a band (or over all layers), and
+    band_X the matrix of pairs of a band
     """
     result = {"frequency": frequency}
     result |= expert_ownership(frequency, experts_per_language, threshold)
@@ -809,8 +817,8 @@ def split_half_similarity(counts, bands, rng):
 
     counts   for each language (sequences, layers, experts)
     returns  a dictionary of means over NUM_HALVINGS: split_half (L, layers); over languages,
-             layer_split_half (layers,) and band_split_half (bands,)
-    A half has half of the data, so the whole of a language is more similar to itself than this.
+             layer_split_half (layers,) and mean_split_half (bands,)
+    It is a low estimate of the ceiling, since a half has half of the data.
     """
     similarities = []
     for by_sequence in counts:
@@ -827,18 +835,18 @@ def split_half_similarity(counts, bands, rng):
     return {
         "split_half": split_half,
         "layer_split_half": by_layer,
-        "band_split_half": band_means(by_layer, bands),
+        "mean_split_half": band_means(by_layer, bands),
     }
 
 
 def bootstrap(counts, result, bands, settings, num_draws, rng):
-    """Compute 95 % intervals of the SMOOTH and THRESHOLDED figures by resampling sequences.
+    """Compute 95 % intervals of the SMOOTH and THRESHOLDED statistics by resampling sequences.
 
     counts    for each language (sequences, layers, experts)
     result    the estimates, made with the same bands and settings; if it has sequence_aligned, the
               languages are parallel, and all of them draw the same sequences
     settings  experts_per_language and threshold
-    returns   {"interval_" + figure: (2, ...)}, see interval
+    returns   {"interval_" + statistic: (2, ...)}, see interval
     """
     aligned = result.get("sequence_aligned")
     if aligned is not None and any(len(by_sequence) != len(aligned) for by_sequence in counts):
@@ -846,7 +854,7 @@ def bootstrap(counts, result, bands, settings, num_draws, rng):
     kinds = dict.fromkeys(SMOOTH, "smooth") | dict.fromkeys(THRESHOLDED, "thresholded")
     drawn = {name: [] for name in kinds if name in result}
     for _ in tqdm(range(num_draws), "bootstrap", leave=False):
-        # How often each sequence of each language is drawn
+        # How often each sequence of each language is drawn; counts are summed that often
         times = [rng.multinomial(len(c), np.full(len(c), 1 / len(c))) for c in counts]
         if aligned is not None:
             times = [times[0]] * len(counts)
@@ -867,27 +875,26 @@ def interval(estimate, drawn, kind):
 
     estimate  (...), float for fractions, int for numbers of experts
     drawn     (draws, ...)
-    kind      "smooth" for similarity, divergence and entropy: the noise of resampling makes
-              languages look less similar, and their routing less even, than they are;
-              "thresholded" for what counts experts: noise moves those that are near a threshold
+    kind      "smooth" for similarity, divergence and entropy; "thresholded" for numbers of experts
+              beyond a threshold, and what goes to them
 
-    The interval reaches 1.96 standard deviations of the draws to both sides of the estimate, and
-    their bias further to one side: away from the draws if smooth, towards them if thresholded. It
-    stays within what the figure can be. On simulated languages it covers the truth of thresholded
-    figures in .95 of cases, while intervals shifted by the bias cover .72 to .76.
+    It is the estimate, 1.96 standard deviations of the draws to both sides, and stretched on one
+    side by their bias, which is as large as the noise of the data itself. Coverage is simulated in
+    tests/test_uncertainty.py.
     """
     half_width = 1.96 * drawn.std(0, ddof=1)
     bias = drawn.mean(0) - estimate
     if kind == "smooth":
-        bias = -bias
-    elif kind != "thresholded":
+        stretch = -bias  # draws are less similar, less even than the data; so is it than the truth
+    elif kind == "thresholded":
+        stretch = bias   # draws pass thresholds more, or less, often than the data, like the truth
+    else:
         raise ValueError(f"kind '{kind}' is neither smooth nor thresholded")
-    ci_low = estimate - half_width + np.minimum(bias, 0)
-    ci_high = estimate + half_width + np.maximum(bias, 0)
-    largest = np.inf
-    if estimate.dtype == float:
-        largest = 1
-    return np.clip([ci_low, ci_high], 0, largest)
+    ci_low = estimate - half_width + np.minimum(stretch, 0)
+    ci_high = estimate + half_width + np.maximum(stretch, 0)
+    if estimate.dtype == float:  # a fraction; else a number of experts
+        return np.clip([ci_low, ci_high], 0, 1)
+    return np.clip([ci_low, ci_high], 0, np.inf)
 
 
 # ------------------------------------------- Controls: vocabulary and the geometry of hidden states
@@ -933,13 +940,13 @@ def vocabulary_control(routing, bands):
 
 
 def null_routers(null_counts, bands, settings):
-    """Compute the SMOOTH and THRESHOLDED figures of random routers, as means over their draws.
+    """Compute the SMOOTH and THRESHOLDED statistics of random routers, means over their draws.
 
     null_counts  (draws, L, layers, experts) of capture.py --null-router: what random routers select
                  for the hidden states that the trained ones were given
-    returns      {"null_" + figure: array like the figure's}
+    returns      {"null_" + statistic: an array of the same shape}
     Any router sends similar hidden states to similar experts (arXiv 2604.09780), so only what goes
-    beyond these figures was learned by the router.
+    beyond this was learned by the router.
     """
     drawn = [measure(normalize(counts), bands, *settings) for counts in null_counts]
     names = [name for name in SMOOTH + THRESHOLDED if name in drawn[0]]
@@ -1151,9 +1158,9 @@ def print_table(title, columns):
 
 
 def with_interval(result, name, column=None):
-    """Return cells of a figure (rows,) as "0.797", or after a bootstrap as "0.797 [.791 .803]".
+    """Return a statistic (rows,), or after a bootstrap texts such as "0.797 [.791 .803]".
 
-    column  which column of a figure (rows, columns)
+    column  which column of a statistic (rows, columns)
     """
     values = result[name]
     intervals = result.get(f"interval_{name}")  # (2, rows) or (2, rows, columns)
@@ -1215,7 +1222,7 @@ def print_bands(result):
         "band": result["bands"],
         "layers": result["band_layers"],
         "similarity": with_interval(result, "mean_similarity"),
-        "split-half": result.get("band_split_half"),
+        "split-half": result.get("mean_split_half"),
         "null": result.get("null_mean_similarity"),
         "divergence": with_interval(result, "mean_divergence"),
         "jaccard": with_interval(result, "mean_jaccard"),
@@ -1320,51 +1327,89 @@ def print_report(routing, result, args):
 
 # ---------------------------------------------------------------------------------------- Figures
 
+def draw_layers(figure, result):
+    """Draw similarity, entropy and numbers of experts over the layers, with bands and intervals."""
+    panels = {
+        "similarity (1 - JSD)": {
+            "languages": "layer_similarity",
+            "split halves of a language": "layer_split_half",
+            "languages, random routers": "null_layer_similarity",
+        },
+        "routing entropy / log E": {"mean of languages": "layer_entropy"},
+        "number of experts": {
+            "exclusive": "layer_exclusive",
+            "shared": "layer_shared",
+            "exclusive, random routers": "null_layer_exclusive",
+        },
+    }
+    layers = result["layers"]
+    figure.set_size_inches(8, 7)
+    axes = figure.subplots(len(panels), sharex=True)
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for style, (label, name) in zip([".-", ".--", ".:"], lines.items()):
+            if name in result:
+                axis.plot(layers, result[name], style, label=label)
+            if f"interval_{name}" in result:
+                ci_low, ci_high = result[f"interval_{name}"]
+                axis.fill_between(layers, ci_low, ci_high, alpha=0.25)
+        axis.set_ylabel(title)
+        axis.legend(fontsize="small")
+    shade_bands(axes, result)
+    axes[-1].set_xlabel("decoder layer")
+
+
+def shade_bands(axes, result):
+    """Shade each band of layers in all axes, and write its name above the first."""
+    for band, text in zip(result["bands"], result["band_layers"]):
+        for run in text.split(" "):  # "0-2 5", as of describe
+            first, last = int(run.split("-")[0]), int(run.split("-")[-1])
+            for axis in axes:
+                axis.axvspan(first - 0.4, last + 0.4, color="0.9", zorder=0)
+            axes[0].text((first + last) / 2, 1.02, band, ha="center",
+                         transform=axes[0].get_xaxis_transform())
+
+
 def draw_heatmaps(figure, result):
-    """Draw the similarity of all pairs, a panel for each band, in the order of LANGUAGES."""
+    """Draw the similarity of all pairs of languages, a panel for each band, in families."""
     order = language_order(result["languages"])
     names = result["languages"][order]
+    families = [family.split("/")[0] for family in result["families"][order]]
+    starts = [i for i in range(len(names)) if i == 0 or families[i] != families[i - 1]]
     matrices = result["band_similarity"][:, order][:, :, order]
-    size = 2.5 + 0.16 * len(names)
-    figure.set_size_inches(size * len(matrices) + 1, size + 0.5)
+    size = 2 + 0.22 * len(names)
+    figure.set_size_inches(size * len(matrices) + 2, size)
     axes = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axis, band, matrix in zip(axes, result["bands"], matrices):
         image = axis.imshow(matrix, vmin=matrices.min(), vmax=1)
         axis.set_title(band)
         axis.set_xticks(range(len(names)), names, rotation=90)
-        axis.set_yticks(range(len(names)), names)
-    figure.colorbar(image, ax=axes, label="similarity, 1 - JSD")
+        axis.set_yticks([])
+        for start in starts[1:]:
+            axis.axhline(start - 0.5, color="white", linewidth=1)
+            axis.axvline(start - 0.5, color="white", linewidth=1)
+    labels = [f"{families[i]}  {names[i]}" if i in starts else names[i] for i in range(len(names))]
+    axes[0].set_yticks(range(len(names)), labels)
+    figure.colorbar(image, ax=axes, label="similarity (1 - JSD)")
 
 
-def draw_layers(figure, result):
-    """Draw similarity, entropy and numbers of experts over the layers, with intervals if known."""
-    panels = {
-        "similarity, 1 - JSD": ["layer_similarity", "layer_split_half", "null_layer_similarity"],
-        "routing entropy / log E": ["layer_entropy"],
-        "experts": ["layer_exclusive", "layer_shared", "null_layer_exclusive"],
-    }
-    figure.set_size_inches(8, 7)
-    axes = figure.subplots(len(panels), sharex=True)
-    for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
-            if name in result:
-                axis.plot(result["layers"], result[name], ".-", label=name)
-            if f"interval_{name}" in result:
-                ci_low, ci_high = result[f"interval_{name}"]
-                axis.fill_between(result["layers"], ci_low, ci_high, alpha=0.25)
-        axis.set_ylabel(title)
-        axis.legend()
-    axes[-1].set_xlabel("decoder layer")
+def prepare_figures(folder):
+    """Make a folder for pictures; InputError if that, or drawing them, is not possible."""
+    if os.path.isfile(folder):
+        raise InputError(f"{folder} is a file; --figures takes a folder")
+    try:
+        import matplotlib  # noqa: F401, only to see that it is installed
+    except ImportError as error:
+        raise InputError("--figures needs matplotlib; run: pip install matplotlib") from error
+    os.makedirs(folder, exist_ok=True)
 
 
-def save_figures(folder, result):
-    """Write heatmaps.png and layers.png into a folder."""
-    from matplotlib.figure import Figure  # optional; check_arguments has seen that it is installed
+def save_figure(path, draw, *arguments):
+    """Write the picture that draw(figure, *arguments) draws to a .png file."""
+    from matplotlib.figure import Figure  # optional; prepare_figures has seen that it is installed
 
-    for name, draw in (("heatmaps", draw_heatmaps), ("layers", draw_layers)):
-        figure = Figure(layout="constrained")
-        draw(figure, result)
-        figure.savefig(f"{folder}/{name}.png", dpi=120)
+    figure = Figure(layout="constrained")
+    draw(figure, *arguments)
+    figure.savefig(path, dpi=100)
 
 
 # ---------------------------------------------------------------------------- Files and arguments
@@ -1425,8 +1470,8 @@ def save_analysis(path, result, meta):
     divergence_aligned (layers, L, L), sequence_aligned (sequences, layers),
     layer_aligned (layers,), mean_aligned (bands,)    --parallel: see aligned_divergence
     split_half (L, layers), layer_split_half (layers,),
-    band_split_half (bands,)                          --bootstrap: see split_half_similarity
-    interval_NAME (2, ...)                            --bootstrap: of SMOOTH and THRESHOLDED figures
+    mean_split_half (bands,)                          --bootstrap: see split_half_similarity
+    interval_NAME (2, ...)                            --bootstrap: of SMOOTH and THRESHOLDED ones
     null_NAME                                         dumps with null_counts: see null_routers
     similarity_common_tokens, similarity_own_tokens (layers, L, L), mean_common_tokens,
     mean_own_tokens (bands,), common_tokens (L, L)    --vocabulary: see vocabulary_control
@@ -1485,13 +1530,7 @@ def check_arguments(args):
     if args.seed < 0:
         raise InputError("--seed takes a number from 0 on")
     if args.figures:
-        if os.path.isfile(args.figures):
-            raise InputError(f"{args.figures} is a file; --figures takes a folder")
-        try:
-            import matplotlib  # noqa: F401, only to see that it is installed
-        except ImportError as error:
-            raise InputError("--figures needs matplotlib; run: pip install matplotlib") from error
-        os.makedirs(args.figures, exist_ok=True)
+        prepare_figures(args.figures)
 
 
 # ------------------------------------------------------------------------------------------- Main
@@ -1533,11 +1572,12 @@ def main():
     # 4. Save everything, then print it
     save_analysis(args.out, result, vars(args) | {"inputs": routing.inputs})
     if args.figures:
-        save_figures(args.figures, result)
+        save_figure(f"{args.figures}/layers.png", draw_layers, result)
+        save_figure(f"{args.figures}/heatmaps.png", draw_heatmaps, result)
     print_report(routing, result, args)
     print(f"\n{args.out}")
     if args.figures:
-        print(f"{args.figures}/heatmaps.png\n{args.figures}/layers.png")
+        print(f"{args.figures}/layers.png\n{args.figures}/heatmaps.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ writes  routing/<lang>.npz   its routing dump; then: python analyze.py
 One forward pass over the prompts; nothing is generated. Prompts may come with
 responses, as those that ablate.py and steer.py write. A dump that was made with
 the same settings is kept, so a stopped run goes on where it stopped. The tiny
-model takes a few seconds, a 30B model about the time of a bare prefill. With
+model takes a few seconds, a 30B model about the time of a forward pass. With
 several GPUs, start a process for each with its own --languages.
 """
 
@@ -41,13 +41,14 @@ DATA = "tests/data/routing_{lang}.tsv"  # {lang} stands for the language
 OUT = "routing"                         # folder of the dumps
 BATCH_TOKENS = 8192                     # tokens per forward pass; lower it if memory runs out
 MAX_LENGTH = 4096                       # tokens; longer sequences are cut, and that is printed
-NULL_DRAWS = 5                          # random routers of every layer, with --null-router
+NULL_DRAWS = 5                          # --null-router: random routers of every layer, to see
+                                        # how alike languages would be without what was learned
 # ------------------------------------------------------------------------------------------------
 
 FORMAT = 2  # version of the dump
-# A dump with other values of these is another dump; with the same values it is kept
+# A dump that is there is kept if all of these are the same; else it is an error
 SETTINGS = ("format", "revision", "dtype", "options", "sequences", "stats_only", "null_router")
-# Where sequences differ, one of these says why
+# If sequences, a hash, differ, one of these says why
 SEQUENCE_SETTINGS = ("tokenizer", "data_sha256", "limit", "max_length", "chat_template",
                      "chat_template_options", "instruction")
 
@@ -166,7 +167,7 @@ class BatchRecorder:
             self.is_real, self.by_sequence(router_logits), self.by_sequence(routing_weights),
             selected_experts, self.null_selected.pop(layer, []))
         if not self.stats_only:
-            self.selected[layer] = selected_experts.short()
+            self.selected[layer] = selected_experts.short()  # half of what has to be fetched
 
     def by_sequence(self, values):
         """Return values as (batch, tokens, ...): some families' are (batch * tokens, ...).
@@ -187,15 +188,15 @@ def sum_over_tokens(is_real, router_logits, routing_weights, selected_experts, n
     null_selected     list of (batch, tokens, experts) of 0 and 1, one for each draw
 
     The sums are, in this order: selections, routing weights, softmax(router_logits) divided by
-    the number of tokens, and each draw's selections.
+    the number of tokens (so that their sum is the mean), and each draw's selections.
     """
     weights = routing_weights.to(torch.promote_types(routing_weights.dtype, torch.float32))
     zeros = torch.zeros_like(router_logits, dtype=weights.dtype)
     selected = zeros.scatter(-1, selected_experts, 1.0)
     weight_of_expert = zeros.scatter(-1, selected_experts, weights)
     num_tokens = is_real.sum(1, keepdim=True)
-    probs = router_logits.softmax(-1, dtype=torch.float32) / num_tokens
-    summands = [selected, weight_of_expert, probs, *null_selected]
+    part_of_mean = router_logits.softmax(-1, dtype=torch.float32) / num_tokens
+    summands = [selected, weight_of_expert, part_of_mean, *null_selected]
     return torch.stack([(values * is_real).sum(1) for values in summands], dim=1)
 
 
@@ -209,8 +210,9 @@ def draw_null_routers(model, num_draws, num_experts):
         return {}
     null_routers = {}
     for layer, router in find_routers(model).items():
+        # The largest parameter is the weight; others are biases
         weight = max(router.parameters(), key=torch.numel)  # (experts, hidden_size)
-        weight = weight[:num_experts].float()  # Inkling's has rows of always-on experts behind them
+        weight = weight[:num_experts].float()  # Inkling has always-on experts in further rows
         norms = weight.norm(dim=1, keepdim=True)
         generator = torch.Generator().manual_seed(layer)
         directions = F.normalize(torch.randn(num_draws, *weight.shape, generator=generator), dim=-1)
@@ -259,12 +261,13 @@ def encode_corpus(tokenizer, examples, args, max_length):
     """Return the Corpus of a language's examples."""
     corpus = Corpus(sequences=[], prompt_lengths=[], text_spans=[], num_cut=0)
     for example in examples:
-        prompt, (start, stop) = encode_example(
+        prompt_ids, (start, stop) = encode_example(
             tokenizer, example, args.chat_template, args.chat_template_options)
-        response = tokenizer(example.get("response", ""), add_special_tokens=False)
-        ids = prompt + response["input_ids"]
+        response_ids = tokenizer(
+            example.get("response", ""), add_special_tokens=False)["input_ids"]
+        ids = prompt_ids + response_ids
         corpus.sequences.append(ids[:max_length])
-        corpus.prompt_lengths.append(min(len(prompt), max_length))
+        corpus.prompt_lengths.append(min(len(prompt_ids), max_length))
         corpus.text_spans.append((min(start, max_length), min(stop, max_length)))
         if len(ids) > max_length:
             corpus.num_cut += 1
@@ -328,7 +331,9 @@ def check_settings(path, meta):
     different = [key for key in SETTINGS if made_with.get(key) != meta[key]]
     if "sequences" in different:
         reasons = [key for key in SEQUENCE_SETTINGS if made_with.get(key) != meta[key]]
-        different = reasons + [key for key in different if key != "sequences" or not reasons]
+        if reasons:
+            different.remove("sequences")
+        different = reasons + different
     if different:
         details = [f"{key} {made_with.get(key)} there, {meta[key]} now" for key in different]
         raise InputError(f"{path} was made with other settings ({'; '.join(details)}); add "
@@ -353,7 +358,14 @@ def read_meta(path):
 
 
 def make_dump(arrays, layers, corpus):
-    """Return the arrays of a dump: those of capture(), summed over sequences, and the corpus's."""
+    """Return what an .npz file holds, besides meta.
+
+    counts, weight_sums, null_counts  those of capture(), summed over sequences
+    mean_probs                        by sequence, so that parallel sequences can be compared
+    selected_experts, token_ids       by token; not with --stats-only
+    layers, sequence_offsets, prompt_lengths, text_spans
+                                      decoder layers; the sequences, and what lies where in them
+    """
     lengths = [len(ids) for ids in corpus.sequences]
     dump = arrays | {
         "layers": np.array(layers, np.int32),
@@ -430,7 +442,7 @@ def main():
         arrays, num_padding = capture(model, corpus.sequences, args.batch_tokens,
                                       stats_only=args.stats_only, null_draws=args.null_router)
         seconds = time.perf_counter() - started
-        if path.exists() and not args.overwrite:  # another process wrote it meanwhile
+        if path.exists() and not args.overwrite:  # another process wrote it: with other settings?
             check_settings(path, meta)
         save_dump(path, make_dump(arrays, layers, corpus), meta)
         num_tokens = sum(len(ids) for ids in corpus.sequences)

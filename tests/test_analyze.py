@@ -558,7 +558,8 @@ BY_HAND = {
     "km": "Austroasiatic/Khmer Khmr", "ht": "Creole Latn",
     # a code may go on, with a region or a script of its own
     "de-AT": "Indo-European/Germanic Latn", "deu_Latn": "Indo-European/Germanic Latn",
-    "zho_Hant": "Sino-Tibetan/Sinitic Hant", "urd_Arab": "Indo-European/Indo-Aryan Arab",
+    "zho_Hant": "Sino-Tibetan/Sinitic Hant", "cmn_Hans": "Sino-Tibetan/Sinitic Hans",
+    "urd_Arab": "Indo-European/Indo-Aryan Arab",
     "xx": " ", "xx_Latn": " Latn",
 }
 

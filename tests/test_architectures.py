@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ SIZES = dict(
     swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8)
 # What a family needs besides: a small size contradicts a default, or a default is too easy
 MORE = {
+    "bailing_hybrid": dict(layer_group_size=2),
     "dbrx": dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=64,
                  attn_config=dict(kv_n_heads=2, rope_theta=1e4),
                  ffn_config=dict(ffn_hidden_size=48, moe_num_experts=8, moe_top_k=2)),
@@ -55,6 +57,8 @@ MORE = {
                         hidden_size_per_layer_input=8),
     "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
                              layer_types=["mamba", "attention"] * 2),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "kimi_linear": dict(layer_types=["linear_attention", "full_attention"] * 2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1),
     "longcat_flash": dict(num_layers=2, zero_expert_num=2, expert_ffn_hidden_size=24,
                           ffn_hidden_size=48),
@@ -71,8 +75,8 @@ UNSUPPORTED = {  # and why
               "selections",
     "zaya": "a class of its router skips all experts, and is reported as expert 0",
 }
-# At this size they have no layer of attention, without which transformers does not generate
-NOT_GENERATING = ("bailing_hybrid", "jamba", "kimi_linear")
+PADDING_MATTERS = ("deepseek_v4",)  # it pools windows of tokens, padding included
+GENERATION = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
 
 def find_model_types():
@@ -322,15 +326,42 @@ def test_after_an_exception_the_model_is_as_it_was(model):
     assert is_untouched(model)
 
 
+# ------------------------------------------------------------------------------------- generation
+
+def respond(model, batch_tokens, equal_lengths):
+    """Return five new tokens for each of three prompts, in two lengths, as text."""
+    prompts = [*IDS.tolist(), IDS[0, 3:].tolist()]
+    tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=0, all_special_ids=[], decode=str)
+    responses, _ = common.generate(model, tokenizer, [{"ids": ids} for ids in prompts],
+                                   batch_tokens, equal_lengths=equal_lengths, **GENERATION)
+    return responses
+
+
+def test_generation_in_a_batch_is_that_of_each_prompt_alone(model, request):
+    is_pooling = request.node.callspec.params["model"] in PADDING_MATTERS
+    prompt = IDS[0].tolist()
+    assert common.padding_changes_logits(model, prompt, GENERATION) == is_pooling
+    alone = respond(model, batch_tokens=1, equal_lengths=False)
+    assert respond(model, batch_tokens=999, equal_lengths=is_pooling) == alone
+    if is_pooling:
+        assert respond(model, batch_tokens=999, equal_lengths=False) != alone
+
+
+@pytest.mark.parametrize("model_type", [*PADDING_MATTERS, "gemma4_text", "qwen3_moe"])
+def test_padding_is_told_from_the_rounding_of_bfloat16(model_type, tmp_path):
+    build(model_type).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for prompt in IDS.tolist():
+        changes = common.padding_changes_logits(loaded, prompt, GENERATION)
+        assert changes == (model_type in PADDING_MATTERS)
+
+
 # ------------------------------------------------------------------------------------ checkpoints
 
 def test_a_saved_checkpoint_passes_the_check_before_a_run(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = common.load_weights(tmp_path, model.config, "float32", "cpu")  # no tensor is missing
-    generation = {"max_new_tokens": 2, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
-    if model.config.model_type in NOT_GENERATING:
-        generation = None
-    common.check_model(loaded, IDS[0].tolist(), generation=generation)
+    common.check_model(loaded, IDS[0].tolist(), generation=GENERATION)
     assert is_untouched(loaded)
 
 

@@ -16,7 +16,7 @@ import common
 from common import (
     InputError, encode_example, find_routers, length_batches, load_config, load_model,
     read_examples)
-from conftest import TINY, run
+from conftest import TINY, parse, run
 
 DATA = "tests/data/routing_{lang}.tsv"
 SUMS = {"counts", "weight_sums", "mean_probs"}
@@ -289,16 +289,32 @@ def test_nan_in_a_router_reaches_mean_probs(model, monkeypatch):
 
 # -------------------------------------------------------------------------------- kept, or refused
 
+@pytest.fixture
+def dump_with_settings(tmp_path):
+    """The path and meta of a dump with the value x of every setting."""
+    meta = {"top_k": 1} | dict.fromkeys((*capture.SETTINGS, *capture.SEQUENCE_SETTINGS), "x")
+    capture.save_dump(tmp_path / "a.npz", small_dump(), meta)
+    return tmp_path / "a.npz", meta
+
+
 @pytest.mark.parametrize("setting", [
-    "format", "revision", "tokenizer", "dtype", "options", "data_sha256", "limit", "max_length",
-    "chat_template", "instruction", "stats_only", "null_router"])
-def test_a_dump_with_another_setting_is_refused_and_the_setting_named(tmp_path, setting):
-    meta = {"top_k": 1, "batch_tokens": 8192} | dict.fromkeys(capture.SETTINGS, "x")
-    path = tmp_path / "a.npz"
-    capture.save_dump(path, small_dump(), meta)
-    capture.check_settings(path, meta | {"batch_tokens": 1})  # which changes no dump
-    with pytest.raises(InputError, match=f"a.npz .*{setting} x there, y now.*--overwrite"):
+    "format", "revision", "dtype", "options", "sequences", "stats_only", "null_router"])
+def test_a_dump_with_another_setting_is_refused_and_the_setting_named(dump_with_settings, setting):
+    path, meta = dump_with_settings
+    with pytest.raises(InputError, match=rf"a.npz .*\({setting} x there, y now\).*--overwrite"):
         capture.check_settings(path, meta | {setting: "y"})
+
+
+@pytest.mark.parametrize("setting", [
+    "tokenizer", "data_sha256", "limit", "max_length", "chat_template", "chat_template_options",
+    "instruction"])
+def test_a_setting_of_prompts_counts_if_token_ids_differ_and_is_then_named(
+        dump_with_settings, setting):
+    path, meta = dump_with_settings
+    capture.check_settings(path, meta | {setting: "y"})
+    other = {"sequences": "y", "dtype": "y"}
+    with pytest.raises(InputError, match=rf"\({setting} x there, y now; dtype x there, y now\)"):
+        capture.check_settings(path, meta | other | {setting: "y"})
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 cut short", "no meta", "[1]", "x"])
@@ -332,6 +348,64 @@ def test_a_dump_with_the_same_settings_is_kept(tmp_path, monkeypatch):
     assert os.stat(tmp_path / "es.npz").st_mtime_ns == made_at
     run(capture, *arguments, "--max-length", 9, "--overwrite")
     assert load(tmp_path / "es.npz")["meta"]["max_length"] == 9
+
+
+def test_settings_that_lead_to_the_same_tokens_are_the_same(tmp_path):
+    data = shutil.copy(DATA.format(lang="es"), tmp_path / "es.tsv")
+    run(capture, "--data", data, "--limit", 300, "--stats-only", "--out", tmp_path)
+    made_at = os.stat(tmp_path / "es.npz").st_mtime_ns
+    with open(data, "a", encoding="utf-8") as file:
+        file.write("1 + 1?\t2\n")
+    for flags in (["--limit", 200], ["--limit", 200, "--max-length", 999],
+                  ["--limit", 200, "--chat-template-options", '{"unused": 1}']):
+        run(capture, "--data", data, "--stats-only", "--out", tmp_path, *flags)
+        assert os.stat(tmp_path / "es.npz").st_mtime_ns == made_at
+    with pytest.raises(InputError, match="data_sha256 .* there, .* now"):
+        run(capture, "--data", data, "--limit", 300, "--stats-only", "--out", tmp_path)
+
+
+def test_prompts_that_change_by_the_second_are_made_on_one_date(checkpoint, tmp_path, monkeypatch):
+    template = checkpoint / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y %S.%f') }} {{ messages[0]['content'] }}")
+    arguments = ("--model", checkpoint, "--languages", "en", "--limit", 2, "--out")
+    for folder in ("first", "second", "first"):  # the last one is kept
+        run(capture, *arguments, tmp_path / folder)
+    first, second = (load(tmp_path / folder / "en.npz") for folder in ("first", "second"))
+    assert first["meta"]["sequences"] == second["meta"]["sequences"]
+    assert np.array_equal(first["token_ids"], second["token_ids"])
+    assert "01 Jan 2026 00.000000" in AutoTokenizer.from_pretrained(TINY).decode(first["token_ids"])
+    monkeypatch.setattr(common, "TEMPLATE_DATE", "2027-01-01")
+    with pytest.raises(InputError, match="en.npz .*sequences .* there, .* now"):
+        run(capture, *arguments, tmp_path / "first")
+
+
+def test_prompts_that_change_at_random_are_other_prompts(checkpoint, tmp_path, monkeypatch):
+    template = checkpoint / "chat_template.jinja"
+    template.write_text("{{ range(9) | random }} {{ messages[0]['content'] }}")
+    arguments = ("--model", checkpoint, "--languages", "en", "--limit", 2, "--out", tmp_path / "o")
+    monkeypatch.setattr("random.choice", lambda values: values[3])
+    run(capture, *arguments)
+    run(capture, *arguments)
+    monkeypatch.setattr("random.choice", lambda values: values[4])
+    with pytest.raises(InputError, match=r"en.npz .*\(sequences .* there, .* now\).*--overwrite"):
+        run(capture, *arguments)
+
+
+def test_options_of_the_chat_template_replace_those_of_the_constant(checkpoint, tmp_path):
+    template = checkpoint / "chat_template.jinja"
+    template.write_text("{{ enable_thinking }} {{ level }} {{ messages[0]['content'] }}")
+    arguments = ("--model", checkpoint, "--languages", "en", "--limit", 1, "--out", tmp_path / "o")
+    run(capture, *arguments)
+    by_default = load(tmp_path / "o" / "en.npz")
+    options = ("--chat-template-options", '{"level": 7}')
+    with pytest.raises(InputError, match="chat_template_options .*False.* there, .*7.* now"):
+        run(capture, *arguments, *options)
+    run(capture, *arguments, *options, "--overwrite")
+    by_flag = load(tmp_path / "o" / "en.npz")
+    question = read_examples(DATA.format(lang="en"))[0]["prompt"]
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert tokenizer.decode(by_default["token_ids"]) == f"False  {question}"
+    assert tokenizer.decode(by_flag["token_ids"]) == f" 7 {question}"
 
 
 def test_a_dump_that_another_process_wrote_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
@@ -467,11 +541,12 @@ def test_a_response_has_no_special_tokens_and_a_sequence_of_the_maximum_length_i
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
     examples = [{"prompt": "Tom has 2 eggs.", "response": "2+3=5"}]
-    corpus = capture.encode_corpus(tokenizer, examples, "never", max_length=99)
+    args = parse(capture, "--chat-template", "never")
+    corpus = capture.encode_corpus(tokenizer, examples, args, max_length=99)
     assert tokenizer.decode(corpus.sequences[0]) == "<bos>Tom has 2 eggs.2+3=5"
     length = len(corpus.sequences[0])
-    assert capture.encode_corpus(tokenizer, examples, "never", max_length=length) == corpus
-    assert capture.encode_corpus(tokenizer, examples, "never", max_length=length - 1).num_cut == 1
+    assert capture.encode_corpus(tokenizer, examples, args, max_length=length) == corpus
+    assert capture.encode_corpus(tokenizer, examples, args, max_length=length - 1).num_cut == 1
 
 
 @pytest.mark.parametrize("max_length, max_positions", [(8, 2048), (4096, 8)])

@@ -217,10 +217,11 @@ def test_values_that_a_flag_does_not_take_are_refused_by_its_name(script, flags,
     assert f"argument {flags[0]}: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--engine-options", "--chat-template-options"])
 @pytest.mark.parametrize("options", ["[1]", "3", "max_model_len=9"])
-def test_engine_options_are_a_json_object(options, capsys):
-    assert exit_of(ablate, "--engine-options", options) == 2
-    assert "argument --engine-options: " in capsys.readouterr().err
+def test_options_are_a_json_object(flag, options, capsys):
+    assert exit_of(ablate, flag, options) == 2
+    assert f"argument {flag}: " in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_on_stderr_and_status_1(tmp_path):
@@ -254,7 +255,7 @@ def test_nothing_runs_remote_code_or_reads_pickles():
 
 @pytest.mark.parametrize("name, function", [
     ("common", "apply_template"), ("capture", "make_dump"), ("analyze", "parse_meta"),
-    ("ablate", "take_weight"), ("steer", "in_band")])
+    ("ablate", "take_weight"), ("steer", "coefficients_of_band")])
 def test_a_name_that_does_not_exist_is_a_traceback_and_not_a_message_about_data(
         name, function, dumps, tmp_path):
     for script in FILES:
@@ -360,6 +361,18 @@ def test_responses_of_other_settings_or_to_other_data_are_never_overwritten(dump
         with pytest.raises(InputError, match="en.jsonl .*--out"):
             ablation()
     assert contents(tmp_path / "r") == everything
+
+
+def test_responses_to_other_tokens_are_never_overwritten(checkpoint, dumps, tmp_path):
+    arguments = small_ablation(dumps, tmp_path / "r.jsonl", "--model", checkpoint, "--metrics",
+                               "accuracy", "--max-new-tokens", 2)
+    run(ablate, *arguments)
+    before = contents(tmp_path / "r")
+    template = checkpoint / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|user|>", "<|assistant|>"))
+    with pytest.raises(InputError, match="en.jsonl .*--out"):
+        run(ablate, *arguments)
+    assert contents(tmp_path / "r") == before
 
 
 # ---------------------------------------------------------------------------------- whole files
@@ -550,9 +563,8 @@ def evaluate(dumps, out, *flags):
 def test_an_evaluation_is_run_again_under_every_other_setting(dumps, tmp_path, scored, monkeypatch):
     out, data = tmp_path / "r.jsonl", tmp_path / "sw.tsv"
     (tmp_path / "i.json").write_text('{"sw": "Fikiria."}')
-    shutil.copy("tests/data/eval_sw.tsv", data)
-    with open(data, "a", encoding="utf-8") as file:
-        file.write("1 + 1?\t2\n")
+    problems = Path("tests/data/eval_sw.tsv").read_text(encoding="utf-8")
+    data.write_text("1 + 1?\t2\n" + problems, encoding="utf-8")
     assert evaluate(dumps, out) == [[1], [2], [3]]
     assert evaluate(dumps, out, "--batch-tokens", 9999, "--max-length", 999) == [[1], [2], [3]]
     for flags in (["--limit", 3], ["--metrics", "answer_nll"], ["--dtype", "float64"],
@@ -567,6 +579,25 @@ def test_an_evaluation_is_run_again_under_every_other_setting(dumps, tmp_path, s
     monkeypatch.setattr(common, "MODEL_OPTIONS", {"attn_implementation": "eager"})
     number = len(scored)
     assert evaluate(dumps, out) == [[number + 1], [number + 2], [number + 3]]
+
+
+def test_settings_that_lead_to_the_same_tokens_are_one_evaluation(
+        checkpoint, dumps, tmp_path, scored, monkeypatch):
+    out, data = tmp_path / "r.jsonl", tmp_path / "{lang}.tsv"
+    for language in ("sw", "zh"):
+        shutil.copy("tests/data/eval_sw.tsv", tmp_path / f"{language}.tsv")
+    assert evaluate(dumps, out) == [[1], [2], [3]]
+    assert [row["prompts"]["data"] for row in read_rows(out)] == [ablate.DATA] * 3
+    unused = '{"unused": 1}'
+    for flags in (["--data", data], ["--chat-template-options", unused], ["--model", checkpoint]):
+        assert evaluate(dumps, out, *flags) == [[1], [2], [3]]
+    template = checkpoint / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y %f') }}{{ unused }}{{ messages[0]['content'] }}")
+    for _ in range(2):  # at another microsecond
+        assert evaluate(dumps, out, "--model", checkpoint) == [[4], [5], [6]]
+    assert evaluate(dumps, out, "--model", checkpoint, "--chat-template-options", unused)[0] == [7]
+    monkeypatch.setattr(common, "TEMPLATE_DATE", "2027-01-01")
+    assert evaluate(dumps, out, "--model", checkpoint)[0] == [10]
 
 
 def test_how_experts_are_chosen_belongs_to_the_edited_model_alone(dumps, tmp_path, scored):
@@ -679,13 +710,86 @@ def test_scoring_the_captured_prompts_is_warned_of(dumps, tmp_path, scored, caps
     evaluate(dumps, tmp_path / "r.jsonl")
     assert capsys.readouterr().out == ""
     evaluate(dumps, tmp_path / "r.jsonl", "--data", "tests/data/routing_{lang}.tsv")
-    assert re.fullmatch("warning: .* data of sw: .*\n", capsys.readouterr().out)
+    assert re.fullmatch("warning: .*sw.*\n", capsys.readouterr().out)
 
 
 def test_tokens_that_the_model_does_not_know_are_refused(dumps, tmp_path, monkeypatch, no_weights):
     monkeypatch.setattr(common, "vocab_size", lambda config: 9)
     with pytest.raises(InputError, match="eval_en.tsv: .* 0 to 8"):
         run(ablate, *small_ablation(dumps, tmp_path / "r.jsonl"))
+
+
+@pytest.mark.parametrize("language, is_noted", [
+    ("de", False), ("deu_Latn", False), ("zh-Hans", False), ("cmn_Hans", False), ("german", True),
+    ("mgsm_de", True), ("DE", True)])
+def test_languages_that_are_not_called_by_a_code_are_noted(capsys, language, is_noted):
+    common.note_unknown_codes(["en", language])
+    printed = capsys.readouterr().out
+    assert bool(re.fullmatch(f"note: '{language}' is not a code .*\n", printed)) == is_noted
+    assert bool(printed) == is_noted
+
+
+@pytest.mark.parametrize("language", ["zh", "zh-Hans", "zho_Hant", "cmn_Hans"])
+def test_every_code_of_chinese_is_chinese(language):
+    assert common.base_language(language) == "zh"
+    assert common.span_words("北京 市", language) == ["北", "京", "市"]
+    assert common.last_number("2.125", language) < 3
+    assert analyze.language_labels([language])["families"] == ["Sino-Tibetan/Sinitic"]
+
+
+def test_an_unusual_name_of_a_language_is_noted_and_nothing_worse(dumps, tmp_path, scored, capsys):
+    shutil.copy("tests/data/eval_de.tsv", tmp_path / "german.tsv")
+    args = parse(ablate, "--data", tmp_path / "{lang}.tsv", "--out", tmp_path / "r.jsonl")
+    evaluator = common.Evaluator(args, analyze.load_routing(dumps))
+    assert evaluator.evaluate("german")["scores"]["prompt_nll"] == [1]
+    assert capsys.readouterr().out.startswith("note: 'german' is not a code")
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+@pytest.mark.parametrize("prompts, scored_prompts", [(["Anna", "Tom has 4."], [1]), (["Tom"], [])])
+def test_scores_that_are_not_known_are_null_in_strict_json(
+        dumps, tmp_path, prompts, scored_prompts):
+    data = tmp_path / "en.tsv"
+    data.write_text("".join(f"{prompt}\t4\n" for prompt in prompts))
+    run(ablate, *small_ablation(dumps, tmp_path / "r.jsonl", "--data", data, "--metrics",
+                                "prompt_nll", "answer_nll", "--chat-template", "never"))
+    for line in (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
+        scores = row["scores"]["prompt_nll"]  # a first token that nothing precedes has none
+        assert [i for i, score in enumerate(scores) if score is not None] == scored_prompts
+        known = [scores[i] for i in scored_prompts]
+        assert row["mean"]["prompt_nll"] == (pytest.approx(known[0]) if known else None)
+        assert None not in row["scores"]["answer_nll"]
+        assert row["mean"]["answer_nll"] > 0
+
+
+def test_batches_hold_prompts_of_one_length_where_padding_matters(dumps, tmp_path, monkeypatch):
+    batches, is_edited = [], []
+    length_batches = common.length_batches
+
+    def record_batches(lengths, batch_tokens, fill):
+        batches.append({len({lengths[i] for i in batch})
+                        for batch in length_batches(lengths, batch_tokens, fill)})
+        return length_batches(lengths, batch_tokens, fill)
+
+    def say_that_it_matters(model, ids, generation):
+        is_edited.append(any("forward" in vars(router)
+                             for router in common.find_routers(model).values()))
+        return True
+
+    arguments = ("--metrics", "accuracy", "--max-new-tokens", 1)
+    monkeypatch.setattr(common, "length_batches", record_batches)
+    printed = run(ablate, *small_ablation(dumps, tmp_path / "r.jsonl", *arguments))
+    assert "padding" not in printed
+    assert len(batches) == 8 and {1} not in batches
+    batches.clear()
+    rows = (tmp_path / "r.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "r.jsonl").write_bytes(rows[0])  # goes on with an edited model
+    monkeypatch.setattr(common, "padding_changes_logits", say_that_it_matters)
+    printed = run(ablate, *small_ablation(dumps, tmp_path / "r.jsonl", *arguments))
+    assert printed.count("note: padding changes this model's logits, so batches hold prompts") == 1
+    assert batches == [{1}] * 7
+    assert is_edited == [False]
 
 
 # ------------------------------------------------------------------------------- devices and dtypes
@@ -859,17 +963,20 @@ def test_examples_without_a_score_are_left_out_and_one_example_has_no_interval()
 
 def test_the_summary_says_which_results_to_doubt_and_where_they_are(capsys):
     sw = {"settings": {"language": "sw"}}
-    rows = [sw | {"cut_responses": 1}, sw | {"cut_responses": 0}, sw,
+    sw["scores"] = {}
+    rows = [sw | {"cut_responses": 1, "empty_responses": 4},
+            sw | {"cut_responses": 0, "empty_responses": 1}, sw,
             sw | {"zeroed": {"0": 0.0, "7": 0.0}}, sw | {"zeroed": {"0": 0.0, "7": 0.1}}]
     evaluator = SimpleNamespace(used=dict(enumerate(rows)), tasks={"sw": range(4)},
                                 args=SimpleNamespace(out="r.jsonl"))
     common.Evaluator.print_summary(evaluator)
     printed = capsys.readouterr().out
     assert "1 of 8 responses were cut" in printed
-    assert "warning: " in printed
+    assert "warning: that is more than a tenth" in printed
+    assert re.search("warning: 5 of 8 responses are empty.*--chat-template", printed)
     assert "no prompt selected what was zeroed in 1 of 2 rows" in printed
     assert printed.endswith("\nr.jsonl\n")
-    evaluator.tasks = {"sw": range(5)}  # one in ten is no warning
+    evaluator.tasks = {"sw": range(5)}  # one in ten, or half of them, is no warning
     common.Evaluator.print_summary(evaluator)
     assert "warning: " not in capsys.readouterr().out
 

@@ -144,6 +144,61 @@ def test_hooks_are_removed_after_an_exception(qwen):
     assert is_untouched(qwen)
 
 
+def compile_model(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compile_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def compile_decoder(model):
+    model.model.compile(backend="eager")
+    return model
+
+
+def compile_layers(model):
+    for layer, module in enumerate(model.model.layers):
+        model.model.layers[layer] = torch.compile(module, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compile_it", [
+    compile_model, lambda model: torch.compile(model, backend="eager"), compile_forward,
+    compile_decoder, compile_layers], ids=["model", "wrapper", "forward", "decoder", "layers"])
+def test_a_compiled_model_is_neither_recorded_nor_edited_in_silence(qwen, compile_it):
+    torch.compiler.reset()
+    model = compile_it(qwen)
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        with pytest.raises(RuntimeError, match="none of its routers was called.*compiled"):
+            with record_routing(model, print):
+                model(IDS, use_cache=False)
+        with pytest.raises(ZeroDivisionError):  # which an exception of the block's own is not
+            with record_routing(model, print):
+                model(IDS, use_cache=False)
+                1 / 0
+        with record_routing(model, print):
+            pass  # nothing ran
+        with pytest.raises(InputError, match="compiled"):
+            with edit_routing(model, masks={0: [1]}):
+                pytest.fail("the block was entered")
+        assert torch.equal(model(IDS, use_cache=False).logits, expected)
+    assert is_untouched(qwen)
+
+
+def test_a_decoder_that_was_compiled_is_noticed_when_it_runs_alone(qwen):
+    torch.compiler.reset()
+    decoder = compile_decoder(qwen).get_decoder()
+    with torch.no_grad():
+        decoder(IDS, use_cache=False)
+        with pytest.raises(RuntimeError, match="compiled"):
+            with record_routing(qwen, print):
+                decoder(IDS, use_cache=False)
+
+
 def test_a_router_that_is_recorded_and_edited_does_not_wait_for_the_device(qwen, monkeypatch):
     edit = {"masks": {0: [1]}, "boosts": {0: np.eye(8)[2]}, "zeroed": {0: [3]}}
     with record_routing(qwen, lambda *output: None), edit_routing(qwen, **edit):
@@ -502,6 +557,7 @@ import functools
 import inspect
 import re
 import warnings
+from collections import Counter
 
 import numpy as np
 import torch

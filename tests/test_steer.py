@@ -19,7 +19,7 @@ from conftest import (
 from steer import (
     boost_settings, change_interval, choose_coefficients, effect_columns, effect_row,
     mean_gain, paper_band, print_choice, print_related, random_coefficients, related_languages,
-    sign_flip_p, split_examples, steering_coefficients, target_languages)
+    sign_flip_p, split_examples, steering_coefficients, scored_languages)
 
 ALL = slice(None)
 
@@ -472,7 +472,7 @@ def test_what_random_experts_change_is_printed_beside_what_each_lambda_changes(s
 ])
 def test_sources_are_not_scored_unless_they_are_named(flags, languages, expected):
     args = parse(steer, "--sources", "en,zh", *flags)
-    assert target_languages(args, dict.fromkeys(languages)) == expected
+    assert scored_languages(args, dict.fromkeys(languages)) == expected
 
 
 def test_a_selection_is_steered_in_responses_too(dumps, tiny, tmp_path):

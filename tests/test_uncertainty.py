@@ -49,7 +49,7 @@ def test_split_half_similarity_is_the_mean_over_halvings():
     np.testing.assert_allclose(result["split_half"][1], expected, atol=0.01)
     by_layer = result["split_half"].mean(0)
     np.testing.assert_allclose(result["layer_split_half"], by_layer)
-    np.testing.assert_allclose(result["band_split_half"], [by_layer[0], by_layer.mean()])
+    np.testing.assert_allclose(result["mean_split_half"], [by_layer[0], by_layer.mean()])
 
 
 # --------------------------------------------------------------------------------------- intervals
@@ -336,7 +336,7 @@ def test_planted_structure_is_found(planted, tmp_path):
     printed, result = run_analyze(tmp_path / "a.npz", *planted, *THREE_BANDS, "--bootstrap", 100)
     low, high = result["interval_mean_similarity"]
     assert low[1] > max(high[0], high[2])  # languages are alike in the middle
-    assert (result["band_split_half"] > 0.97).all()
+    assert (result["mean_split_half"] > 0.97).all()
 
     # all languages are of one family and one script
     assert result["family_rows"].tolist() == ["branch early", "branch middle", "branch late"]
@@ -351,7 +351,7 @@ def test_planted_structure_is_found(planted, tmp_path):
     assert result["exclusive"][italian, :, 30:].all()
     assert result["interval_mean_reliance"][0, italian, 0] > 0.3
     assert result["interval_num_exclusive"][0, italian] > result["num_exclusive"][:italian].max()
-    assert f"  {result['band_split_half'][0]:.3f}  " in printed
+    assert f"  {result['mean_split_half'][0]:.3f}  " in printed
     cell = f"{result['mean_similarity'][1]:.3f} [{low[1]:.3f}".replace("[0.", "[.")
     assert cell in printed
 
