@@ -478,9 +478,9 @@ def main():
     # 6. Print the choice of lambda, and metric by metric its effect on the other examples
     if args.figures:
         random_gains = [mean_gain(choosing_metric, unsteered, rows, choosing) for rows in random]
-        effects = {
-            language: language_effect(choosing_metric, reporting, unsteered, steered[best], language)
-            for language in languages}
+        effects = {language: language_effect(choosing_metric, reporting, unsteered, steered[best],
+                                             language)
+                   for language in languages}
         analyze.save_figure(f"{args.figures}/effects.png", draw_effects, choosing_metric, gains,
                             best, random_gains, effects)
     print_choice(choosing_metric, changed, gains, best, changed_by_random)
