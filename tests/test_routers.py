@@ -53,10 +53,14 @@ def build_deepseek():
 
     A token selects 2 of the 8 experts, both in one of the groups 0 to 3 and 4 to 7.
     """
-    return build(DeepseekV3Config(
+    config = DeepseekV3Config(
         **SIZES, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8,
         qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_shared_experts=1,
-        n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1))
+        n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1)
+    try:
+        return build(config)
+    except InputError as error:
+        pytest.skip(f"this transformers declares no routers of DeepSeek-V3: {error}")
 
 
 @pytest.fixture
