@@ -246,7 +246,8 @@ def read_dump(path, segment):
     """Read and check one dump; return it as a Routing of one language."""
     label, path = split_label(path)
     if not os.path.exists(path):
-        raise InputError(f"no such dump: {path}; run: python capture.py")
+        raise InputError(f"no such dump: {path}; check the path, name the dumps that you have, or "
+                         "run: python capture.py")
     optional = ["counts", "weight_sums", "null_counts", "layers", "sequence_offsets"]
     arrays = read_arrays(path, ["meta"], optional)
     meta = parse_meta(path, arrays["meta"])
@@ -553,8 +554,10 @@ def language_indices(languages, routing):
         raise InputError(f"a language is named twice in {','.join(languages)}")
     for language in languages:
         if language not in routing.languages:
-            raise InputError(f"no routing for '{language}' among the dumps; run: python capture.py "
-                             f"--languages {language}")
+            raise InputError(
+                f"no routing for '{language}' among the dumps of {', '.join(routing.languages)}; "
+                "name one of these, label=path renames a dump, or run: python capture.py "
+                f"--languages {language}")
     return [routing.languages.index(language) for language in languages]
 
 

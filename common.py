@@ -1117,6 +1117,13 @@ def check_no_lone_letter(answers):
                              'row with "kind": "choice" or "span"')
 
 
+# Beginnings of names of fields that hold options, or what a question is about, in public data sets
+MORE_THAN_A_QUESTION = (
+    "text", "passage", "context", "paragraph", "article", "document", "story", "support", "premise",
+    "body", "option", "choice", "mc", "ending", "candidate", "alternative", "distractor", "answers",
+    "answer_", "correct_answer", "incorrect_answer", "sol")
+
+
 def check_nothing_ignored(row, prompt):
     """Raise an InputError if a row asks more than its prompt says."""
     if prompt == row.get("prompt"):
@@ -1134,85 +1141,12 @@ def check_nothing_ignored(row, prompt):
                          '"prompt", and the right answer into "answer"')
 
 
-# How the names of fields begin that hold options, or what a question is about
-MORE_THAN_A_QUESTION = (
-    "text", "passage", "context", "paragraph", "article", "document", "story", "support", "premise",
-    "body", "option", "choice", "mc", "ending", "candidate", "alternative", "distractor", "answers",
-    "answer_", "correct_answer", "incorrect_answer", "sol")
-
-
 def as_text(value):
     """Return a text or a number as text."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise InputError(f"an instruction, response or answer is a text or a number (of answers "
                          f"there can be a list), not {value!r}")
     return str(value)
-
-
-def answer_kind(answers):
-    r"""Return how right answers are compared: "number", "math" or "span".
-
-    A number is one of which nothing is lost when it is read: 1,234, $18, 50%, \frac{1}{2}. Other
-    answers with LaTeX or operators and without words are math: \sqrt{3}, 2^{10}, [2,3), x=2. All
-    else is a span: 24–10, 1/3 of it, C++, 2:3.
-    """
-    if answers and all(is_plain_number(answer) for answer in answers):
-        return "number"
-    if answers and all(is_plain_number(answer) or is_math(answer) for answer in answers):
-        return "math"
-    return "span"
-
-
-def is_plain_number(text):
-    """Return whether a text is a number and nothing else, signs and separators aside."""
-    text = plain_digits(text).strip()
-    has_command = re.search(r"\\(?!([dtc]?frac)(?![a-zA-Z])|[,!;:$% ])", text)
-    has_power = re.search(rf"\^|[{SUPERSCRIPT_DIGITS}]", text)
-    if has_command or has_power:
-        return False
-    text = re.sub(r"\\?[%％٪]\$?$", "", text)
-    text = re.sub(r"^\+(?=[\d.\\$])", "", text)
-    return number_pattern().fullmatch(plain_numbers(text).strip(" ")) is not None
-
-
-# What only a formula has, operators that need two operands, and words
-FORMULA = r"\\|[\^=√π∞≤≥≠±∈∪∩]|_\{?\d|^\$[^$]+\$$|\d\s*°$|^[<>]\s*\d"
-OPERATION = r"[\w)\]}|]\s*[+*/×·÷<>-]\s*[\w(\[{|.-]|^[(\[{][^,]*,.*[)\]}]$|^\|.+\|$"
-WORD = "[^\\W\\d_a-zA-Zα-ωΑ-Ω]|[a-zA-Z]{3}"
-
-
-def is_math(text):
-    """Return whether a text has LaTeX or operators, and no words beside LaTeX's commands.
-
-    "6 - 5i" is math; names and ranges with such signs are not: C++, N/A, F-16, 24-10, 10/12/2005.
-    """
-    text = plain_powers(plain_digits(text)).strip()
-    without_texts = re.sub(r"\\(text|mathrm|mbox|operatorname)[a-z]*\s*\{[^{}]*\}", r"\\text", text)
-    rest = re.sub(r"\\[a-zA-Z]+", " ", without_texts)
-    if re.search(WORD, rest):
-        return False
-    if re.search(FORMULA, text):
-        return True
-    if re.search("[a-zA-Z]{2}", rest) or not re.search(OPERATION, rest):
-        return False
-    if re.search("[a-z]", rest):
-        return "/" not in rest or re.search(r"\d", rest) is not None
-    is_name_or_range = re.search(r"[A-Z]|\d\s*-\s*\d|\d/\d+/\d", rest)
-    return not is_name_or_range
-
-
-def check_kind(kind, answers):
-    """Raise an InputError if answers are not of a kind."""
-    if kind == "span":
-        return
-    if kind == "number" and all(last_number(answer) is not None for answer in answers):
-        return
-    if kind == "math" and all(answer.strip() for answer in answers):
-        return
-    if kind == "choice" and all(answer in tuple(string.ascii_uppercase) for answer in answers):
-        return
-    raise InputError(f"kind {kind!r} of {answers} is none of number, math, choice (a letter, as "
-                     "A) and span")
 
 
 def read_task(args, language, path):
@@ -1666,6 +1600,76 @@ def number_value(match):
     if match["divisor"] and Decimal(match["divisor"]):
         number /= Fraction(Decimal(match["divisor"]))
     return -number if match["sign"] else number
+
+
+# Kinds of right answers
+
+def answer_kind(answers):
+    r"""Return how right answers are compared: "number", "math" or "span".
+
+    A number is one of which nothing is lost when it is read: 1,234, $18, 50%, \frac{1}{2}. Other
+    answers with LaTeX or operators and without words are math: \sqrt{3}, 2^{10}, [2,3), x=2. All
+    else is a span: 24–10, 1/3 of it, C++, 2:3.
+    """
+    if answers and all(is_plain_number(answer) for answer in answers):
+        return "number"
+    if answers and all(is_plain_number(answer) or is_math(answer) for answer in answers):
+        return "math"
+    return "span"
+
+
+def is_plain_number(text):
+    """Return whether a text is a number and nothing else, signs and separators aside."""
+    text = plain_digits(text).strip()
+    has_command = re.search(r"\\(?!([dtc]?frac)(?![a-zA-Z])|[,!;:$% ])", text)
+    has_power = re.search(rf"\^|[{SUPERSCRIPT_DIGITS}]", text)
+    if has_command or has_power:
+        return False
+    text = re.sub(r"\\?[%％٪]\$?$", "", text)
+    text = re.sub(r"^\+(?=[\d.\\$])", "", text)
+    return number_pattern().fullmatch(plain_numbers(text).strip(" ")) is not None
+
+
+# LaTeX commands, powers and other signs that only a formula has: \sqrt{3}, x^2, x_1, 60°
+FORMULA = r"\\|[\^=√π∞≤≥≠±∈∪∩]|_\{?\d|^\$[^$]+\$$|\d\s*°$|^[<>]\s*\d"
+# Signs between two operands, or brackets around them: 6 - 5i, [2,3), |x|
+OPERATION = r"[\w)\]}|]\s*[+*/×·÷<>-]\s*[\w(\[{|.-]|^[(\[{][^,]*,.*[)\]}]$|^\|.+\|$"
+# Three letters in a row, or one of a script that formulas do not use
+WORD = r"[^\W\d_a-zA-Zα-ωΑ-Ω]|[a-zA-Z]{3}"
+
+
+def is_math(text):
+    """Return whether a text has LaTeX or operators, and no words beside LaTeX's commands.
+
+    "6 - 5i" is math; names and ranges with such signs are not: C++, N/A, F-16, 24-10, 10/12/2005.
+    """
+    text = plain_powers(plain_digits(text)).strip()
+    without_texts = re.sub(r"\\(text|mathrm|mbox|operatorname)[a-z]*\s*\{[^{}]*\}", r"\\text", text)
+    rest = re.sub(r"\\[a-zA-Z]+", " ", without_texts)
+    if re.search(WORD, rest):
+        return False
+    if re.search(FORMULA, text):
+        return True
+    if re.search("[a-zA-Z]{2}", rest) or not re.search(OPERATION, rest):
+        return False
+    if re.search("[a-z]", rest):
+        return "/" not in rest or re.search(r"\d", rest) is not None
+    is_name_or_range = re.search(r"[A-Z]|\d\s*-\s*\d|\d/\d+/\d", rest)
+    return not is_name_or_range
+
+
+def check_kind(kind, answers):
+    """Raise an InputError if answers are not of a kind."""
+    if kind == "span":
+        return
+    if kind == "number" and all(last_number(answer) is not None for answer in answers):
+        return
+    if kind == "math" and all(answer.strip() for answer in answers):
+        return
+    if kind == "choice" and all(answer in tuple(string.ascii_uppercase) for answer in answers):
+        return
+    raise InputError(f"kind {kind!r} of {answers} is none of number, math, choice (a letter, as "
+                     "A) and span")
 
 
 # Mathematics
@@ -2346,11 +2350,12 @@ class Evaluator:
         from_prompt = [metric for metric in args.metrics if metric not in from_response]
         scores, responses = {}, None
         if from_response:
-            responses, num_cut, zeroed = self.respond(examples, edit)
+            responses, num_cut, fraction_zeroed = self.respond(examples, edit)
             scores |= score_responses(responses, examples, from_response, language, args.score,
                                       languages=list(self.tasks))
         if from_prompt:
-            with edit_routing(self.model, **edit, count_changes=False) as zeroed:
+            # Where both are run, those of the prompts are kept
+            with edit_routing(self.model, **edit, count_changes=False) as fraction_zeroed:
                 of_prompts = score_prompts(self.model, self.tokenizer, examples, args.batch_tokens)
             scores |= {metric: of_prompts[metric] for metric in from_prompt}
         order = [metric for metric in (*args.metrics, "f1") if metric in scores]
@@ -2359,8 +2364,8 @@ class Evaluator:
             "mean": {metric: without_nan(mean_score(scores[metric])) for metric in order},
             "experts": number_of_edited_experts(edit),
         }
-        if zeroed:
-            row["zeroed"] = zeroed
+        if fraction_zeroed:
+            row["zeroed"] = fraction_zeroed
         if responses is not None:
             save_predictions(predictions, examples, responses, row["scores"].get("accuracy"))
             row |= {
@@ -2374,15 +2379,15 @@ class Evaluator:
         """Return responses, how many were cut, and {layer: fraction of selections zeroed}."""
         generation = self.settings["generation"]
         if self.engine is not None:
-            with self.engine.edit_routing(**edit, count_changes=False) as zeroed:
+            with self.engine.edit_routing(**edit, count_changes=False) as fraction_zeroed:
                 responses, num_cut = self.engine.generate(examples, **generation)
         else:
             equal_lengths = self.equal_lengths  # found out before there is an edit
-            with edit_routing(self.model, **edit, count_changes=False) as zeroed:
+            with edit_routing(self.model, **edit, count_changes=False) as fraction_zeroed:
                 responses, num_cut = generate(
                     self.model, self.tokenizer, examples, self.args.batch_tokens,
                     equal_lengths=equal_lengths, **generation)
-        return responses, num_cut, zeroed
+        return responses, num_cut, fraction_zeroed
 
     @torch.inference_mode()
     def count_changes(self, language, edit):

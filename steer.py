@@ -234,7 +234,7 @@ def language_effect(metric, examples, unsteered, steered, language):
 
 
 def related_languages(languages, sources):
-    """Return the languages of the first source's family, but for the source itself."""
+    """Return the languages of the first source's family, but for the sources themselves."""
     if not sources:
         return []
     labels = analyze.language_labels([sources[0], *languages])
@@ -242,7 +242,7 @@ def related_languages(languages, sources):
     if source_family == "":
         return []
     return [language for language, family in zip(languages, families)
-            if family == source_family and language != sources[0]]
+            if family == source_family and language not in sources]
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -335,9 +335,12 @@ def effect_columns(metric, examples, unsteered, steered, random, bands, related)
     return columns
 
 
-def print_related(metric, examples, unsteered, steered, related):
-    """Print the mean changes of languages related to the first source, and of the others."""
-    others = [language for language in unsteered if language not in related]
+def print_related(metric, examples, unsteered, steered, related, sources):
+    """Print the mean changes of languages related to the first source, and of the others.
+
+    A source itself counts to neither.
+    """
+    others = [language for language in unsteered if language not in [*related, *sources]]
     for kind, languages in (("related", related), ("other", others)):
         if related and languages:
             mean = np.mean([np.nanmean(steered[language]["scores"][metric][examples]
@@ -490,7 +493,7 @@ def main():
             f"{metric} without and with steering by lambda {best}; random: change under random "
             "experts (min..max)",
             effect_columns(metric, reporting, unsteered, steered[best], random, bands, related))
-        print_related(metric, reporting, unsteered, steered[best], related)
+        print_related(metric, reporting, unsteered, steered[best], related, args.sources)
     evaluator.print_summary()
 
 

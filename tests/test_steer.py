@@ -274,7 +274,7 @@ def test_languages_with_as_many_problems_have_a_row_for_all_of_them():
 def test_mean_changes_of_related_and_other_languages_stand_below_the_table(capsys):
     before = scored(de=[0, 0], fr=[0, 0], sw=[1, 1])
     after = scored(de=[1, 1], fr=[1, 0], sw=[1, 0])
-    print_related("accuracy", ALL, before, after, ["de", "fr"])
+    print_related("accuracy", ALL, before, after, ["de", "fr"], [])
     related, other = capsys.readouterr().out.splitlines()
     assert "de, fr" in related and related.endswith("+0.750")
     assert "sw" in other and other.endswith("-0.500")
