@@ -275,17 +275,8 @@ def read_dump(path, segment):
         null_counts = np.zeros((0, *counts.shape), int)
 
     language = label or meta.get("language")
-    if not isinstance(language, str) or language == "":
-        raise InputError(f"{path} is of the language {language!r}; name it: de={path}")
-    if num_tokens == 0:
-        raise InputError(f"{path} holds no tokens of the segment '{segment}'")
     check_counts(path, layers, counts, weight_sums, null_counts, meta)
-    tolerance = 0
-    if "inexact" in meta:  # counts of software that sums in low precision
-        tolerance = 0.05 * num_tokens * top_k
-    if top_k == 0 or (np.abs(counts.sum(1) - num_tokens * top_k) > tolerance).any():
-        raise InputError(f"{path}: the counts of a layer do not add up to {num_tokens} tokens * "
-                         f"top_k {top_k}; capture it again")
+    check_totals(path, language, segment, counts, num_tokens, top_k, meta)
     return Routing(
         languages=[language],
         layers=layers,
@@ -298,6 +289,20 @@ def read_dump(path, segment):
         paths=[path],
         meta=[meta],
     )
+
+
+def check_totals(path, language, segment, counts, num_tokens, top_k, meta):
+    """Raise InputError unless a dump has a language and tokens, and counts of top_k for each."""
+    if not isinstance(language, str) or language == "":
+        raise InputError(f"{path} is of the language {language!r}; name it: de={path}")
+    if num_tokens == 0:
+        raise InputError(f"{path} holds no tokens of the segment '{segment}'")
+    tolerance = 0
+    if "inexact" in meta:  # counts of software that sums in low precision
+        tolerance = 0.05 * num_tokens * top_k
+    if top_k == 0 or (np.abs(counts.sum(1) - num_tokens * top_k) > tolerance).any():
+        raise InputError(f"{path}: the counts of a layer do not add up to {num_tokens} tokens * "
+                         f"top_k {top_k}; capture it again")
 
 
 def split_label(path):
@@ -433,18 +438,7 @@ def read_tokens(path, segment="all"):
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(len(selected)) - offsets[sequence]
 
-    in_segment = np.ones(len(selected), bool)
-    if segment in ("prompt", "response"):
-        prompt_lengths = arrays["prompt_lengths"]
-        check_bounds(path, "prompt_lengths", prompt_lengths, (len(lengths),))
-        in_prompt = position < prompt_lengths[sequence]
-        in_segment = in_prompt if segment == "prompt" else ~in_prompt
-    elif segment == "text":
-        text_spans = arrays["text_spans"]
-        check_bounds(path, "text_spans", text_spans, (len(lengths), 2))
-        start, stop = text_spans[sequence].T
-        in_segment = (start <= position) & (position < stop)
-
+    in_segment = find_segment(path, arrays, segment, sequence, position)
     recorded = selected[:, 0, 0] != -1
     keep = in_segment & recorded
     return Tokens(
@@ -454,6 +448,26 @@ def read_tokens(path, segment="all"):
         token_ids=None if token_ids is None else token_ids[keep],
         num_unrecorded=int((in_segment & ~recorded).sum()),
     )
+
+
+def find_segment(path, arrays, segment, sequence, position):
+    """Return which tokens of a dump are in a segment, bool (tokens,).
+
+    arrays    of the dump, with the one that SEGMENTS names
+    sequence  int (tokens,), the sequence of each token; position its position in the sequence
+    """
+    num_sequences = len(arrays.get("sequence_offsets", [0, len(sequence)])) - 1
+    if segment == "all":
+        return np.ones(len(sequence), bool)
+    if segment == "text":
+        text_spans = arrays["text_spans"]
+        check_bounds(path, "text_spans", text_spans, (num_sequences, 2))
+        start, stop = text_spans[sequence].T
+        return (start <= position) & (position < stop)
+    prompt_lengths = arrays["prompt_lengths"]
+    check_bounds(path, "prompt_lengths", prompt_lengths, (num_sequences,))
+    in_prompt = position < prompt_lengths[sequence]
+    return in_prompt if segment == "prompt" else ~in_prompt
 
 
 def check_bounds(path, name, bounds, shape):
