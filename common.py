@@ -207,6 +207,7 @@ def declared_routers(model):
 def probe_routers(model):
     """Return {decoder layer: (router, router_logits, selected_experts)} for three zero vectors.
 
+    The values do not matter, but what a router returns, and in which shape, is known only then.
     Raises an InputError if the model has no routers, or one that cannot be recorded and edited.
     """
     probed = {}
@@ -290,7 +291,7 @@ def is_probability(router_logits):
 
 
 def call_on_router(on_router, layer, take_log, router, args, output):
-    """Forward hook of record_routing: (router, args, output) come from PyTorch."""
+    """Pass what a router returned on to on_router; (router, args, output) come from PyTorch."""
     router_logits, routing_weights, selected_experts = read_output(router, output)
     if take_log:
         router_logits = router_logits.log()
@@ -614,7 +615,7 @@ def load_model(name, dtype="auto", device=None, **options):
     dtype    "auto" (the checkpoint's own), "float32", "bfloat16", "float16" or "float64"
     device   "cpu", "cuda", "cuda:1", "mps"; "auto" spreads the layers over all GPUs (this needs
              accelerate); None is CUDA if there is a GPU, else the CPU
-    options  further arguments of from_pretrained, such as attn_implementation; they go before
+    options  further arguments of from_pretrained, such as attn_implementation; they override
              MODEL_OPTIONS
     Raises an InputError, before weights are read, for a model that is not an MoE.
     """
@@ -775,14 +776,14 @@ def compute_logits(model, ids):
 
 
 def checkpoint_id(name, config, shape):
-    """Return what tells a checkpoint from others: the hub's commit, or a hash of a folder's files.
+    """Return an ID of a checkpoint: the hub's commit, or a hash of a folder's files.
 
-    shape  of routing_shape
+    shape  as returned by routing_shape
 
     A folder's hash covers config.json and, of .safetensors files, the names and shapes of all
-    tensors and the content of every tensor that could be a router's (it has num_experts rows, and
-    at most one more axis). Of all weight files it covers 64 samples of 4 KiB, so that 60 GB need
-    not be read: a change of other weights between the samples is missed.
+    tensors and the content of every tensor that could be a router's: of at most two axes, one of
+    which is num_experts long. Of all weight files it covers 64 samples of 4 KiB, evenly from start
+    to end, so that 60 GB need not be read: a change of other weights between them is missed.
     """
     if not os.path.isdir(name):
         return getattr(config, "_commit_hash", None) or "unknown"
@@ -802,7 +803,7 @@ def checkpoint_id(name, config, shape):
 
 
 def hash_tensors(digest, path, num_experts):
-    """Add the names and shapes of a .safetensors file's tensors to a digest, and small ones whole.
+    """Add the tensors of a .safetensors file to a digest: all names and shapes, routers whole.
 
     num_experts  set of numbers; tensors of up to two axes that have one of them are added whole
     """
@@ -1188,6 +1189,7 @@ def rendered(tokenizer, prompt, chat_template="auto", options=None):
         return prompt, prompt.index(own)
     if options is None:
         options = CHAT_TEMPLATE_OPTIONS
+    # Rendered twice, with a placeholder the second time, which shows where the prompt stands
     reasons = []
     for as_parts in (False, True):  # some templates take a content of several parts
         try:
@@ -1250,7 +1252,7 @@ def encode_example(tokenizer, example, chat_template="auto", options=None):
     prompt = full_prompt(example)
     text, start = rendered(tokenizer, prompt, chat_template, options)
     stop = start + len(own)
-    # A template brings its own special tokens, unless it adds nothing to the prompt
+    # A template brings its own special tokens, unless it adds nothing: it may strip spaces
     is_bare = text in prompt
     if getattr(tokenizer, "is_fast", False):
         encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=is_bare)
@@ -1259,7 +1261,8 @@ def encode_example(tokenizer, example, chat_template="auto", options=None):
         inside = [i for i, (first, last) in enumerate(offsets) if first < stop and last > start]
     else:
         ids = tokenizer(text, add_special_tokens=is_bare)["input_ids"]
-        # Without offsets: all tokens but those that two other prompts have around them in common
+        # Without offsets: put "a" and "1" in the place of the prompt. What both have in common at
+        # the start and at the end is the template's; what lies between is the prompt's
         others = [text[:start] + other + text[stop:] for other in ("a", "1")]
         other_ids = [tokenizer(other, add_special_tokens=is_bare)["input_ids"] for other in others]
         before = len(os.path.commonprefix(other_ids))
