@@ -2823,8 +2823,8 @@ class VLLMEngine:
         self.is_edited = False
         self.cache_salt = {}  # keeps the prefix cache of one edit from another
         try:
-            self.llm = LLM(name, dtype=dtype, enforce_eager=True,
-                           worker_extension_cls=f"{__name__}.VLLMRouterEdits", **options)
+            self.llm = LLM(name, dtype=dtype, worker_extension_cls=f"{__name__}.VLLMRouterEdits",
+                           **{"enforce_eager": True} | options)
         except Exception as error:  # raises every kind
             raise InputError(
                 f"vLLM does not run '{name}' with {options}; others may help, as max_model_len or "
@@ -2832,15 +2832,19 @@ class VLLMEngine:
         self.check_edits()
 
     def check_edits(self):
-        """Raise an InputError if an edit does not reach every router."""
+        """Raise an InputError if vLLM does not run the model, or if an edit misses a router."""
+        try:
+            self.complete([[0]])
+        except RuntimeError as error:
+            raise InputError(f"vLLM does not run this model: {first_line(error)}") from error
         try:
             with self.edit_routing(masks={layer: [0] for layer in self.shape}):
-                self.complete([[0]])
+                self.complete([[0]], read_cache=False)
         except RuntimeError as error:  # compiled graphs, and kernels that route and compute in one
             raise InputError(
-                "edits do not reach this model's routers in vLLM; try --engine-options "
-                """'{"moe_backend": "triton"}' (for NVFP4 "flashinfer_cutlass" or "marlin"): """
-                f"{first_line(error)}") from error
+                "edits do not reach this model's routers in vLLM. Leave out enforce_eager, "
+                """or try --engine-options '{"moe_backend": "triton"}' (for NVFP4 """
+                f"flashinfer_cutlass or marlin): {first_line(error)}") from error
 
     @contextlib.contextmanager
     def edit_routing(self, masks=None, boosts=None, rule="proportional", zeroed=None,
